@@ -1,0 +1,8 @@
+"""longtrain: exact, memory-bounded training on long sequences for PyTorch."""
+
+from longtrain import nn, ops
+from longtrain.plan import InfeasibleBudget, Plan
+
+__version__ = "0.1.0"
+
+__all__ = ["InfeasibleBudget", "Plan", "nn", "ops"]

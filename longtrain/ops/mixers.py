@@ -1,0 +1,115 @@
+"""Sequence mixers as data: what a layer's token-mixing step is, apart from how it is carried out.
+
+Called, a mixer runs the whole sequence at once. The streaming engine reads the same description to run it chunk by chunk (when it
+is causal) or by head and channel group (when it sees the future).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longtrain.ops.attention import attention
+from longtrain.ops.long_conv import long_conv
+from longtrain.span import Layout, Span
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionMixer:
+    """Softmax attention; fields as in `longtrain.ops.attention`, over the whole sequence.
+
+    Inputs ``q [B, T, H, D]``, ``k [B, T, K, D]``, ``v [B, T, K, Dv]``; output ``[B, T, H, Dv]``.
+    """
+
+    causal: bool = True
+    window_size: tuple[int, int] = (-1, -1)
+    sink_tokens: int = 0
+    softcap: float | None = None
+    scale: float | None = None
+    dropout_p: float = 0.0
+    dropout_seed: int | None = None
+    head_offset: int = 0
+    documents: Layout | None = None
+    backend: str = "auto"
+
+    def __call__(self, q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor) -> Tensor:
+        whole = Span(0, q_BTHD.shape[1])
+        return attention(q_BTHD, k_BTKD, v_BTKD, **self.arguments(whole, whole, q_BTHD.device))
+
+    def arguments(self, queries: Span, keys: Span, device: torch.device) -> dict[str, Any]:
+        """Keyword arguments of `attention` and `attention_backward` for the queries of one span against the keys of another."""
+        arguments = {
+            "causal": self.causal,
+            "window_size": self.window_size,
+            "q_offset": queries.start,
+            "k_offset": keys.start,
+            "sink_tokens": self.sink_tokens,
+            "softcap": self.softcap,
+            "scale": self.scale,
+            "dropout_p": self.dropout_p,
+            "dropout_seed": self.dropout_seed,
+            "head_offset": self.head_offset,
+            "backend": self.backend,
+        }
+        if self.documents is not None and len(self.documents.edges) > 2:
+            cu_q, cu_k = self.documents.edges_within(queries, keys)
+            arguments["cu_seqlens_q"] = torch.tensor(cu_q, dtype=torch.int32, device=device)
+            arguments["cu_seqlens_k"] = torch.tensor(cu_k, dtype=torch.int32, device=device)
+        return arguments
+
+    def keys_for(self, queries: Span) -> Span:
+        """The smallest span of keys that causal `queries` can see, by window and documents."""
+        start = self.documents.first_visible(queries.start) if self.documents is not None else 0
+        if self.window_size[0] >= 0 and self.sink_tokens == 0:
+            start = max(start, queries.start - self.window_size[0])
+        return Span(start, queries.stop)
+
+    shared = ()
+    """No tensors beside q, k, v take part."""
+
+    def by_group(self, q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor) -> Iterator[tuple[slice, AttentionMixer, tuple[Tensor, ...]]]:
+        """One kv head at a time, with its query heads: (slice of the output's axis 2, mixer, inputs)."""
+        ratio = q_BTHD.shape[2] // k_BTKD.shape[2]
+        for kv_head in range(k_BTKD.shape[2]):
+            heads, kv = slice(kv_head * ratio, (kv_head + 1) * ratio), slice(kv_head, kv_head + 1)
+            mixer = replace(self, head_offset=self.head_offset + heads.start)
+            yield heads, mixer, (q_BTHD[:, :, heads], k_BTKD[:, :, kv], v_BTKD[:, :, kv])
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongConvMixer:
+    """Long convolution; fields as in `longtrain.ops.long_conv`. Inputs ``u, gate_in, gate_out [B, T, E]``; output ``[B, T, E]``."""
+
+    filter: Tensor
+    skip: Tensor
+    causal: bool = True
+    documents: Layout | None = None
+    backend: str = "auto"
+    group_channels: int = 32
+
+    def __call__(self, u_BTE: Tensor, gate_in_BTE: Tensor | None = None, gate_out_BTE: Tensor | None = None) -> Tensor:
+        cu_seqlens = None
+        if self.documents is not None and len(self.documents.edges) > 2:
+            cu_seqlens = torch.tensor(self.documents.edges, dtype=torch.int32, device=u_BTE.device)
+        return long_conv(
+            u_BTE, self.filter, self.skip, gate_in_BTE, gate_out_BTE, causal=self.causal, cu_seqlens=cu_seqlens, backend=self.backend
+        )
+
+    @property
+    def shared(self) -> tuple[Tensor, Tensor]:
+        """The tensors beside the inputs that take part, and receive gradients."""
+        return self.filter, self.skip
+
+    def with_shared(self, filter: Tensor, skip: Tensor) -> LongConvMixer:
+        return replace(self, filter=filter, skip=skip)
+
+    def by_group(self, *inputs_BTE: Tensor) -> Iterator[tuple[slice, LongConvMixer, tuple[Tensor, ...]]]:
+        """`group_channels` channels at a time: (slice of the output's axis 2, mixer, inputs)."""
+        for start in range(0, inputs_BTE[0].shape[2], self.group_channels):
+            channels = slice(start, start + self.group_channels)
+            mixer = self.with_shared(self.filter[channels], self.skip[channels])
+            yield channels, mixer, tuple(x[:, :, channels] for x in inputs_BTE)
