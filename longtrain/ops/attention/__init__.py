@@ -1,0 +1,11 @@
+"""Exact attention with offsets, windows, documents, sinks and LSE: one op, several backends.
+
+Read `mask.py` (who sees whom) and `reference.py` (the mathematics) first, then `interface.py` (the public functions),
+`call.py` (what a call is, checked) and `select.py` (which backend serves it). The backends: `cpp.py` (with `csrc/`),
+`sdpa.py`, `tiled.py`, `reference.py`.
+"""
+
+from longtrain.ops.attention.interface import attention, attention_backward, merge_attention
+from longtrain.ops.attention.select import Explanation, explain
+
+__all__ = ["Explanation", "attention", "attention_backward", "explain", "merge_attention"]
