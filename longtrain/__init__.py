@@ -1,8 +1,9 @@
 """longtrain: exact, memory-bounded training on long sequences for PyTorch."""
 
 from longtrain import nn, ops
+from longtrain.apply import Report, apply
 from longtrain.plan import InfeasibleBudget, Plan
 
 __version__ = "0.1.0"
 
-__all__ = ["InfeasibleBudget", "Plan", "nn", "ops"]
+__all__ = ["InfeasibleBudget", "Plan", "Report", "apply", "nn", "ops"]

@@ -3,7 +3,7 @@
 from longtrain.nn.attention import Attention
 from longtrain.nn.config import ModelConfig
 from longtrain.nn.decoder import Decoder, DecoderLayer
-from longtrain.nn.loss import LossOptions, TokenLoss, count_targets
+from longtrain.nn.loss import TokenLoss, count_targets
 from longtrain.nn.mlp import SwiGLU
 from longtrain.nn.model import LanguageModel, ModelOutput
 from longtrain.nn.norm import RMSNorm
@@ -14,7 +14,6 @@ __all__ = [
     "Decoder",
     "DecoderLayer",
     "LanguageModel",
-    "LossOptions",
     "ModelConfig",
     "ModelOutput",
     "RMSNorm",

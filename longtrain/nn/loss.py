@@ -2,21 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor, nn
 
-from longtrain.ops.linear_cross_entropy import linear_cross_entropy
+from longtrain.ops.linear_cross_entropy import LossOptions, linear_cross_entropy
 from longtrain.span import IGNORE_INDEX, Layout
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LossOptions:
-    """What the loss adds to plain cross entropy; fields as in `longtrain.ops.linear_cross_entropy`."""
-
-    softcap: float | None = None
-    z_loss: float = 0.0
-    label_smoothing: float = 0.0
 
 
 class TokenLoss(nn.Module):
@@ -46,6 +35,7 @@ class TokenLoss(nn.Module):
             reduction=reduction,
             normalizer=normalizer,
             token_weights=token_weights_BT,
+            ignore_index=options.ignore_index,
             softcap=options.softcap,
             z_loss=options.z_loss,
             label_smoothing=options.label_smoothing,

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from longtrain.nn.config import ModelConfig
 from longtrain.nn.decoder import Decoder
-from longtrain.nn.loss import LossOptions, TokenLoss
+from longtrain.nn.loss import TokenLoss
+from longtrain.ops.linear_cross_entropy import LossOptions
 from longtrain.span import Layout
 
 

@@ -38,9 +38,9 @@ class AttentionMixer:
 
     def __call__(self, q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor) -> Tensor:
         whole = Span(0, q_BTHD.shape[1])
-        return attention(q_BTHD, k_BTKD, v_BTKD, **self.arguments(whole, whole, q_BTHD.device))
+        return attention(q_BTHD, k_BTKD, v_BTKD, **self.arguments(whole, whole))
 
-    def arguments(self, queries: Span, keys: Span, device: torch.device) -> dict[str, Any]:
+    def arguments(self, queries: Span, keys: Span) -> dict[str, Any]:
         """Keyword arguments of `attention` and `attention_backward` for the queries of one span against the keys of another."""
         arguments = {
             "causal": self.causal,
@@ -57,8 +57,8 @@ class AttentionMixer:
         }
         if self.documents is not None and len(self.documents.edges) > 2:
             cu_q, cu_k = self.documents.edges_within(queries, keys)
-            arguments["cu_seqlens_q"] = torch.tensor(cu_q, dtype=torch.int32, device=device)
-            arguments["cu_seqlens_k"] = torch.tensor(cu_k, dtype=torch.int32, device=device)
+            arguments["cu_seqlens_q"] = torch.tensor(cu_q, dtype=torch.int32)
+            arguments["cu_seqlens_k"] = torch.tensor(cu_k, dtype=torch.int32)
         return arguments
 
     def keys_for(self, queries: Span) -> Span:
@@ -70,6 +70,9 @@ class AttentionMixer:
 
     shared = ()
     """No tensors beside q, k, v take part."""
+
+    def with_shared(self) -> AttentionMixer:
+        return self
 
     def by_group(self, q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor) -> Iterator[tuple[slice, AttentionMixer, tuple[Tensor, ...]]]:
         """One kv head at a time, with its query heads: (slice of the output's axis 2, mixer, inputs)."""
@@ -94,7 +97,7 @@ class LongConvMixer:
     def __call__(self, u_BTE: Tensor, gate_in_BTE: Tensor | None = None, gate_out_BTE: Tensor | None = None) -> Tensor:
         cu_seqlens = None
         if self.documents is not None and len(self.documents.edges) > 2:
-            cu_seqlens = torch.tensor(self.documents.edges, dtype=torch.int32, device=u_BTE.device)
+            cu_seqlens = torch.tensor(self.documents.edges, dtype=torch.int32)
         return long_conv(
             u_BTE, self.filter, self.skip, gate_in_BTE, gate_out_BTE, causal=self.causal, cu_seqlens=cu_seqlens, backend=self.backend
         )

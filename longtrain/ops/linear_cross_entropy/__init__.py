@@ -13,7 +13,7 @@ from .call import REDUCTIONS, Call, LossOptions, check_shapes, check_targets, wi
 from .chunked import ChunkLoss, chunk_loss_and_grad, default_chunk_tokens, footprint_bytes, workspace
 
 __all__ = ["ChunkLoss", "LossOptions", "check_targets", "chunk_loss_and_grad", "default_chunk_tokens", "explain", "footprint_bytes",
-           "linear_cross_entropy", "workspace"]
+           "linear_cross_entropy", "loss_scale", "workspace"]
 
 # In order of preference of backend="auto". Ours is first on measurement, not on principle: see the module docstring of chunked.py.
 BACKENDS = {"chunked": chunked, "torch": torch_core, "reference": reference}
@@ -99,11 +99,11 @@ def _call(input, weight, target, bias, ignore_index, reduction, normalizer, toke
     return Call(
         input_NE=input.reshape(-1, input.shape[-1]), weight_VE=weight, target_N=target_N, bias_V=bias,
         token_weights_N=None if token_weights is None else token_weights.reshape(-1).to(wide),
-        scale=None if reduction == "none" else _scale(reduction, normalizer, target_N, ignore_index, wide),
+        scale=None if reduction == "none" else loss_scale(reduction, normalizer, target_N, ignore_index, wide),
         options=options, chunk_tokens=chunk_tokens)
 
 
-def _scale(reduction: str, normalizer: float | Tensor | None, target_N: Tensor, ignore_index: int, wide: torch.dtype) -> Tensor:
+def loss_scale(reduction: str, normalizer: float | Tensor | None, target_N: Tensor, ignore_index: int, wide: torch.dtype) -> Tensor:
     """1 / normalizer, and 0 where there is no valid token, so that nothing divided by nothing is 0."""
     if reduction == "sum":
         return torch.ones((), dtype=wide, device=target_N.device)

@@ -1,0 +1,178 @@
+"""Put a plan on a model: find the layers that can be streamed, prove them on a tiny input, replace their `forward`, report.
+
+    report = lt.apply(model, lt.Plan(chunk_tokens=4096))
+    print(report)
+    report.undo()
+
+Layers are found by structure: an `nn.ModuleList` whose members satisfy `longtrain.stream.protocol.StreamableLayer`. `forward` is
+replaced on the layer instances (nothing is wrapped, parameter names stay), and only after the layer has been proved: run whole and in
+chunks on its own `example`, with gradients, the two must agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from longtrain.nn.loss import TokenLoss
+from longtrain.offload import DeviceStore
+from longtrain.plan import Plan
+from longtrain.stream.loss import streamed_token_loss
+from longtrain.stream.protocol import StreamableLayer
+from longtrain.stream.segment import Chain, Progress, Segment
+
+PROOF_TOKENS = 13
+PROOF_CHUNK = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One module of the report: what it became, or why it stayed."""
+
+    name: str
+    became: str
+    why: str = ""
+
+
+@dataclass(slots=True)
+class Report:
+    """What `apply` did; print it. `undo()` restores every `forward`."""
+
+    plan: Plan
+    entries: list[Entry] = field(default_factory=list)
+    _chains: list[Chain] = field(default_factory=list, repr=False)
+    _replaced: list[tuple[nn.Module, Callable | None]] = field(default_factory=list, repr=False)
+
+    def undo(self) -> None:
+        """Give every module the `forward` it had before."""
+        for module, before in reversed(self._replaced):
+            if before is None:
+                del module.__dict__["forward"]
+            else:
+                module.forward = before
+        self._replaced.clear()
+
+    def on_progress(self, callback: Progress | None) -> None:
+        """Call ``callback(phase, spans done, spans in all)`` after every span of every segment; None stops that."""
+        for chain in self._chains:
+            chain.progress = callback
+
+    def check_replay(self, check: bool = True) -> None:
+        """Compare the replayed mixer inputs with the forward's, bit for bit, and raise RuntimeError where they differ. For tests."""
+        for chain in self._chains:
+            chain.check_replay = check
+
+    def _replace(self, module: nn.Module, forward: Callable) -> None:
+        self._replaced.append((module, module.__dict__.get("forward")))
+        module.forward = forward
+
+    def __str__(self) -> str:
+        width = max((len(entry.name) for entry in self.entries), default=0)
+        lines = [f"{entry.name:{width}}  {entry.became}{': ' + entry.why if entry.why else ''}" for entry in self.entries]
+        return "\n".join(lines)
+
+
+def apply(model: nn.Module, plan: Plan) -> Report:
+    """Stream `model`'s layers and head by `plan`, in place.
+
+    Returns a printable report. Raises ValueError when no layer can be streamed, when a layer fails its proof (unless
+    ``plan.layer_fallback == "unstreamed"``), and when the model was applied already.
+    """
+    runs = _find_layers(model)
+    if not runs:
+        raise ValueError(
+            f"{type(model).__name__} has no nn.ModuleList of layers with token_args, mixers(), example() and forward(x, *, mix=None, ...): "
+            "see longtrain.stream.protocol.StreamableLayer"
+        )
+    if any("forward" in m.__dict__ and isinstance(getattr(m.forward, "__self__", None), Segment) for _, m in sum(runs, [])):
+        raise ValueError("lt.apply was called on this model already: call undo() of its report first")
+    plan.check_layers(sum(map(len, runs)))
+    report = Report(plan)
+    index = 0
+    for run in runs:
+        chunks: list[list[tuple[int, str, nn.Module]]] = [[]]
+        for name, layer in run:
+            refusal = prove(layer)
+            if refusal is None:
+                chunks[-1].append((index, name, layer))
+            elif plan.layer_fallback == "error":
+                raise ValueError(f'{name} cannot be streamed: {refusal}; Plan(layer_fallback="unstreamed") leaves it as it is')
+            else:
+                report.entries.append(Entry(name, "left as it is", refusal))
+                chunks.append([])
+            index += 1
+        for chunk in filter(None, chunks):
+            _stream_chain(report, chunk)
+    for name, module in model.named_modules():
+        if isinstance(module, TokenLoss):
+            report._replace(module, partial(streamed_token_loss, chunk_tokens=plan.loss_chunk_tokens))
+            report.entries.append(Entry(name, "streamed loss"))
+    return report
+
+
+def _stream_chain(report: Report, layers: Sequence[tuple[int, str, nn.Module]]) -> None:
+    """Replace the forwards of layers that follow each other."""
+    chain, k = Chain(report.plan, DeviceStore()), report.plan.segment_layers
+    report._chains.append(chain)
+    for at in range(0, len(layers), k):
+        members = layers[at : at + k]
+        segment = Segment(
+            chain, [layer for *_, layer in members], [i for i, *_ in members], first=at == 0, last=at + k >= len(layers)
+        )
+        for position, (_, name, layer) in enumerate(members):
+            report._replace(layer, segment.pass_through if position else segment.forward)
+            place = f", segment of {len(members)}" if len(members) > 1 else ""
+            report.entries.append(Entry(name, f"streamed{place}"))
+
+
+def _find_layers(model: nn.Module) -> list[list[tuple[str, nn.Module]]]:
+    return [
+        [(f"{name}.{i}" if name else str(i), layer) for i, layer in enumerate(module)]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and all(isinstance(layer, StreamableLayer) for layer in module)
+    ]
+
+
+def prove(layer: nn.Module) -> str | None:
+    """Why a layer is not what its protocol says, or None: run whole and in chunks on its own tiny example, outputs and gradients agree.
+
+    The generator is put back; parameters' `.grad` are not touched.
+    """
+    device = next(layer.parameters()).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        was_training = layer.training
+        layer.eval()
+        try:
+            x, arguments = layer.example(PROOF_TOKENS)
+            whole = _outcome(layer, layer.forward, x, arguments)
+            plan = Plan(chunk_tokens=PROOF_CHUNK, store_outputs=0.5, boundaries="tensor")
+            segment = Segment(Chain(plan, DeviceStore()), [layer], [0], first=True, last=True)
+            chunked = _outcome(layer, segment.forward, x, arguments)
+        except (RuntimeError, TypeError, ValueError) as error:
+            return f"{type(error).__name__}: {error}"
+        finally:
+            layer.train(was_training)
+    # Sums over chunks differ from sums over the whole by rounding: a few hundred ulp of the largest entry is ample at this size.
+    tolerance = 512 * torch.finfo(x.dtype).eps
+    for name, a, b in zip(("output", "input gradient", "parameter gradients"), whole, chunked, strict=True):
+        error = (a - b).norm() / a.norm().clamp_min(torch.finfo(x.dtype).tiny)
+        if not error <= tolerance:
+            return f"its {name} in chunks of {PROOF_CHUNK} differs from the whole by {error:.1e}: something besides mix looks across tokens"
+    return None
+
+
+def _outcome(layer: nn.Module, forward: Callable[..., Tensor], x: Tensor, arguments: dict) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        y = forward(x, **arguments)
+        generator = torch.Generator(x.device).manual_seed(1)
+        dy = torch.randn(y.shape, dtype=y.dtype, device=y.device, generator=generator)
+        parameters = [p for p in layer.parameters() if p.requires_grad]
+        grads = torch.autograd.grad(y, [x, *parameters], dy, allow_unused=True)
+    flat = [g.flatten() for g in grads[1:] if g is not None]
+    return y.detach(), grads[0], torch.cat(flat) if flat else x.new_zeros(0)

@@ -1,0 +1,135 @@
+"""The token store: tensors along the token axis, kept by span in a tier. Its interface, and the device tier.
+
+Only spans and bytes are known here, no layers. A name stands for one tensor of a sequence (a layer's input, its attention output);
+an extent is what was put for one span of it, the unit that moves between tiers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from longtrain.span import Span
+
+TOKEN_AXIS = 1
+"""Every stored tensor is token-major: ``[B, tokens, ...]``."""
+
+
+class TokenStore(Protocol):
+    """Where tensors of the sequence live between their uses."""
+
+    def put(self, name: Hashable, span: Span, tensor: Tensor) -> None:
+        """Keep `tensor` ``[B, len(span), ...]`` as the extent of `name` at `span`. Spans of one name do not overlap."""
+
+    def get(self, name: Hashable, span: Span) -> Tensor:
+        """The tokens of `span`, from one extent or joined from several. Raises KeyError when a token was never put."""
+
+    def prefetch(self, order: Iterable[tuple[Hashable, Span]]) -> None:
+        """What will be asked for next, in order: slower tiers begin to fetch."""
+
+    def release(self, name: Hashable, span: Span | None = None) -> None:
+        """Forget the extents of `name` that lie within `span`, or all of them. Unknown names are no error."""
+
+
+@dataclass(slots=True)
+class _Extent:
+    tensor: Tensor
+    version: int
+
+
+class DeviceStore:
+    """The device tier: extents are the tensors themselves, without a copy.
+
+    An in-place edit between put and get would be a silently wrong gradient, so the version counter is compared, as autograd does
+    for what it saves.
+    """
+
+    def __init__(self) -> None:
+        self._extents: dict[Hashable, dict[Span, _Extent]] = {}
+
+    def put(self, name: Hashable, span: Span, tensor: Tensor) -> None:
+        if tensor.shape[TOKEN_AXIS] != len(span):
+            raise ValueError(f"{name}: tensor {list(tensor.shape)} does not hold the {len(span)} tokens of {span}")
+        extents = self._extents.setdefault(name, {})
+        if clash := next((s for s in extents if len(s & span)), None):
+            raise ValueError(f"{name}: {span} overlaps the extent {clash}")
+        extents[span] = _Extent(tensor, _version(tensor))
+
+    def get(self, name: Hashable, span: Span) -> Tensor:
+        extents = self._extents.get(name, {})
+        if span in extents:
+            return self._read(name, span, extents[span])
+        pieces, at = [], span.start
+        for extent_span in sorted(s for s in extents if len(s & span)):
+            common = extent_span & span
+            if common.start != at:
+                break
+            tensor = self._read(name, extent_span, extents[extent_span])
+            pieces.append(tensor[:, common.slice(extent_span.start)])
+            at = common.stop
+        if at != span.stop:
+            raise KeyError(f"{name}: token {at} of {span} is not stored")
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=TOKEN_AXIS)
+
+    def prefetch(self, order: Iterable[tuple[Hashable, Span]]) -> None:
+        """Everything is here already."""
+
+    def release(self, name: Hashable, span: Span | None = None) -> None:
+        extents = self._extents.get(name, {})
+        for gone in [s for s in extents if span is None or len(s & span) == len(s)]:
+            del extents[gone]
+        if not extents:
+            self._extents.pop(name, None)
+
+    def names(self) -> list[Hashable]:
+        """The names that hold extents now; empty when every step cleaned up after itself."""
+        return list(self._extents)
+
+    @staticmethod
+    def _read(name: Hashable, span: Span, extent: _Extent) -> Tensor:
+        if _version(extent.tensor) != extent.version:
+            raise RuntimeError(
+                f"{name} at {span} was modified in place after it was saved for the backward pass; "
+                "clone the tensor before editing it, or edit it after backward"
+            )
+        return extent.tensor
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Name:
+    """A store name that equals only itself, so that two calls of one layer never meet."""
+
+    label: str
+
+    def __str__(self) -> str:
+        return self.label
+
+
+class Stored:
+    """One tensor of the sequence in a store, owned: its extents are released when the owner goes."""
+
+    def __init__(self, store: TokenStore, label: str) -> None:
+        self.store, self.name = store, _Name(label)
+
+    def put(self, span: Span, tensor: Tensor) -> None:
+        self.store.put(self.name, span, tensor)
+
+    def get(self, span: Span) -> Tensor:
+        return self.store.get(self.name, span)
+
+    def take(self, span: Span) -> Tensor:
+        """Get and release."""
+        tensor = self.store.get(self.name, span)
+        self.store.release(self.name, span)
+        return tensor
+
+    def __del__(self) -> None:
+        self.store.release(self.name)

@@ -1,0 +1,76 @@
+"""Layer boundaries that stream: stand-ins travel through the model and autograd, the contents live in the token store.
+
+A stand-in has the true shape, dtype and device, stride 0 and NaN in it: whoever reads it without knowing gets NaN, not nonsense.
+Two explicit autograd Functions convert at the ends of a run of streamed layers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from longtrain.offload import Stored, TokenStore
+from longtrain.span import Span
+
+
+class Boundary:
+    """The hidden states between two streamed layers, by span, and in the backward pass their gradient."""
+
+    def __init__(self, store: TokenStore, shape: torch.Size, device: torch.device) -> None:
+        self.value, self.grad = Stored(store, "layer boundary"), Stored(store, "layer boundary gradient")
+        self.shape, self.device = shape, device
+        self._nan: Tensor | None = None
+
+    @property
+    def stand_in(self) -> Tensor:
+        if self._nan is None:
+            dtype = self.value.get(Span(0, min(1, self.shape[1]))).dtype
+            self._nan = torch.full((), torch.nan, dtype=dtype, device=self.device)
+        return self._nan.expand(self.shape)
+
+    def is_behind(self, x: Tensor) -> bool:
+        """Whether `x` is this boundary's stand-in: it shares the one NaN, which aliases made by autograd and FSDP2 do too."""
+        return x.data_ptr() == self._nan.data_ptr() and x.shape == self.shape
+
+
+def gather(stored: Stored, spans: list[Span], shape: torch.Size, like: Tensor) -> Tensor:
+    """All spans in one tensor; each extent is released as it is copied."""
+    if len(spans) == 1:
+        return stored.take(spans[0])
+    whole = torch.empty(shape, dtype=like.dtype, device=like.device)
+    for span in spans:
+        whole[:, span.slice()] = stored.take(span)
+    return whole
+
+
+class Enter(torch.autograd.Function):
+    """Tensor to stand-in: ``[B, T, E]`` is put into the store by span."""
+
+    @staticmethod
+    def forward(ctx, x_BTE: Tensor, boundary: Boundary, spans: list[Span]) -> Tensor:
+        ctx.boundary, ctx.spans = boundary, spans
+        for span in spans:
+            boundary.value.put(span, x_BTE[:, span.slice()])
+        return boundary.stand_in
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dstand_in: Tensor):
+        return gather(ctx.boundary.grad, ctx.spans, ctx.boundary.shape, dstand_in), None, None
+
+
+class Leave(torch.autograd.Function):
+    """Stand-in to tensor."""
+
+    @staticmethod
+    def forward(ctx, stand_in: Tensor, boundary: Boundary, spans: list[Span]) -> Tensor:
+        ctx.boundary, ctx.spans = boundary, spans
+        return gather(boundary.value, spans, boundary.shape, stand_in)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dx_BTE: Tensor):
+        for span in ctx.spans:
+            ctx.boundary.grad.put(span, dx_BTE[:, span.slice()])
+        return ctx.boundary.stand_in, None, None

@@ -1,0 +1,151 @@
+"""One call of a segment of streamed layers: what its forward pass must remember for its backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from longtrain.offload import TokenStore
+from longtrain.plan import Plan
+from longtrain.span import Span, chunk_spans
+from longtrain.stream.replay import (
+    Arguments,
+    BareLayer,
+    GradientSums,
+    LayerMixers,
+    Mix,
+    Parameters,
+    RandomStates,
+    Surroundings,
+    call_layer,
+    delivered,
+)
+
+
+class Sequenced(Protocol):
+    """Hidden states or their gradient, by span: `longtrain.offload.Stored`, or a whole tensor."""
+
+    def put(self, span: Span, tensor: Tensor) -> None: ...
+    def get(self, span: Span) -> Tensor: ...
+    def take(self, span: Span) -> Tensor: ...
+
+
+class WholeTensor:
+    """A tensor ``[B, T, ...]`` read or written span by span; made at the first `put` when none is given."""
+
+    def __init__(self, tokens: int, tensor: Tensor | None = None) -> None:
+        self._tokens, self.tensor = tokens, tensor
+
+    def put(self, span: Span, part: Tensor) -> None:
+        if len(span) == self._tokens:
+            self.tensor = part
+            return
+        if self.tensor is None:
+            self.tensor = part.new_empty(part.shape[0], self._tokens, *part.shape[2:])
+        self.tensor[:, span.slice()] = part
+
+    def get(self, span: Span) -> Tensor:
+        return self.tensor[:, span.slice()]
+
+    take = get
+
+
+class Enough(Exception):
+    """Raised out of a layer by its mixer when only the mixer's inputs were wanted: what follows need not run."""
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """The layers with their arguments, spans, mixers, random states and autocast, for one forward and at most one backward."""
+
+    layers: Sequence[BareLayer]
+    indices: Sequence[int]
+    """The layers' numbers in the model, for per-layer plan settings."""
+    plan: Plan
+    store: TokenStore
+    arguments: Arguments
+    tokens: int
+    device: torch.device
+    check_replay: bool
+    progress: Callable[[str, int, int], None] | None
+    spans: list[Span] = field(init=False)
+    parameters: Parameters = field(init=False)
+    mixers: list[Sequence[Any]] = field(init=False)
+    random: RandomStates = field(init=False)
+    surroundings: Surroundings = field(init=False)
+    states: Any = None
+    """What the algorithm (causal or two-pass) keeps between forward and backward."""
+
+    def __post_init__(self) -> None:
+        self.spans = chunk_spans(self.tokens, self.plan.chunk_tokens)
+        self.arguments.check(self.tokens)
+        self.parameters = Parameters(self.layers)
+        whole = self.arguments.on(Span(0, self.tokens))
+        with torch.no_grad():
+            self.mixers = [layer.layer.mixers(**whole) for layer in self.layers]
+        self.random = RandomStates(self.device)
+        self.surroundings = Surroundings.capture(self.device)
+
+    def run(self, layer: int, span: Span, x: Tensor, steps: Sequence[Callable], replica: Replica | None = None) -> Tensor:
+        """One layer on one span, its mixer calls going to `steps`; under the replica's parameters and arguments, if given."""
+        arguments = self.arguments.on(span, None if replica is None else replica.leaves)
+        parameters = None if replica is None else self.parameters.named(layer, replica.parameters)
+        return call_layer(self.layers[layer], x, arguments, Mix(steps), parameters)
+
+    def live_mixers(self, layer: int, replica: Replica) -> Sequence[Any]:
+        """The layer's mixers with their shared tensors (filters) in the graph of the replica's parameters."""
+        arguments = self.arguments.on(Span(0, self.tokens), replica.leaves)
+        module = LayerMixers(self.layers[layer].layer)
+        return functional_call(module, self.parameters.named(layer, replica.parameters), (arguments,))
+
+    def over(self, spans: Iterable[Span], phase: str) -> Iterator[Span]:
+        """The spans one by one, reported to `progress` as (spans done, spans in all) of this phase."""
+        spans = list(spans)
+        for done, span in enumerate(spans, 1):
+            yield span
+            if self.progress is not None:
+                self.progress(phase, done, len(spans))
+
+
+class Replica:
+    """Detached stand-ins of a call's parameters and differentiable arguments, and the sums of their gradients.
+
+    `tensors` are the originals in the order of the autograd Function's inputs: arguments, then parameters.
+    """
+
+    def __init__(self, call: Call, tensors: Sequence[Tensor], wanted: Sequence[bool]) -> None:
+        arguments = call.arguments.differentiable
+        detached = [t.detach().requires_grad_(want) for t, want in zip(tensors, wanted, strict=True)]
+        self.leaves = list(call.arguments.leaves)
+        for i, replica in zip(arguments, detached, strict=False):
+            self.leaves[i] = replica
+        self.parameters = detached[len(arguments) :]
+        self.wanted = [t for t in detached if t.requires_grad]
+        self._slots = [i for i, want in enumerate(wanted) if want]
+        self._tensors, self._sums = tensors, GradientSums(len(tensors))
+
+    def add(self, grads: Sequence[Tensor | None]) -> None:
+        """Add the gradients of `wanted`."""
+        for slot, grad in zip(self._slots, grads, strict=True):
+            self._sums.add(slot, grad)
+
+    def gradients(self) -> list[Tensor | None]:
+        """The sums, in the order and form in which the autograd Function returns them."""
+        return [delivered(t, total) for t, total in zip(self._tensors, self._sums.totals, strict=True)]
+
+
+def vjp(y: Tensor, dy: Tensor, leaf: Tensor, replica: Replica) -> Tensor | None:
+    """Vector-Jacobian product of one replayed span: adds into the replica's sums, returns the gradient of `leaf` if that is wanted."""
+    if not y.requires_grad:
+        return torch.zeros_like(leaf) if leaf.requires_grad else None
+    if not leaf.requires_grad:
+        replica.add(torch.autograd.grad(y, replica.wanted, dy, allow_unused=True))
+        return None
+    dleaf, *grads = torch.autograd.grad(y, [leaf, *replica.wanted], dy, allow_unused=True)
+    replica.add(grads)
+    return torch.zeros_like(leaf) if dleaf is None else dleaf

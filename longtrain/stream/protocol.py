@@ -1,0 +1,88 @@
+"""The contracts of streaming: what a layer offers, and what carries a mixer's knowledge along the sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from longtrain.span import Span
+
+
+@runtime_checkable
+class StreamableLayer(Protocol):
+    """A layer that can be streamed: a token-local part, a sequence mixer, a token-local part (one or more times).
+
+    ``forward(x [B, T, E], *, mix=None, **arguments) -> [B, T, E]``. It calls ``mix(q, k, v)`` (or whatever its mixer takes) once
+    for each entry of `mixers`, in that order; nothing else in it may look at another token. With ``mix=None`` it mixes by itself.
+    """
+
+    token_args: Mapping[str, int]
+    """Keyword arguments that run along the tokens, with their token axis; they are cut with the chunk, all others passed whole."""
+
+    def mixers(self, **arguments: Any) -> Sequence[Any]:
+        """What each call of `mix` has to compute, e.g. `longtrain.ops.mixers.AttentionMixer`, for these arguments."""
+
+    def example(self, tokens: int) -> tuple[Tensor, dict[str, Any]]:
+        """A small random input and its arguments, on which `longtrain.apply` proves that the layer is what it seems."""
+
+    def forward(self, x: Tensor, *, mix: Callable[..., Tensor] | None = None, **arguments: Any) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CarrySpec:
+    """All that the planner sees of a carry."""
+
+    kind: Literal["append", "state"]
+    """`append`: grows with the prefix (keys and values). `state`: of fixed size (a matrix, an input history)."""
+
+    tensors: tuple[str, ...]
+    """Names of what `append` takes, after the query."""
+
+    bytes_per_token: int
+    """Bytes a token that the carry holds in the forward pass (0 for a state)."""
+
+    adjoint_bytes_per_token: int
+    """Bytes a token that its gradient accumulators add in the backward pass."""
+
+    adjoint_dtype: torch.dtype
+    """Dtype of the accumulators: float32, or the inputs' dtype where that is wider."""
+
+
+@dataclass(slots=True)
+class KVBlock:
+    """Keys and values of one span, with the accumulators of their gradients (None in the forward pass)."""
+
+    span: Span
+    k_BSKD: Tensor
+    v_BSKD: Tensor
+    dk_BSKD: Tensor | None = None
+    dv_BSKD: Tensor | None = None
+
+
+class Carry(Protocol):
+    """What a mixer keeps along the sequence. One per layer and micro-batch, passed as an argument, never global."""
+
+    @property
+    def spec(self) -> CarrySpec: ...
+
+    def append(self, span: Span, *written: Tensor) -> None:
+        """Take the mixer's inputs (after the query) of a span; once per span, ascending. A state carry saves its entry state."""
+
+    def mix(self, span: Span, q: Tensor, stored: tuple[Tensor, Tensor | None] | None) -> tuple[Tensor, Tensor | None]:
+        """Output and LSE of the span's queries. With `stored` given it is returned and no kernel runs. Pure."""
+
+    def mix_vjp(self, span: Span, q: Tensor, out: Tensor, lse: Tensor | None, dout: Tensor) -> Tensor:
+        """Gradient of q; gradients of what the span saw are added up inside. Spans strictly descending."""
+
+    def take_grad(self, span: Span) -> tuple[Tensor, ...]:
+        """Adjoint of ``append(span)``: final, since every later query has been handled. Once per span."""
+
+    def blocks(self, span: Span) -> Sequence[KVBlock]:
+        """The K/V blocks that a span's queries need, in an order that depends on (plan, layout, span) alone."""
+
+    def written(self, span: Span) -> tuple[Tensor, ...]:
+        """What `append` took for a span: to store it, and to check that a replay gives the same bits."""

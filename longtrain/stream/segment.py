@@ -1,0 +1,140 @@
+"""A segment of layers as one autograd Function, and the `forward` that takes the place of its layers' own.
+
+The Function's inputs are the hidden states, the differentiable arguments and every parameter, each explicitly: gradients reach them
+once, so DDP, FSDP2 and hooks on parameters see an ordinary node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from longtrain.offload import TokenStore
+from longtrain.plan import Plan
+from longtrain.stream import causal, twopass
+from longtrain.stream.boundary import Boundary, Enter, Leave
+from longtrain.stream.call import Call, Replica, WholeTensor
+from longtrain.stream.carry import is_causal
+from longtrain.stream.replay import Arguments, BareLayer
+
+Progress = Callable[[str, int, int], None]
+
+
+class Chain:
+    """A run of segments that follow each other in the model, and the boundary that is between two of them at the moment.
+
+    It belongs to one `lt.apply`, and only checks that a layer is given just what the layer before it gave out.
+    """
+
+    def __init__(self, plan: Plan, store: TokenStore) -> None:
+        self.plan, self.store = plan, store
+        self.check_replay = False
+        self.progress: Progress | None = None
+        self.boundary: Boundary | None = None
+
+
+class Segment:
+    """k consecutive layers, streamed together. `forward` replaces the first one's, `pass_through` the others'."""
+
+    def __init__(self, chain: Chain, layers: Sequence[torch.nn.Module], indices: Sequence[int], *, first: bool, last: bool) -> None:
+        self.chain, self.indices, self.first, self.last = chain, tuple(indices), first, last
+        self.layers = [BareLayer(layer) for layer in layers]
+        self.token_args = dict(layers[0].token_args)
+        self._given: tuple[int, torch.Size, dict[str, Any]] | None = None
+
+    def forward(self, x: Tensor, **arguments: Any) -> Tensor:
+        if arguments.pop("mix", None) is not None:
+            raise ValueError("a streamed layer mixes by its carry: call it without mix")
+        if x.ndim != 3:
+            raise ValueError(f"a streamed layer takes hidden states [B, T, E], found shape {list(x.shape)}")
+        chain = self.chain
+        call = Call(
+            layers=self.layers,
+            indices=self.indices,
+            plan=chain.plan,
+            store=chain.store,
+            arguments=Arguments(arguments, self.token_args),
+            tokens=x.shape[1],
+            device=x.device,
+            check_replay=chain.check_replay,
+            progress=chain.progress,
+        )
+        tensors = [call.arguments.leaves[i] for i in call.arguments.differentiable] + call.parameters.tensors
+        into = out_of = None
+        if chain.plan.boundaries == "stream":
+            if self.first:
+                into = Boundary(chain.store, x.shape, x.device)
+                x = Enter.apply(x, into, call.spans)
+            else:
+                into = chain.boundary
+                if into is None or not into.is_behind(x):
+                    raise RuntimeError(
+                        f"layer {self.indices[0]} was not given the output of layer {self.indices[0] - 1}: something changes the hidden "
+                        'states between layers; use Plan(boundaries="tensor")'
+                    )
+            out_of = Boundary(chain.store, x.shape, x.device)
+        y = _StreamedSegment.apply(call, into, out_of, torch.is_grad_enabled(), x, *tensors)
+        if out_of is not None and self.last:
+            y = Leave.apply(y, out_of, call.spans)
+        chain.boundary = None if self.last else out_of
+        if len(self.layers) > 1:
+            self._given = (y.data_ptr(), y.shape, arguments)
+        return y
+
+    def pass_through(self, x: Tensor, **arguments: Any) -> Tensor:
+        """A later layer of the segment: its work is done already. Raises when it is not given what the segment gave out."""
+        given = self._given
+        if given is None or (x.data_ptr(), x.shape) != given[:2] or not _same(arguments, given[2]):
+            raise RuntimeError(
+                f"layers {self.indices[0]} to {self.indices[-1]} are streamed as one segment, and a layer of it was given other hidden "
+                "states or arguments than the one before; use Plan(segment_layers=1)"
+            )
+        return x
+
+
+def _same(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    return a.keys() == b.keys() and all(a[k] is b[k] or (not isinstance(a[k], Tensor) and a[k] == b[k]) for k in a)
+
+
+class _StreamedSegment(torch.autograd.Function):
+    """(hidden states or their stand-in, differentiable arguments, parameters) -> hidden states or their stand-in."""
+
+    @staticmethod
+    def forward(ctx, call: Call, into: Boundary | None, out_of: Boundary | None, grad: bool, x: Tensor, *tensors: Tensor) -> Tensor:
+        keep = grad and any(ctx.needs_input_grad)
+        source = WholeTensor(call.tokens, x) if into is None else into.value
+        sink = WholeTensor(call.tokens) if out_of is None else out_of.value
+        _algorithm(call).forward(call, source, sink, keep=keep)
+        if keep:
+            ctx.call, ctx.into, ctx.out_of = call, into, out_of
+            ctx.save_for_backward(x, *tensors)
+        return sink.tensor if out_of is None else out_of.stand_in
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor):
+        call, into, out_of = ctx.call, ctx.into, ctx.out_of
+        if call.states is None:
+            raise RuntimeError(
+                "a streamed segment can be differentiated once: its stored chunks were freed by the first backward; "
+                "call forward again instead of using retain_graph=True"
+            )
+        x, *tensors = ctx.saved_tensors
+        want_dx, *wanted = ctx.needs_input_grad[4:]
+        replica = Replica(call, tensors, wanted)
+        source = WholeTensor(call.tokens, x) if into is None else into.value
+        dsink = WholeTensor(call.tokens, dy) if out_of is None else out_of.grad
+        dsource = WholeTensor(call.tokens) if into is None else into.grad
+        _algorithm(call).backward(call, replica, source, dsink, dsource, want_dx=want_dx)
+        dx = None
+        if want_dx:
+            dx = dsource.tensor if into is None else into.stand_in
+        return None, None, None, None, dx, *replica.gradients()
+
+
+def _algorithm(call: Call):
+    return causal if all(is_causal(mixer) for mixers in call.mixers for mixer in mixers) else twopass

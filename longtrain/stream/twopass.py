@@ -1,0 +1,170 @@
+"""Streaming layers whose mixer sees the future (bidirectional attention, full-length convolution): token-local passes around it.
+
+Forward: run the layer up to its mixer for all chunks, mix whole sequences by head or channel group, run the layer with the mixer's
+output for all chunks. Backward: the same in reverse, each pass a replay of one chunk at a time:
+
+    y/dy -> douts, dx, dparams;   for each mixer, last to first:  dinputs = vjp(mixer);   inputs/dinputs -> douts, dx, dparams
+
+On the device are the mixer's inputs, output and their gradients for one layer; never the token-local part of more than a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from longtrain.offload import Stored
+from longtrain.span import Span
+from longtrain.stream.call import Call, Enough, Replica, Sequenced, WholeTensor
+
+
+def forward(call: Call, x: Sequenced, y: Sequenced, *, keep: bool) -> None:
+    """``y[span] = layer(x[span])``, its mixers having seen all spans; with `keep`, x and the mixers' outputs stay for `backward`."""
+    if len(call.layers) > 1:
+        raise ValueError(
+            f"layers {call.indices[0]} to {call.indices[-1]} form one segment and a mixer among them sees the future; "
+            "use Plan(segment_layers=1)"
+        )
+    if call.layers[0].layer.training:
+        call.random.assign(call.spans)
+    outs: list[Tensor] = []
+    for mixer in call.mixers[0]:
+        outs.append(_mix_whole(mixer, _collect_inputs(call, x, outs)))
+    for span in call.over(call.spans, "forward"):
+        with call.random.restored(span):
+            y.put(span, call.run(0, span, x.get(span) if keep else x.take(span), _given(outs, span)))
+    if keep:
+        call.states = [Stored(call.store, f"layer {call.indices[0]} mixer output") for _ in outs]
+        if len(call.plan.stored_outputs(call.indices[0], call.tokens)):
+            for stored, out in zip(call.states, outs, strict=True):
+                stored.put(Span(0, call.tokens), out)
+
+
+def backward(call: Call, replica: Replica, x: Sequenced, dy: Sequenced, dx: Sequenced, *, want_dx: bool) -> None:
+    """``dx[span]`` for all spans and the replica's gradient sums."""
+    whole = Span(0, call.tokens)
+    stored = len(call.plan.stored_outputs(call.indices[0], call.tokens)) > 0
+    inputs: list[Sequence[Tensor]] = []
+    outs: list[Tensor] = []
+    for i, mixer in enumerate(call.mixers[0]):
+        inputs.append(_collect_inputs(call, x, outs, replica))
+        outs.append(call.states[i].take(whole) if stored else _mix_whole(mixer, inputs[i]))
+    with torch.enable_grad():
+        mixers = call.live_mixers(0, replica)
+
+    dx_sum = WholeTensor(call.tokens)
+    douts = [torch.zeros_like(out) for out in outs]
+    _pass(call, replica, x, outs, douts, dx_sum, want_dx, last=len(outs), cotangents=lambda span: [dy.take(span)])
+    for i in reversed(range(len(outs))):
+        dinputs = _mix_whole_vjp(mixers[i], inputs.pop(), douts[i], replica)
+        outs[i] = None
+        _pass(
+            call, replica, x, outs, douts, dx_sum, want_dx, last=i, cotangents=lambda span, d=dinputs: [t[:, span.slice()] for t in d]
+        )
+    for span in call.spans:
+        x.take(span)
+        if want_dx:
+            dx.put(span, dx_sum.get(span))
+    call.states = None
+
+
+def _pass(
+    call: Call,
+    replica: Replica,
+    x: Sequenced,
+    outs: list[Tensor],
+    douts: list[Tensor],
+    dx_sum: WholeTensor,
+    want_dx: bool,
+    *,
+    last: int,
+    cotangents: Callable[[Span], Sequence[Tensor]],
+) -> None:
+    """Replay every span up to mixer `last` (to the end where there is none) and add up the gradients of what it came from."""
+    for span in call.over(reversed(call.spans), "backward"):
+        leaf = x.get(span).detach().requires_grad_(want_dx)
+        out_leaves = [out[:, span.slice()].detach().requires_grad_() for out in outs[:last]]
+        captured: list[Tensor] = []
+
+        def capture(*inputs: Tensor, into: list[Tensor] = captured) -> Tensor:
+            into.extend(inputs)
+            raise Enough
+
+        with call.random.restored(span), call.surroundings.restored(), torch.enable_grad():
+            steps = [*_as_steps(out_leaves), *([capture] if last < len(outs) else [])]
+            try:
+                captured = [call.run(0, span, leaf, steps, replica)]
+            except Enough:
+                pass
+        pairs = [(t, g) for t, g in zip(captured, cotangents(span), strict=True) if t.requires_grad]
+        leaves = [t for t in (leaf, *out_leaves) if t.requires_grad]
+        if not pairs:
+            continue
+        grads = torch.autograd.grad([t for t, _ in pairs], [*leaves, *replica.wanted], [g for _, g in pairs], allow_unused=True)
+        replica.add(grads[len(leaves) :])
+        sums = [dx_sum] * want_dx + [WholeTensor(call.tokens, d) for d in douts[:last]]
+        for total, leaf, grad in zip(sums, leaves, grads, strict=False):
+            grad = torch.zeros_like(leaf) if grad is None else grad
+            total.put(span, grad if last == len(outs) and total is dx_sum else total.get(span) + grad)
+
+
+def _collect_inputs(call: Call, x: Sequenced, outs: Sequence[Tensor], replica: Replica | None = None) -> list[Tensor]:
+    """The whole inputs of the mixer after those whose outputs are given."""
+    whole: list[WholeTensor] = []
+
+    for span in call.over(call.spans, "mixer inputs"):
+
+        def capture(*inputs: Tensor, span: Span = span) -> Tensor:
+            whole.extend(WholeTensor(call.tokens) for _ in inputs[len(whole) :])
+            for tensor, part in zip(whole, inputs, strict=True):
+                tensor.put(span, part)
+            raise Enough
+
+        with torch.no_grad(), call.random.restored(span), call.surroundings.restored():
+            try:
+                call.run(0, span, x.get(span), [*_given(outs, span), capture], replica)
+            except Enough:
+                continue
+    return [tensor.tensor for tensor in whole]
+
+
+def _given(outs: Sequence[Tensor], span: Span) -> list[Callable[..., Tensor]]:
+    return _as_steps([out[:, span.slice()] for out in outs])
+
+
+def _as_steps(outs: Sequence[Tensor]) -> list[Callable[..., Tensor]]:
+    return [lambda *inputs, out=out: out for out in outs]
+
+
+def _mix_whole(mixer, inputs: Sequence[Tensor]) -> Tensor:
+    """The mixer's output over the whole sequence, by head or channel group, without a graph."""
+    out = None
+    with torch.no_grad():
+        for index, part, part_inputs in mixer.by_group(*inputs):
+            part_out = part(*part_inputs)
+            if out is None:
+                channels = inputs[0].shape[2]
+                out = part_out.new_empty(*part_out.shape[:2], channels, *part_out.shape[3:])
+            out[:, :, index] = part_out
+    return out
+
+
+def _mix_whole_vjp(mixer, inputs: Sequence[Tensor], dout: Tensor, replica: Replica) -> list[Tensor]:
+    """Gradients of the mixer's inputs, by group; those of its shared tensors go on to the parameters they are made of."""
+    dinputs = [torch.zeros_like(t) for t in inputs]
+    dshared = [torch.zeros_like(t) for t in mixer.shared]
+    # The same cut, of the values and of the sums that receive their gradients.
+    values = mixer.with_shared(*(t.detach() for t in mixer.shared)).by_group(*inputs)
+    sums = mixer.with_shared(*dshared).by_group(*dinputs)
+    for (index, part, part_inputs), (_, dpart, dpart_inputs) in zip(values, sums, strict=True):
+        leaves = [t.detach().requires_grad_() for t in (*part_inputs, *part.shared)]
+        with torch.enable_grad():
+            out = part.with_shared(*leaves[len(inputs) :])(*leaves[: len(inputs)])
+        for total, grad in zip((*dpart_inputs, *dpart.shared), torch.autograd.grad(out, leaves, dout[:, :, index]), strict=True):
+            total += grad
+    made = [(t, d) for t, d in zip(mixer.shared, dshared, strict=True) if t.requires_grad]
+    if made and replica.wanted:
+        replica.add(torch.autograd.grad([t for t, _ in made], replica.wanted, [d for _, d in made], allow_unused=True))
+    return dinputs
