@@ -1,0 +1,23 @@
+"""What every test may rely on: a seeded generator, and torch's global settings as torch ships them."""
+
+import pytest
+import torch
+
+
+def _global_settings() -> dict[str, object]:
+    return {
+        "default dtype": torch.get_default_dtype(),
+        "gradients enabled": torch.is_grad_enabled(),
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+        "CPU autocast": torch.is_autocast_enabled("cpu"),
+        "threads": torch.get_num_threads(),
+    }
+
+
+@pytest.fixture(autouse=True)
+def unchanged_global_settings():
+    """A test that leaves torch in another state would change the meaning of those after it."""
+    torch.manual_seed(0)
+    before = _global_settings()
+    yield
+    assert _global_settings() == before
