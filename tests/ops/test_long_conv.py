@@ -4,7 +4,7 @@ import numpy
 import pytest
 import torch
 
-from longtrain.ops.long_conv import explain, long_conv
+from longtrain.ops.long_conv import explain, fft, long_conv
 from longtrain.ops.long_conv.fft import transform_size
 
 F64 = torch.float64
@@ -137,7 +137,7 @@ def test_frozen_tensors(frozen):
 def test_blocks_of_channels_do_not_change_the_result(channels, monkeypatch):
     data = make(E=7, **CASES["all"])
     whole = output_and_grads(data, backend="fft")
-    monkeypatch.setattr("longtrain.ops.long_conv.fft._block_channels", lambda *a: channels)
+    monkeypatch.setattr(fft, "_block_channels", lambda *a: channels)
     assert_same(output_and_grads(data, backend="fft"), whole, 1e-15)
 
 
