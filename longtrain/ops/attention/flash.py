@@ -35,6 +35,8 @@ def refuse(call: AttentionCall) -> str | None:
         return f"head dim {call.head_dim} is not a multiple of 8 up to 256"
     if call.softcap is not None:
         return "no softcap"
+    if call.scale <= 0:
+        return "positive scales only"
     if call.dropout_p > 0:
         return "no counter-based dropout"
     if call.sink_tokens or call.stride:

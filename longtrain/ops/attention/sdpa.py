@@ -34,6 +34,8 @@ def refuse(call: AttentionCall) -> str | None:
         return f"value dim {call.value_dim} differs from head dim {call.head_dim}"
     if call.softcap is not None:
         return "no softcap"
+    if call.scale <= 0:
+        return "its causal mask is wrong unless the scale is positive"
     if call.dropout_p > 0:
         return "no counter-based dropout"
     if call.sink_tokens or call.stride:

@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from types import ModuleType
 
-from longtrain.ops.attention import flash, reference, sdpa, tiled
+from longtrain.ops.attention import cpp, flash, reference, sdpa, tiled
 from longtrain.ops.attention.call import AttentionCall, wrong
 
-BACKENDS: dict[str, ModuleType] = {"flash": flash, "sdpa": sdpa, "tiled": tiled, "reference": reference}
+BACKENDS: dict[str, ModuleType] = {"cpp": cpp, "flash": flash, "sdpa": sdpa, "tiled": tiled, "reference": reference}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

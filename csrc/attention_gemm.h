@@ -1,0 +1,65 @@
+// Products of tiles that lie in cache: C = A B or C += A B, A broadcast element by element, B and C in vectors.
+//
+// Register block: kRows rows times 2 vectors of accumulators. All leading dimensions are compile-time constants, so that
+// the kRows row addresses of A are immediates and one pointer serves them all. Rows of A and C are padded to kRows and
+// columns of B and C to a vector; what lies in the padding is computed and never read.
+#pragma once
+#include "attention_simd.h"
+
+namespace longtrain {
+namespace LT_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kRows = 12; // 24 accumulators of 32 registers
+#elif defined(__AVX2__) || defined(__aarch64__)
+constexpr int kRows = 6; // 12 accumulators of 16 registers
+#else
+constexpr int kRows = 4;
+#endif
+
+// Per block of kRows rows: the columns and the depth that matter (the rest is masked); what to skip in a triangle.
+struct Extent {
+  int n0, n1, k0, k1;
+};
+
+// ACol: A(m, k) lies at a[k * LDA + m], else at a[m * LDA + k].
+template <class T, int NV, bool ACol, int LDA, int LDB, int LDC>
+static inline __attribute__((always_inline)) void micro(const T* a, const T* b, T* c, int k0, int k1, bool accumulate) {
+  using V = typename Simd<T>::V;
+  constexpr int W = lanes<T>;
+  V acc[kRows][NV];
+  for (int m = 0; m < kRows; ++m)
+    for (int n = 0; n < NV; ++n) acc[m][n] = accumulate ? load<V>(c + m * LDC + n * W) : V{};
+  for (int k = k0; k < k1; ++k) {
+    V bk[NV];
+    for (int n = 0; n < NV; ++n) bk[n] = load<V>(b + int64_t(k) * LDB + n * W);
+    for (int m = 0; m < kRows; ++m) {
+      const T am = ACol ? a[int64_t(k) * LDA + m] : a[m * LDA + k];
+      for (int n = 0; n < NV; ++n) acc[m][n] += am * bk[n];
+    }
+  }
+  for (int m = 0; m < kRows; ++m)
+    for (int n = 0; n < NV; ++n) store(c + m * LDC + n * W, acc[m][n]);
+}
+
+// C[rows, columns] (+)= A B, restricted per block of rows to `extents`.
+template <bool ACol, int LDA, int LDB, int LDC, class T>
+static void gemm(const T* a, const T* b, T* c, int rows, int columns, const Extent* extents, bool accumulate) {
+  constexpr int W = lanes<T>;
+  for (int n = 0; n < columns; n += 2 * W) {
+    for (int m = 0; m < rows; m += kRows) {
+      const Extent& e = extents[m / kRows];
+      if (n >= e.n1 || n + 2 * W <= e.n0) continue;
+      if (accumulate && e.k0 >= e.k1) continue;
+      const T* am = ACol ? a + m : a + m * LDA;
+      T* cm = c + m * LDC + n;
+      if (n + W < columns)
+        micro<T, 2, ACol, LDA, LDB, LDC>(am, b + n, cm, e.k0, e.k1, accumulate);
+      else
+        micro<T, 1, ACol, LDA, LDB, LDC>(am, b + n, cm, e.k0, e.k1, accumulate);
+    }
+  }
+}
+
+} // namespace LT_ISA
+} // namespace longtrain

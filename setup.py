@@ -1,0 +1,96 @@
+"""Packaging, and the C++ extension: `pip install -e . --no-build-isolation`.
+
+The kernels in `csrc/` are compiled once per instruction set and chosen at run time. Without a working compiler the
+package installs without the extension, says so, and runs on its pure-torch paths (`longtrain doctor` tells).
+"""
+
+import os
+import platform
+import sys
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import BaseError, CCompilerError
+
+# One object per entry: (namespace in the sources, flags).
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+INSTRUCTION_SETS = [("generic", [])]
+if X86:
+    INSTRUCTION_SETS += [
+        ("avx2", ["-mavx2", "-mfma", "-mf16c"]),
+        ("avx512", ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mf16c"]),
+    ]
+FLAGS = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-g0", "-Wno-psabi"]
+PER_INSTRUCTION_SET = ["csrc/attention_kernels.cpp"]
+
+
+class BuildExtension(build_ext):
+    """Compiles the per-instruction-set objects, then the rest; a failure leaves the extension out, loudly."""
+
+    def run(self):
+        try:
+            super().run()
+        except (BaseError, CCompilerError, OSError, ImportError) as error:
+            line = "=" * 100
+            print(
+                f"\n{line}\nlongtrain: the C++ extension was NOT built: {error}\nThe pure-torch paths will be used; "
+                f"they are several times slower on a CPU. Install a C++ compiler\n(g++ 11 or newer, or clang) and torch, "
+                f"then run: pip install -e . --no-build-isolation\n{line}\n",
+                file=sys.stderr,
+            )
+            self.extensions = []
+
+    def build_extension(self, extension):
+        from torch.utils import cpp_extension
+
+        extension.include_dirs = ["csrc", *cpp_extension.include_paths()]
+        extension.library_dirs = cpp_extension.library_paths()
+        extension.libraries = ["c10", "torch_cpu", "torch"]
+        # Compiled for OpenMP but not linked to it: the calls resolve to the runtime that torch brings, so that there
+        # is one thread pool.
+        extension.extra_compile_args = [*FLAGS, "-fopenmp"]
+        if X86:
+            extension.define_macros = [("LT_X86", None)]
+        os.makedirs(self.build_temp, exist_ok=True)
+        objects = []
+        for name, flags in INSTRUCTION_SETS:
+            objects += self.compiler.compile(
+                PER_INSTRUCTION_SET,
+                output_dir=os.path.join(self.build_temp, name),
+                macros=[("LT_ISA", name)],
+                include_dirs=["csrc"],
+                extra_postargs=[*FLAGS, *flags],
+            )
+        extension.extra_objects = objects
+        super().build_extension(extension)
+
+    def get_ext_filename(self, fullname):
+        return os.path.join(*fullname.split(".")) + ".so"  # loaded by torch.ops.load_library, not a Python module
+
+
+setup(
+    name="longtrain",
+    version="0.1.0",
+    description="Memory-efficient long-sequence training backend for PyTorch",
+    python_requires=">=3.10",
+    packages=[*find_packages(include=["longtrain", "longtrain.*"]), "longtrain.kernels"],
+    package_dir={"longtrain.kernels": "kernels"},
+    install_requires=["torch>=2.11", "numpy", "einops", "pyyaml", "safetensors"],
+    extras_require={
+        "flash": ["flash-attn"],
+        "hf": ["transformers"],
+        "gpu": ["triton"],
+        "plot": ["matplotlib"],
+        "dev": ["pytest", "hypothesis", "ninja"],
+    },
+    entry_points={"console_scripts": ["longtrain = longtrain.cli:main"]},
+    ext_modules=[
+        Extension(
+            "longtrain._C",
+            sources=["csrc/attention.cpp"],
+            depends=["csrc/attention_kernels.cpp", *(f"csrc/attention_{part}.h" for part in (
+                "args", "simd", "gemm", "tiles", "forward", "backward"))],
+        )
+    ],
+    cmdclass={"build_ext": BuildExtension},
+)
