@@ -1,0 +1,69 @@
+"""AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) on float32 weights, whatever the dtype the model computes in.
+
+In bfloat16 training the optimizer owns a float32 master copy of every parameter. Gradients are summed in float32 too: by autograd
+itself where torch lets a parameter's gradient have its own dtype (`grad_dtype`), otherwise after every backward pass.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from longtrain.config.schema import TrainConfig
+
+
+class Optimizer:
+    """Updates `model`, which must be float32 when passed in and is cast to the configured dtype here."""
+
+    def __init__(self, model: nn.Module, config: TrainConfig) -> None:
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.masters: list[nn.Parameter] = self.parameters
+        self.grad_clip = config.grad_clip
+        self.separate_masters = config.dtype == "bfloat16"
+        self.wide_gradients = hasattr(torch.Tensor, "grad_dtype")
+        if self.separate_masters:
+            self.masters = [nn.Parameter(p.detach().clone()) for p in self.parameters]
+            model.to(torch.bfloat16)
+            if self.wide_gradients:
+                for parameter in self.parameters:
+                    parameter.grad_dtype = torch.float32
+        matrices = [m for m in self.masters if m.ndim > 1]
+        others = [m for m in self.masters if m.ndim <= 1]
+        self.adamw = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
+            lr=config.lr,
+            betas=config.betas,
+            eps=config.eps,
+            fused=True,
+        )
+
+    def collect(self) -> None:
+        """After every backward pass: add bfloat16 gradients to the masters' float32 ones, where autograd cannot."""
+        if not self.separate_masters or self.wide_gradients:
+            return
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            if parameter.grad is not None:
+                wide = parameter.grad.float()
+                master.grad = wide if master.grad is None else master.grad.add_(wide)
+                parameter.grad = None
+
+    def grad_norm(self) -> torch.Tensor:
+        """Norm of all gradients together, before clipping."""
+        if self.separate_masters and self.wide_gradients:
+            for parameter, master in zip(self.parameters, self.masters, strict=True):
+                master.grad, parameter.grad = parameter.grad, None
+        return get_total_norm([m.grad for m in self.masters if m.grad is not None])
+
+    @torch.no_grad()
+    def update(self, lr: float, grad_norm: torch.Tensor) -> None:
+        """One step with gradients clipped by `grad_norm`; then the gradients are gone."""
+        if self.grad_clip is not None:
+            clip_grads_with_norm_(self.masters, self.grad_clip, grad_norm)
+        for group in self.adamw.param_groups:
+            group["lr"] = lr
+        self.adamw.step()
+        self.adamw.zero_grad(set_to_none=True)
+        if self.separate_masters:
+            for parameter, master in zip(self.parameters, self.masters, strict=True):
+                parameter.copy_(master)
