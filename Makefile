@@ -45,15 +45,11 @@ $(INSTALLED): requirements-tested.txt | $(PY)
 	$(PY) -m pip install -r requirements-tested.txt
 	@touch $@
 
-# Editable, so that only changes to csrc/ and setup.py build again.
-$(BUILT): $(INSTALLED) setup.py pyproject.toml $(wildcard csrc/*) $(wildcard csrc/*/*)
-	@command -v $${CXX:-c++} >/dev/null 2>&1 || command -v g++ >/dev/null 2>&1 || command -v clang++ >/dev/null 2>&1 || { \
-	  echo "****************************************************************************************"; \
-	  echo "**  NO C++ COMPILER FOUND: longtrain's CPU kernels are not built.                     **"; \
-	  echo "**  Everything still runs on torch alone, slower. Install g++ or clang++, or name one **"; \
-	  echo "**  in CXX, and run 'make clean setup' to have them.                                  **"; \
-	  echo "****************************************************************************************"; }
+# Editable, so that only changes to csrc/ and setup.py build again. Without the extension everything still runs: said, not hidden.
+$(BUILT): $(INSTALLED) setup.py pyproject.toml $(wildcard csrc/*)
 	$(PY) -m pip install --no-build-isolation --no-deps --editable .
+	@$(PY) -c 'from longtrain._extension import MISSING as why; bar = "*" * 100; print("C++ extension: built" if why is None else \
+	  f"\n{bar}\nNO C++ EXTENSION: {why}.\nEverything runs on torch alone, more slowly. Install g++ 11 or clang++ (CXX names another), then: make clean setup\n{bar}\n")'
 	@touch $@
 
 clean:

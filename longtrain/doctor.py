@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import shutil
@@ -17,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from longtrain import _extension as extension
 from longtrain import backends
 from longtrain.ops.attention import attention
 from longtrain.ops.linear_cross_entropy import linear_cross_entropy
@@ -67,7 +67,7 @@ def software() -> Iterator[str]:
             found.append(f"no {name}")
     yield f"{'libraries':<12}{', '.join(found)}"
     yield f"{'compiler':<12}{_compiler()}"
-    yield f"{'extension':<12}{_extension()}"
+    yield f"{'extension':<12}{_extension_state()}"
 
 
 def backend_table() -> Iterator[str]:
@@ -171,9 +171,5 @@ def _compiler() -> str:
     return "none found (CXX, c++, g++, clang++): the CPU kernels cannot be built; everything runs on torch alone"
 
 
-def _extension() -> str:
-    if importlib.util.find_spec("longtrain._extension") is None:
-        return "not part of this version"
-    from longtrain import _extension
-
-    return _extension.status()
+def _extension_state() -> str:
+    return "loaded" if extension.MISSING is None else f"NOT loaded: {extension.MISSING}"
