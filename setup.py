@@ -7,6 +7,7 @@ package installs without the extension, says so, and runs on its pure-torch path
 import os
 import platform
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
@@ -21,6 +22,7 @@ if X86:
         ("avx512", ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mf16c"]),
     ]
 FLAGS = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-g0", "-Wno-psabi"]
+KERNELS = ["longtrain.kernels"] if os.path.isdir("kernels") else []
 PER_INSTRUCTION_SET = ["csrc/attention_kernels.cpp"]
 
 
@@ -51,18 +53,20 @@ class BuildExtension(build_ext):
         extension.extra_compile_args = [*FLAGS, "-fopenmp"]
         if X86:
             extension.define_macros = [("LT_X86", None)]
-        os.makedirs(self.build_temp, exist_ok=True)
-        objects = []
-        for name, flags in INSTRUCTION_SETS:
-            objects += self.compiler.compile(
-                PER_INSTRUCTION_SET,
-                output_dir=os.path.join(self.build_temp, name),
-                macros=[("LT_ISA", name)],
-                include_dirs=["csrc"],
-                extra_postargs=[*FLAGS, *flags],
-            )
-        extension.extra_objects = objects
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(self.compile_kernels, INSTRUCTION_SETS))
+        extension.extra_objects = [path for paths in objects for path in paths]
         super().build_extension(extension)
+
+    def compile_kernels(self, instruction_set):
+        name, flags = instruction_set
+        return self.compiler.compile(
+            PER_INSTRUCTION_SET,
+            output_dir=os.path.join(self.build_temp, name),
+            macros=[("LT_ISA", name)],
+            include_dirs=["csrc"],
+            extra_postargs=[*FLAGS, *flags],
+        )
 
     def get_ext_filename(self, fullname):
         return os.path.join(*fullname.split(".")) + ".so"  # loaded by torch.ops.load_library, not a Python module
@@ -73,8 +77,8 @@ setup(
     version="0.1.0",
     description="Memory-efficient long-sequence training backend for PyTorch",
     python_requires=">=3.10",
-    packages=[*find_packages(include=["longtrain", "longtrain.*"]), "longtrain.kernels"],
-    package_dir={"longtrain.kernels": "kernels"},
+    packages=find_packages(include=["longtrain", "longtrain.*"]) + KERNELS,
+    package_dir={name: "kernels" for name in KERNELS},
     install_requires=["torch>=2.11", "numpy", "einops", "pyyaml", "safetensors"],
     extras_require={
         "flash": ["flash-attn"],

@@ -65,6 +65,7 @@ static void add_tile(const Tensor4& wide, int64_t b, int64_t token, int64_t head
   for (int r = 0; r < rows; ++r) {
     T* dst = base + r * wide.token;
     const T* row = src + int64_t(r) * ld;
+    if (r + kRowsAhead < rows) prefetch_row(reinterpret_cast<const char*>(dst + kRowsAhead * wide.token), dim * sizeof(T), true);
     if (wide.dim == 1)
       for (int64_t d = 0; d < dim; ++d) dst[d] += factor * row[d];
     else
