@@ -97,7 +97,15 @@ class Segment:
 
 
 def _same(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    return a.keys() == b.keys() and all(a[k] is b[k] or (not isinstance(a[k], Tensor) and a[k] == b[k]) for k in a)
+    return a.keys() == b.keys() and all(_same_value(a[k], b[k]) for k in a)
+
+
+def _same_value(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return not (a.requires_grad or b.requires_grad) and torch.equal(a, b)
+    return not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b
 
 
 class _StreamedSegment(torch.autograd.Function):

@@ -99,15 +99,18 @@ def _pass(
             except Enough:
                 pass
         pairs = [(t, g) for t, g in zip(captured, cotangents(span), strict=True) if t.requires_grad]
-        leaves = [t for t in (leaf, *out_leaves) if t.requires_grad]
         if not pairs:
             continue
-        grads = torch.autograd.grad([t for t, _ in pairs], [*leaves, *replica.wanted], [g for _, g in pairs], allow_unused=True)
-        replica.add(grads[len(leaves) :])
-        sums = [dx_sum] * want_dx + [WholeTensor(call.tokens, d) for d in douts[:last]]
-        for total, leaf, grad in zip(sums, leaves, grads, strict=False):
-            grad = torch.zeros_like(leaf) if grad is None else grad
-            total.put(span, grad if last == len(outs) and total is dx_sum else total.get(span) + grad)
+        inputs = [*([leaf] if want_dx else []), *out_leaves, *replica.wanted]
+        grads = list(torch.autograd.grad([t for t, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True))
+        if want_dx:
+            dleaf = grads.pop(0)
+            dleaf = torch.zeros_like(leaf) if dleaf is None else dleaf
+            dx_sum.put(span, dleaf if last == len(outs) else dx_sum.get(span) + dleaf)
+        for dout in douts[:last]:
+            if (grad := grads.pop(0)) is not None:
+                dout[:, span.slice()] += grad
+        replica.add(grads)
 
 
 def _collect_inputs(call: Call, x: Sequenced, outs: Sequence[Tensor], replica: Replica | None = None) -> list[Tensor]:
