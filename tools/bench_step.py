@@ -78,7 +78,8 @@ def measure(task: Task, a: argparse.Namespace) -> list[dict] | None:
                 timed[method].ask("warm-up")
             else:
                 outcomes[method] = timed[method].ask("warm-up with gradients")
-        if not agree(outcomes, a.dtype):
+        if wrong := disagreements(outcomes, a.dtype):
+            print("no numbers, since results differ:", *wrong, sep="\n  ")
             return None
         for repeat in range(a.repeats):
             for method, process in timed.items():
@@ -91,21 +92,20 @@ def measure(task: Task, a: argparse.Namespace) -> list[dict] | None:
     return list(rows.values())
 
 
-def agree(outcomes: dict[str, dict], dtype: str) -> bool:
-    """Whether losses and all gradients are those of the first method, to the dtype's tolerance; says where not."""
+def disagreements(outcomes: dict[str, dict], dtype: str) -> list[str]:
+    """Where losses and gradients are not those of the first method, to the dtype's tolerance."""
     say("comparing gradients")
+    found = []
     (first, reference), *others = [(method, {"loss": torch.tensor(o["loss"]), **torch.load(o["gradients"])}) for method, o in outcomes.items()]
-    good = True
     for method, ours in others:
         if ours.keys() != reference.keys():
-            print(f"{method}: other parameters than {first}: {sorted(ours.keys() ^ reference.keys())[:4]}")
-            return False
+            found.append(f"{method}: other parameters than {first}: {sorted(ours.keys() ^ reference.keys())[:4]}")
+            continue
         for name, exact in reference.items():
             error = ((ours[name].double() - exact.double()).norm() / exact.double().norm().clamp_min(1e-300)).item()
             if not error <= TOLERANCE[dtype]:
-                print(f"{method}: {name} differs from {first}'s by {error:.1e}, allowed {TOLERANCE[dtype]:.0e}: no numbers")
-                good = False
-    return good
+                found.append(f"{method}: {name} differs from {first}'s by {error:.1e}, allowed {TOLERANCE[dtype]:.0e}")
+    return found
 
 
 def table(rows: list[dict], against: list[str], tokens: int) -> str:
