@@ -3,7 +3,8 @@
 from longtrain import nn, ops
 from longtrain.apply import Report, apply
 from longtrain.plan import InfeasibleBudget, Plan
+from longtrain.planner import plan
 
 __version__ = "0.1.0"
 
-__all__ = ["InfeasibleBudget", "Plan", "Report", "apply", "nn", "ops"]
+__all__ = ["InfeasibleBudget", "Plan", "Report", "apply", "nn", "ops", "plan"]

@@ -59,9 +59,9 @@ def verify(args: argparse.Namespace) -> int:
 
 
 def plan(args: argparse.Namespace) -> int:
-    from longtrain import planner
+    from longtrain.planner import command
 
-    return planner.command(args.config, args.overrides)
+    return command.run(args.config, args.overrides)
 
 
 def doctor(args: argparse.Namespace) -> int:

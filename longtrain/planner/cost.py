@@ -1,0 +1,134 @@
+"""The cost model: memory of a streamed step by phase, and its compute relative to one that recomputes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from longtrain.nn.loss import TokenLoss
+from longtrain.ops.linear_cross_entropy import default_chunk_tokens, footprint_bytes
+from longtrain.plan import Plan
+from longtrain.stream.footprint import LayerFootprint, probe_layer
+from longtrain.stream.protocol import StreamableLayer
+
+CHUNK_OVERHEAD_TOKENS = 40
+"""A chunk costs about as much time as this many more tokens would: launches, sums of weight gradients (tools/bench_step.py)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFootprint:
+    """What the formulas need to know of a model. Bytes; `head_*` of the loss head, zero where the model has none of ours."""
+
+    layers: tuple[LayerFootprint, ...]
+    parameters: int
+    other_gradients: int
+    """Gradients of what is not in a layer: embedding, final norm, head."""
+    optimizer: int
+    vocab_size: int
+    head_gradients: int
+    width: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """One moment of the step and what is alive in it, in bytes."""
+
+    name: str
+    items: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.items.values())
+
+    @property
+    def largest(self) -> str:
+        return max(self.items, key=self.items.get)
+
+
+def measure_model(model: nn.Module, optimizer_bytes_per_parameter: int = 8) -> ModelFootprint:
+    """Probe a model's layers and count its parameters. Raises ValueError when it has no layer that can be streamed."""
+    layers = [
+        layer
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList) and len(module) and all(isinstance(m, StreamableLayer) for m in module)
+        for layer in module
+    ]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no layers that can be streamed: see longtrain.stream.protocol.StreamableLayer")
+    trainable = {id(p): p for p in model.parameters() if p.requires_grad}
+    in_layers = {id(p) for layer in layers for p in layer.parameters()}
+    others = [p for key, p in trainable.items() if key not in in_layers]
+    head = getattr(model, "lm_head", None) if any(isinstance(m, TokenLoss) for m in model.modules()) else None
+    first = next(model.parameters())
+    return ModelFootprint(
+        layers=tuple(map(probe_layer, layers)),
+        parameters=sum(p.nbytes for p in model.parameters()),
+        other_gradients=sum(p.nbytes for p in others),
+        optimizer=optimizer_bytes_per_parameter * sum(p.numel() for p in trainable.values()),
+        vocab_size=head.out_features if head is not None else 0,
+        head_gradients=head.weight.numel() * 4 if head is not None and head.weight.requires_grad else 0,
+        width=head.in_features if head is not None else 0,
+        dtype=first.dtype,
+        device=first.device,
+    )
+
+
+def step_memory(model: ModelFootprint, plan: Plan, tokens: int, batch: int = 1) -> list[Phase]:
+    """Bytes alive at the turning points of a step: the loss, and the backward pass of each segment, where peaks occur.
+
+    At segment j's backward: the inputs of segments 0..j, what layers 0..j store, the gradient that comes in; K/V and their
+    accumulators of its k layers; the graph of one chunk through k layers; gradients of the head and of segments j.. (its own twice:
+    the sums, and one chunk's).
+    """
+    layers, k, n = model.layers, plan.segment_layers, tokens * batch
+    chunk = min(plan.chunk_tokens, tokens) * batch
+    stored = [
+        f.output * batch * len(plan.stored_outputs(i, tokens)) + f.carry * batch * len(plan.stored_kv(i, tokens))
+        for i, f in enumerate(layers)
+    ]
+    fixed = {"parameters": model.parameters, "optimizer": model.optimizer}
+    segments = [range(a, min(a + k, len(layers))) for a in range(0, len(layers), k)]
+    phases = []
+    inputs = sum(layers[s[0]].x * n for s in segments)
+    if model.vocab_size:
+        loss_chunk = plan.loss_chunk_tokens or default_chunk_tokens(model.vocab_size, model.device, model.dtype)
+        logits = footprint_bytes(min(loss_chunk, n), model.vocab_size, model.width, model.dtype, device=model.device.type)
+        items = {"layer inputs": inputs, "stored outputs and K/V": sum(stored), "hidden states and gradient": 2 * layers[-1].x * n}
+        phases.append(Phase("loss", {**fixed, **items, "logits of a chunk": logits, "gradients": model.head_gradients}))
+    for j in reversed(range(len(segments))):
+        own = [layers[i] for i in segments[j]]
+        gradients = sum(layers[i].parameter_gradients for s in segments[j:] for i in s) + model.head_gradients
+        if j == 0:
+            gradients += model.other_gradients - model.head_gradients
+        items = {
+            "layer inputs": sum(layers[s[0]].x * n for s in segments[: j + 1]),
+            "stored outputs and K/V": sum(stored[: segments[j][-1] + 1]),
+            "gradient of the hidden states": own[-1].x * n,
+            "K/V and their gradients": sum(f.carry_bytes() for f in own) * n,
+            "graph of a chunk": sum(f.graph for f in own) * chunk,
+            "gradients": gradients + sum(f.parameter_gradients for f in own),
+        }
+        phases.append(Phase(f"backward of layers {segments[j][0]} to {segments[j][-1]}", {**fixed, **items}))
+    return phases
+
+
+def relative_time(plan: Plan, layers: int, tokens: int) -> float:
+    """Step time in units of one that recomputes no attention in one chunk: orders plans, does not predict seconds.
+
+    Attention A is weighed against the token-local part N as at long sequences, 2 : 1; a stored last fraction b of one document saves
+    1 - (1 - b)^2 of the second attention forward.
+    """
+    attention, local = 2.0, 1.0
+    recomputed = sum((1 - len(plan.stored_outputs(i, tokens)) / tokens) ** 2 for i in range(layers)) / layers
+    work = (3.5 + recomputed) * attention + 4.0 * local
+    return work / (3.5 * attention + 4.0 * local) * (1 + CHUNK_OVERHEAD_TOKENS / min(plan.chunk_tokens, tokens))
+
+
+def peak(phases: Sequence[Phase]) -> Phase:
+    """The phase that decides."""
+    return max(phases, key=lambda phase: phase.total)

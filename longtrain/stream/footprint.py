@@ -1,0 +1,107 @@
+"""What streaming a layer costs in bytes a token, probed on the layer's own tiny example: the planner adds these up.
+
+    x        one boundary between layers, E elements
+    output   what the mixers give for a token, with its LSE: kept for the stored share
+    carry    K/V of a token; adjoint: their accumulators, float32 or wider
+    graph    what autograd saves of a token while its chunk is replayed, with what the backward of a chunk holds at once
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from longtrain.stream.carry import is_causal
+from longtrain.stream.replay import BareLayer, Mix, call_layer
+
+PROBE_TOKENS = (24, 56)
+GRADIENTS_AT_ONCE = 3
+"""Gradients of the widest activation that are alive at one time in a chunk's backward (SwiGLU: of product, gate and up)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerFootprint:
+    """Bytes a token of a batch of one, and the parameters' bytes; all in the dtypes the layer has now."""
+
+    x: int
+    output: int
+    carry: int
+    adjoint: int
+    graph: int
+    parameters: int
+    parameter_gradients: int
+    causal: bool
+
+    def carry_bytes(self) -> int:
+        """Of one token while its layer runs backward."""
+        return self.carry + self.adjoint if self.causal else 2 * (self.carry + 2 * self.output)
+
+
+def probe_layer(layer: nn.Module) -> LayerFootprint:
+    """Run `layer` on two tiny examples and read off the slope of what is saved and passed. `.grad` is not touched."""
+    small, large = (_observe(layer, tokens) for tokens in PROBE_TOKENS)
+    slopes = {key: (large[key] - small[key]) // (PROBE_TOKENS[1] - PROBE_TOKENS[0]) for key in small}
+    trainable = [p for p in layer.parameters() if p.requires_grad]
+    return LayerFootprint(
+        x=slopes["x"],
+        output=slopes["output"],
+        carry=slopes["carry"],
+        adjoint=slopes["adjoint"],
+        graph=slopes["saved"] + GRADIENTS_AT_ONCE * slopes["widest"],
+        parameters=sum(p.nbytes for p in layer.parameters()),
+        parameter_gradients=sum(p.numel() * max(p.element_size(), 4) for p in trainable),
+        causal=all(is_causal(mixer) for mixer in layer.mixers(**layer.example(1)[1])),
+    )
+
+
+def _observe(layer: nn.Module, tokens: int) -> dict[str, int]:
+    device = next(layer.parameters()).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad():
+        x, arguments = layer.example(tokens)
+        seen = {"x": x.nbytes // x.shape[0], "output": 0, "carry": 0, "adjoint": 0, "saved": 0, "widest": 0}
+        parameters = {p.untyped_storage().data_ptr() for p in layer.parameters()}
+        storages: dict[int, int] = {}
+
+        def saved(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in parameters:
+                storages[storage.data_ptr()] = storage.nbytes()
+                seen["widest"] = max(seen["widest"], storage.nbytes())
+            return tensor
+
+        def observed(mixer, *inputs: Tensor) -> Tensor:
+            with torch.no_grad():
+                out = mixer(*inputs)
+            wide = [torch.promote_types(t.dtype, torch.float32).itemsize for t in inputs[1:]]
+            lse = out.shape[:3].numel() * 4 if out.ndim == 4 else 0
+            seen["output"] += out.nbytes + lse
+            seen["carry"] += sum(t.nbytes for t in inputs[1:])
+            seen["adjoint"] += sum(t.numel() * size for t, size in zip(inputs[1:], wide, strict=True))
+            return _Node.apply(out, *inputs)
+
+        # Everything saved stays alive until the graph goes, so that no address is counted for two tensors.
+        with torch.autograd.graph.saved_tensors_hooks(saved, lambda t: t):
+            mix = Mix([partial(observed, mixer) for mixer in layer.mixers(**arguments)])
+            y = call_layer(BareLayer(layer), x.requires_grad_(), arguments, mix, None)
+        seen["saved"] = sum(storages.values())
+        del y
+    return seen
+
+
+class _Node(torch.autograd.Function):
+    """Stands for the mixer in the graph: saves what the streaming node saves (query and output)."""
+
+    @staticmethod
+    def forward(ctx, out: Tensor, *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(out, inputs[0])
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        raise NotImplementedError("a probe is not differentiated")
+
+

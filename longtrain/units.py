@@ -1,0 +1,35 @@
+"""Amounts of memory and time, read and written. A leaf: everything may import it."""
+
+from __future__ import annotations
+
+import math
+
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def parse_bytes(text: str | int, setting: str = "budget") -> int:
+    """`1.5GiB`, `72 GB`, `800MiB`, or a number of bytes. Raises ValueError naming `setting`."""
+    if isinstance(text, int):
+        text = f"{text}B"
+    number = text.strip().rstrip("BKMGTIbkmgti").strip()
+    unit = text.strip()[len(number) :].strip().upper()
+    try:
+        size = float(number) * _UNITS[unit]
+    except (ValueError, KeyError):
+        raise ValueError(f"{setting}: {text!r} is not an amount of memory; write one such as 1.5GiB or 800MiB") from None
+    if not math.isfinite(size) or size < 1:
+        raise ValueError(f"{setting}: {text!r} is no memory at all; write an amount such as 1.5GiB")
+    return int(size)
+
+
+def format_bytes(size: float) -> str:
+    """1.50 GiB, 812 MiB."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+
+
+def format_time(seconds: float) -> str:
+    """4m12s, 3h05m."""
+    whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600}h{whole % 3600 // 60:02}m"
+    return f"{whole // 60}m{whole % 60:02}s"

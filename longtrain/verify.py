@@ -1,0 +1,164 @@
+"""`longtrain verify CONFIG`: is the streamed step of this config's model exact? Float64 against plain autograd, then the training dtype.
+
+Lengths shrink together, so that the check takes seconds and still meets what breaks: at least five chunks, the last one ragged,
+windows shorter than the sequence, three documents, masked labels, every stored range split inside a chunk.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from longtrain.apply import apply
+from longtrain.config import Config, load_config
+from longtrain.nn import LanguageModel, ModelConfig
+from longtrain.plan import Plan
+
+CHUNK = 24
+FLOAT64_BOUND = 1e-12
+"""Relative norm per tensor: 1.1e-16 of rounding times the 10^4 terms, at most, of sums whose order changes."""
+DTYPE_BOUND = 2.0
+"""In the training dtype the streamed gradient may be this many times as far from the float64 one as the plain gradient is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the table."""
+
+    check: str
+    value: str
+    bound: str
+    good: bool
+
+
+def run(config_path: str, overrides: Sequence[str]) -> int:
+    """Print the table and the verdict; 0 when everything holds, 1 otherwise."""
+    config, _ = load_config(config_path, overrides)
+    shape, plan, tokens = shrink(config)
+    print(f"{config_path}: {config.data.seq_len} tokens shrink to {tokens}, chunks to {plan.chunk_tokens}")
+    print(
+        f"model: {shape.num_layers} layers, width {shape.hidden_size}, {shape.num_heads} heads, {shape.num_kv_heads} kv heads of "
+        f"{shape.resolved_head_dim}, windows {shape.window}, vocabulary {shape.vocab_size}\n"
+    )
+    rows = []
+    for row in check(shape, plan, tokens, getattr(torch, config.train.dtype)):
+        rows.append(row)
+        print(f"{'ok  ' if row.good else 'FAIL'}  {row.check:58}  {row.value:>32}  {row.bound}", flush=True)
+    failed = sum(not row.good for row in rows)
+    print(f"\n{'exact' if not failed else f'NOT EXACT: {failed} of {len(rows)} checks failed'}")
+    return 1 if failed else 0
+
+
+def shrink(config: Config) -> tuple[ModelConfig, Plan, int]:
+    """A small model, plan and length in the proportions of the config's."""
+    settings = config.memory.plan_settings() if config.memory.chunk_tokens else {"chunk_tokens": config.data.seq_len}
+    chunks = min(9, max(5, math.ceil(config.data.seq_len / settings["chunk_tokens"])))
+    tokens = (chunks - 1) * CHUNK + 7
+    model = config.model
+    pattern = len(model.window or (None,))
+    layers = min(model.num_layers, max(2 * pattern, settings.get("segment_layers", 1) + 1))
+    ratio = model.num_heads // model.num_kv_heads
+    kv_heads = min(model.num_kv_heads, 2)
+    head_dim = min(model.resolved_head_dim, 32)
+    window = None
+    if model.window is not None:
+        window = tuple(None if w is None or w >= config.data.seq_len else max(1, w * tokens // config.data.seq_len) for w in model.window)
+    for name in ("store_outputs", "store_kv"):
+        if isinstance(settings.get(name), tuple):
+            settings[name] = settings[name][:layers]
+    if settings.get("loss_chunk_tokens"):
+        settings["loss_chunk_tokens"] = CHUNK + 5
+    shape = replace(
+        model,
+        vocab_size=min(model.vocab_size, 211),
+        num_layers=layers,
+        hidden_size=min(model.hidden_size, 64),
+        intermediate_size=min(model.intermediate_size, 96),
+        num_heads=kv_heads * ratio,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        window=window,
+        initializer_range=0.1,
+    )
+    return shape, Plan(**{**settings, "chunk_tokens": CHUNK}), tokens
+
+
+def check(shape: ModelConfig, plan: Plan, tokens: int, dtype: torch.dtype) -> Iterator[Row]:
+    """The rows, one by one."""
+    torch.manual_seed(0)
+    model = LanguageModel(shape).double()
+    ids = torch.randint(shape.vocab_size, (1, tokens))
+    labels = ids.clone()
+    labels[:, : tokens // 5] = -100
+    edges = (0, tokens // 4 + 1, tokens // 4 + 2, tokens)
+    inputs = {"input_ids": ids, "labels": labels, "cu_seqlens": torch.tensor(edges, dtype=torch.int32)}
+    exact = _step(model, inputs)
+    for name, variant in _variants(plan, shape.num_layers):
+        streamed = _streamed_step(model, variant, inputs)
+        error, where = _worst(streamed, exact)
+        yield Row(f"float64 gradients, {name}", f"{error:.1e} ({where})", f"<= {FLOAT64_BOUND:.0e}", error <= FLOAT64_BOUND)
+    with torch.no_grad():
+        plain_loss = model(**inputs).loss
+        report = apply(model, plan)
+        loss_error = float(abs(model(**inputs).loss - plain_loss) / plain_loss)
+        report.undo()
+    yield Row("float64 loss without gradients", f"{loss_error:.1e}", f"<= {FLOAT64_BOUND:.0e}", loss_error <= FLOAT64_BOUND)
+
+    low = copy.deepcopy(model).to(dtype)
+    name = str(dtype).removeprefix("torch.")
+    exact = _step(copy.deepcopy(low).double(), inputs)  # the same rounded weights
+    plain_error = _overall(_step(low, inputs), exact)
+    try:
+        streamed = _streamed_step(low, plan, inputs)
+    except RuntimeError as error:
+        yield Row(f"{name}: replayed q, k, v are the forward's, bit for bit", str(error), "equal", False)
+        return
+    yield Row(f"{name}: replayed q, k, v are the forward's, bit for bit", "equal", "equal", True)
+    error = _overall(streamed, exact)
+    ratio = error / plain_error
+    yield Row(f"{name} gradients against float64", f"{error:.1e}, {ratio:.2f}x plain's", f"<= {DTYPE_BOUND}x", ratio <= DTYPE_BOUND)
+
+
+def _variants(plan: Plan, layers: int) -> Iterator[tuple[str, Plan]]:
+    yield "the config's plan", plan
+    split = replace(plan, store_outputs=0.45, store_kv=0.0)
+    yield "outputs stored from inside a chunk", split
+    yield "outputs and K/V stored from inside chunks", replace(split, store_kv=0.7)
+    if layers > 1:
+        yield "segments of 2 layers", replace(split, store_kv=0.7, segment_layers=2)
+    other = "tensor" if plan.boundaries == "stream" else "stream"
+    yield f"boundaries: {other}", replace(plan, boundaries=other)
+    yield "nothing stored", replace(plan, store_outputs=0.0, store_kv=0.0)
+
+
+def _step(model: LanguageModel, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    torch.manual_seed(1)  # the same dropout
+    model.zero_grad()
+    loss = model(**inputs).loss
+    loss.backward()
+    return {"loss": loss.detach(), **{name: p.grad.clone() for name, p in model.named_parameters()}}
+
+
+def _streamed_step(model: LanguageModel, plan: Plan, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    report = apply(model, plan)
+    report.check_replay()
+    try:
+        return _step(model, inputs)
+    finally:
+        report.undo()
+
+
+def _worst(a: dict[str, Tensor], b: dict[str, Tensor]) -> tuple[float, str]:
+    """The largest relative error of a tensor, and which."""
+    return max((float((a[name] - b[name]).norm() / b[name].norm()), name.removeprefix("model.")) for name in b)
+
+
+def _overall(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """Relative error over all tensors together."""
+    difference = torch.stack([(a[n].double() - b[n].double()).norm() for n in b]).norm()
+    return float(difference / torch.stack([b[n].double().norm() for n in b]).norm())
