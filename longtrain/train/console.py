@@ -70,6 +70,7 @@ class StepBar:
         self.shown = out.isatty()
         self.spans_a_sequence: dict[int, int] = {}
         self.drawn_at = 0.0
+        self.begin("", 0, 1)
 
     def begin(self, label: str, seq_len: int, sequences: int) -> None:
         self.label, self.seq_len, self.sequences = label, seq_len, sequences

@@ -1,0 +1,63 @@
+"""A run small enough for a test: a tiny model on a few documents."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+CONFIG = """\
+model:
+  vocab_size: 256
+  num_layers: 2
+  hidden_size: 16
+  intermediate_size: 32
+  num_heads: 2
+  num_kv_heads: 1
+  window: [16, null]
+data:
+  source: text
+  files: [TEXTS]
+  seq_len: 64
+  validation_fraction: 0.2
+train:
+  steps: 4
+  lr: 1e-2
+  device: cpu
+  validate_every: 2
+output:
+  dir: OUT
+"""
+
+
+@pytest.fixture
+def texts(tmp_path) -> Path:
+    """Twelve documents of a few hundred bytes."""
+    directory = tmp_path / "texts"
+    directory.mkdir()
+    chance = random.Random(0)
+    for index in range(12):
+        words = [chance.choice(["span", "chunk", "carry", "tier", "plan"]) for _ in range(chance.randrange(20, 80))]
+        (directory / f"{index:02}.txt").write_text(" ".join(words))
+    return directory
+
+
+@pytest.fixture
+def out(tmp_path) -> Path:
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def config_file(tmp_path, texts, out) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(CONFIG.replace("TEXTS", str(texts)).replace("OUT", str(out)))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny models only lose time to threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,123 @@
+"""The parts of the loop on their own: which sequences, which normaliser, which bar."""
+
+import io
+
+import pytest
+import torch
+
+from longtrain.config import load_config
+from longtrain.data.sources import read_text
+from longtrain.nn import LanguageModel, count_targets
+from longtrain.train import loop
+from longtrain.train.console import StepBar, format_bytes, format_time
+from longtrain.train.optimizer import Optimizer
+from longtrain.train.peak_memory import read_peak, reset_peak
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_accumulation_is_the_mean_over_all_targets_of_the_update(config_file):
+    """Sequences with unequal numbers of targets: the gradient is that of one call on all of them laid end to end."""
+    config, _ = load_config(config_file, ["data.packing=one_document", "data.seq_len=48"])
+    packed = loop.pack(read_text(config.data.files), 48, config.data)
+    batches = [packed.read_row(row) for row in range(12)]
+    assert len({count_targets(b.labels_BT, b.cu_seqlens) for b in batches}) > 1
+    torch.manual_seed(0)
+    model = LanguageModel(config.model)
+    optimizer = Optimizer(model, config.train)
+    loss, targets = loop.accumulate(model, optimizer, batches, 1, torch.device("cpu"), StepBar(io.StringIO()))
+    accumulated = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    edges = [torch.zeros(1, dtype=torch.int32)] + [b.cu_seqlens[1:] + 48 * i for i, b in enumerate(batches)]
+    whole = model(
+        torch.cat([b.input_ids_BT for b in batches], 1),
+        labels=torch.cat([b.labels_BT for b in batches], 1),
+        cu_seqlens=torch.cat(edges).to(torch.int32),
+    ).loss
+    whole.backward()
+    assert loss == pytest.approx(whole.item(), rel=1e-5)
+    assert targets == sum(count_targets(b.labels_BT, b.cu_seqlens) for b in batches)
+    for ours, parameter in zip(accumulated, model.parameters(), strict=True):
+        torch.testing.assert_close(ours, parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_validation_is_the_mean_over_targets_whatever_the_rows(config_file):
+    config, _ = load_config(config_file, ["data.packing=one_document", "model.attention_dropout=0.5"])
+    packed = loop.pack(read_text(config.data.files), 64, config.data)
+    model, bar, cpu = LanguageModel(config.model), StepBar(io.StringIO()), torch.device("cpu")
+    whole, count = loop.validate(model, packed, range(len(packed)), cpu, bar)
+    parts = [loop.validate(model, packed, [row], cpu, bar) for row in range(len(packed))]
+    assert count == sum(n for _, n in parts)
+    assert whole == pytest.approx(sum(loss * n for loss, n in parts) / count, rel=1e-6)
+
+
+def test_updates_read_each_sequence_once_before_any_twice(config_file):
+    config, _ = load_config(config_file, ["train.steps=50", "train.tokens_per_update=128"])
+    packed = {64: loop.pack(read_text(config.data.files), 64, config.data)}
+    read = [b.documents for step in range(50) for b in loop.update_batches(config, packed, step)]
+    rows = len(packed[64])
+    assert len(set(read[:rows])) == rows and sorted(read[:rows]) == sorted(read[rows : 2 * rows])
+
+
+def test_remaining_tokens_follow_the_length_schedule(config_file):
+    schedule = "train.length_schedule=[{from_step: 0, seq_len: 16}, {from_step: 3, seq_len: 64}]"
+    config, _ = load_config(config_file, ["train.steps=5", schedule])
+    assert [loop.remaining_tokens(config, step) for step in range(6)] == [176, 160, 144, 128, 64, 0]
+
+
+def test_validation_tokens_are_whole_sequences_and_the_same_each_time(config_file):
+    config, _ = load_config(config_file)
+    packed = loop.pack(read_text(config.data.files), 64, config.data)
+    assert len(loop.validation_rows(packed, 65)) == 2
+    assert loop.validation_rows(packed, 130) == loop.validation_rows(packed, None)[:3]
+    assert sorted(loop.validation_rows(packed, None)) == list(range(len(packed)))
+
+
+def test_the_bar_reaches_its_end_and_is_absent_without_a_terminal(monkeypatch):
+    monkeypatch.setattr("longtrain.train.console.REDRAW_SECONDS", 0.0)
+    for out, drawn in ((Terminal(), True), (io.StringIO(), False)):
+        bar = StepBar(out)
+        for _ in range(2):
+            bar.begin("step 1/2", 64, 2)
+            for _ in range(2):
+                for done in range(1, 5):
+                    bar.span_done("backward", done, 4)
+                bar.sequence_done()
+        bar.clear()
+        assert bool(out.getvalue()) == drawn
+        if drawn:
+            assert " 25%  sequence 1/2  backward 2/4" in out.getvalue()
+            assert f"[{'#' * 30}] 100%" in out.getvalue() and out.getvalue().endswith("\r\x1b[K")
+
+
+def test_the_bar_follows_the_engine(config_file, monkeypatch, capsys):
+    """Spans that the streaming engine reports reach the bar of a run on a terminal."""
+    monkeypatch.setattr("longtrain.train.console.REDRAW_SECONDS", 0.0)
+    monkeypatch.setattr("sys.stdout", terminal := Terminal())
+    loop.run(*load_config(config_file, ["memory.chunk_tokens=16", "train.steps=2"]))
+    assert "4/4" in terminal.getvalue() and "step 2/2 [" in terminal.getvalue()
+
+
+def test_the_peak_is_that_of_the_step():
+    cpu = torch.device("cpu")
+    if not reset_peak(cpu):
+        pytest.skip("this system does not reset the peak")
+    before = read_peak(cpu)
+    block = torch.ones(64 * 2**20 // 4)
+    assert read_peak(cpu) - before > 60 * 2**20
+    del block
+    reset_peak(cpu)
+    assert read_peak(cpu) - before < 30 * 2**20
+
+
+@pytest.mark.parametrize("size, text", [(812 * 2**20, "812 MiB"), (3 * 2**29, "1.50 GiB")])
+def test_memory_is_printed_in_its_unit(size, text):
+    assert format_bytes(size) == text
+
+
+@pytest.mark.parametrize("seconds, text", [(0, "0m00s"), (252.4, "4m12s"), (11100, "3h05m")])
+def test_time_is_printed_in_its_unit(seconds, text):
+    assert format_time(seconds) == text

@@ -1,0 +1,98 @@
+"""The optimizer against AdamW in float32, in both dtypes; and the learning rate."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from longtrain.config.schema import TrainConfig
+from longtrain.train.optimizer import Optimizer
+from longtrain.train.schedule import learning_rate
+
+
+def build(**settings):
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(8, 16), nn.RMSNorm(16), nn.Linear(16, 4))
+    return model, Optimizer(model, TrainConfig(steps=10, **settings))
+
+
+def backward(model, optimizer, inputs):
+    for x in inputs:
+        model(x.to(next(model.parameters()).dtype)).float().pow(2).sum().backward()
+        optimizer.collect()
+
+
+@pytest.mark.parametrize("clip", [None, 0.1, 1e6])
+def test_float32_is_torch_adamw_with_clipping_and_no_decay_on_vectors(clip):
+    model, optimizer = build(grad_clip=clip, lr=1e-2, weight_decay=0.5)
+    reference, _ = build()
+    groups = [
+        {"params": [p for p in reference.parameters() if p.ndim > 1], "weight_decay": 0.5},
+        {"params": [p for p in reference.parameters() if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    adamw = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95))
+    for _ in range(3):
+        inputs = [torch.randn(5, 8), torch.randn(2, 8)]
+        backward(model, optimizer, inputs)
+        norm = optimizer.grad_norm()
+        optimizer.update(1e-2, norm)
+        for x in inputs:
+            reference(x).pow(2).sum().backward()
+        expected = torch.nn.utils.clip_grad_norm_(reference.parameters(), math.inf if clip is None else clip)
+        adamw.step()
+        adamw.zero_grad()
+        torch.testing.assert_close(norm, expected)
+    for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+        assert ours.grad is None
+
+
+@pytest.mark.parametrize("wide_gradients", [True, False])
+def test_bfloat16_keeps_updates_too_small_for_its_own_weights(wide_gradients):
+    model, optimizer = build(dtype="bfloat16", lr=1e-5, weight_decay=0.0)
+    if wide_gradients and not optimizer.wide_gradients:
+        pytest.skip("this torch has no grad_dtype")
+    if not wide_gradients and optimizer.wide_gradients:
+        for parameter in optimizer.parameters:
+            parameter.grad_dtype = torch.bfloat16
+        optimizer.wide_gradients = False
+    before = [p.detach().clone() for p in optimizer.masters]
+    assert all(p.dtype == torch.bfloat16 for p in model.parameters())
+    for _ in range(4):
+        backward(model, optimizer, [torch.ones(1, 8)])
+        optimizer.update(1e-5, optimizer.grad_norm())
+    for parameter, master, start in zip(model.parameters(), optimizer.masters, before, strict=True):
+        assert master.dtype == torch.float32
+        torch.testing.assert_close((master - start).abs(), torch.full_like(start, 4e-5), rtol=0.05, atol=0)
+        assert torch.equal(parameter, master.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("wide_gradients", [True, False])
+def test_bfloat16_gradients_are_summed_in_float32(wide_gradients):
+    """257 backward passes of gradient 1: bfloat16 would stop at 256."""
+    parameter = nn.Linear(1, 1, bias=False)
+    optimizer = Optimizer(parameter, TrainConfig(steps=1, dtype="bfloat16"))
+    if wide_gradients and not optimizer.wide_gradients:
+        pytest.skip("this torch has no grad_dtype")
+    if not wide_gradients and optimizer.wide_gradients:
+        parameter.weight.grad_dtype = torch.bfloat16
+        optimizer.wide_gradients = False
+    for _ in range(257):
+        parameter(torch.ones(1, 1, dtype=torch.bfloat16)).sum().backward()
+        optimizer.collect()
+    assert float(optimizer.grad_norm()) == 257.0
+
+
+def test_the_learning_rate_rises_linearly_and_falls_along_half_a_cosine():
+    config = TrainConfig(steps=101, lr=1.0, warmup_steps=4, min_lr_ratio=0.2)
+    rates = [learning_rate(config, step) for step in range(101)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert rates[52] == pytest.approx(0.6) and rates[100] == pytest.approx(0.2)
+    assert all(a > b for a, b in zip(rates[4:], rates[5:], strict=False))
+    assert rates[28] == pytest.approx(0.2 + 0.8 * (1 + math.cos(math.pi / 4)) / 2)
+
+
+def test_a_constant_schedule_stays_and_a_run_of_one_step_has_a_rate():
+    assert learning_rate(TrainConfig(steps=9, lr=0.5, schedule="constant"), 8) == 0.5
+    assert learning_rate(TrainConfig(steps=1, lr=0.5), 0) == 0.5
