@@ -44,6 +44,7 @@ class LayerFootprint:
 def probe_layer(layer: nn.Module) -> LayerFootprint:
     """Run `layer` on two tiny examples and read off the slope of what is saved and passed. `.grad` is not touched."""
     small, large = (_observe(layer, tokens) for tokens in PROBE_TOKENS)
+    causal = small.pop("causal") and large.pop("causal")
     slopes = {key: (large[key] - small[key]) // (PROBE_TOKENS[1] - PROBE_TOKENS[0]) for key in small}
     trainable = [p for p in layer.parameters() if p.requires_grad]
     return LayerFootprint(
@@ -54,7 +55,7 @@ def probe_layer(layer: nn.Module) -> LayerFootprint:
         graph=slopes["saved"] + GRADIENTS_AT_ONCE * slopes["widest"],
         parameters=sum(p.nbytes for p in layer.parameters()),
         parameter_gradients=sum(p.numel() * max(p.element_size(), 4) for p in trainable),
-        causal=all(is_causal(mixer) for mixer in layer.mixers(**layer.example(1)[1])),
+        causal=causal,
     )
 
 
@@ -85,11 +86,11 @@ def _observe(layer: nn.Module, tokens: int) -> dict[str, int]:
 
         # Everything saved stays alive until the graph goes, so that no address is counted for two tensors.
         with torch.autograd.graph.saved_tensors_hooks(saved, lambda t: t):
-            mix = Mix([partial(observed, mixer) for mixer in layer.mixers(**arguments)])
+            mixers = layer.mixers(**arguments)
+            mix = Mix([partial(observed, mixer) for mixer in mixers])
             y = call_layer(BareLayer(layer), x.requires_grad_(), arguments, mix, None)
-        seen["saved"] = sum(storages.values())
         del y
-    return seen
+    return {**seen, "saved": sum(storages.values()), "causal": all(map(is_causal, mixers))}
 
 
 class _Node(torch.autograd.Function):

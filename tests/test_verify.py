@@ -1,0 +1,48 @@
+"""`longtrain verify` passes on what is right, and fails on what is wrong."""
+
+from __future__ import annotations
+
+import pytest
+
+from longtrain import verify
+from longtrain.nn import ModelConfig
+from longtrain.ops.mixers import AttentionMixer
+from longtrain.plan import Plan
+from longtrain.stream import carry
+
+SHAPE = dict(vocab_size=50, num_layers=2, hidden_size=24, intermediate_size=32, num_heads=4, num_kv_heads=2, initializer_range=0.1)
+
+
+def rows(**changes):
+    import torch
+
+    return list(verify.check(ModelConfig(**{**SHAPE, **changes}), Plan(chunk_tokens=verify.CHUNK), 127, torch.bfloat16))
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(window=(9, None)), dict(attention_dropout=0.2), dict(tie_embeddings=True)])
+def test_exact_streaming_passes_every_row(changes):
+    assert all(row.good for row in rows(**changes)), rows(**changes)
+
+
+class SwappedGradients(carry.KVCarry):
+    def take_grad(self, span):
+        return super().take_grad(span)[::-1]
+
+
+class ForgetsThePast(carry.KVCarry):
+    """Keys older than one chunk get no gradient."""
+
+    def take_grad(self, span):
+        dk, dv = super().take_grad(span)
+        return dk * (span.start > 0), dv
+
+
+class RoundsTheCarry(carry.KVCarry):
+    def append(self, span, k, v):
+        super().append(span, k * (1 + 1e-9), v)
+
+
+@pytest.mark.parametrize("wrong", [SwappedGradients, ForgetsThePast, RoundsTheCarry])
+def test_planted_faults_are_found(wrong, monkeypatch):
+    monkeypatch.setitem(carry.CARRIES, AttentionMixer, wrong)
+    assert not all(row.good for row in rows())
