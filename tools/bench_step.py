@@ -84,7 +84,7 @@ def measure(task: Task, a: argparse.Namespace) -> list[dict] | None:
         for repeat in range(a.repeats):
             for method, process in timed.items():
                 say(f"T={task.tokens:,} {method}: time {repeat + 1} of {a.repeats}")
-                rows[method]["times"].append(process.ask("time")["seconds"])
+                rows[method]["times"].append(process.ask("time")[a.clock])
     say("")
     for method, row in rows.items():
         row["loss"] = outcomes[method]["loss"]
@@ -176,6 +176,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--against", nargs="*", default=["checkpoint", "checkpoint+chunked", "selective+chunked"],
                         help="methods the ratios are taken to")
     parser.add_argument("--repeats", type=int, default=3, help="timed rounds; 0 measures memory only")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: processor seconds of the process, for a machine that does "
+                        "other work too; with OMP_NUM_THREADS=1, since waiting threads would count")
     parser.add_argument("--time-only", action="store_true", help="skip the memory processes")
     parser.add_argument("--warmup-tokens", type=int, help="length of the warm-up step of the timed processes; T by default, less makes long "
                         "lengths cheaper (never where it gives the gradients that are compared)")

@@ -258,7 +258,7 @@ def step_rows(sizes: Sizes) -> Iterator[Row]:
             with StepProcess(task, method, {}, Path(scratch) / f"{index}.pt") as process:
                 outcomes[method] = process.ask("warm-up with gradients")
                 peak = process.ask("memory")["peak"]
-                times = sorted(process.ask("time")["seconds"] for _ in range(3))
+                times = sorted(process.ask("time")["wall"] for _ in range(3))
             found[method] = peak, times[1]
             if index:
                 wrong = disagreements({m: outcomes[m] for m in (methods[0], method)}, "bfloat16")
