@@ -30,12 +30,15 @@ static inline __attribute__((always_inline)) void micro(const T* a, const T* b, 
   V acc[kRows][NV];
   for (int m = 0; m < kRows; ++m)
     for (int n = 0; n < NV; ++n) acc[m][n] = accumulate ? load<V>(c + m * LDC + n * W) : V{};
-  for (int k = k0; k < k1; ++k) {
-    V bk[NV];
-    for (int n = 0; n < NV; ++n) bk[n] = load<V>(b + int64_t(k) * LDB + n * W);
+  // One moving pointer for A and one for B: the rows are constant offsets, with no index arithmetic between products.
+  const T* ak = ACol ? a + int64_t(k0) * LDA : a + k0;
+  const T* bk = b + int64_t(k0) * LDB;
+  for (int k = k0; k < k1; ++k, ak += ACol ? LDA : 1, bk += LDB) {
+    V bn[NV];
+    for (int n = 0; n < NV; ++n) bn[n] = load<V>(bk + n * W);
     for (int m = 0; m < kRows; ++m) {
-      const T am = ACol ? a[int64_t(k) * LDA + m] : a[m * LDA + k];
-      for (int n = 0; n < NV; ++n) acc[m][n] += am * bk[n];
+      const T am = ak[ACol ? m : m * LDA];
+      for (int n = 0; n < NV; ++n) acc[m][n] += am * bn[n];
     }
   }
   for (int m = 0; m < kRows; ++m)
