@@ -15,7 +15,7 @@ from .chunked import ChunkLoss, chunk_loss_and_grad, default_chunk_tokens, footp
 __all__ = ["ChunkLoss", "LossOptions", "check_targets", "chunk_loss_and_grad", "default_chunk_tokens", "explain", "footprint_bytes",
            "linear_cross_entropy", "loss_scale", "workspace"]
 
-# In order of preference of backend="auto". Ours is first on measurement, not on principle: see the module docstring of chunked.py.
+# In order of preference of backend="auto". Ours is first on measurement: see chunked.py.
 BACKENDS = {"chunked": chunked, "torch": torch_core, "reference": reference}
 
 

@@ -9,6 +9,9 @@ With p = softmax(z), t the target, eps = label_smoothing, w the token's weight t
     dl/dz = w ((1 + 2 z_loss lse) p - (1 - eps) onehot(t) - eps / V)        dl/ds = dl/dz (1 - (z / softcap)^2)
     dx = dl/ds W            dW = (dl/ds)^T x            db = sum over tokens of dl/ds
 
+Measured (python benchmarks/linear_cross_entropy.py: N 8192, E 256, V 8192, float32, two cores): 758 ms and 25 MB; torch's own chunked
+op 781 ms and 33 MB; all logits 1702 ms and 1342 MB. Hence the order of backend="auto".
+
 A chunk's logits are one buffer: logits, softmax and gradient in turn (softcap needs a second one). Axes: C tokens of a chunk.
 """
 
