@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    # Imported here so that `longtrain --help` does not wait for torch.
     from longtrain.config import ConfigError
     from longtrain.data.sources import DataError
     from longtrain.train.output import RunError

@@ -12,7 +12,7 @@ from longtrain import cli
     "module, function, arguments, received",
     [
         ("verify", "run", ["verify", "a.yaml", "train.seed=1"], ("a.yaml", ["train.seed=1"])),
-        ("planner", "command", ["plan", "a.yaml"], ("a.yaml", [])),
+        ("planner.command", "run", ["plan", "a.yaml"], ("a.yaml", [])),
         ("doctor", "run", ["doctor"], ()),
     ],
 )

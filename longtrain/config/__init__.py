@@ -1,6 +1,6 @@
 """Configuration of a run: strict YAML in, frozen dataclasses out."""
 
 from longtrain.config.load import ConfigError, Locations, dump_config, load_config
-from longtrain.config.schema import Config, parse_bytes
+from longtrain.config.schema import Config
 
-__all__ = ["Config", "ConfigError", "Locations", "dump_config", "load_config", "parse_bytes"]
+__all__ = ["Config", "ConfigError", "Locations", "dump_config", "load_config"]

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import ast
 import inspect
-import math
 import textwrap
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from typing import Literal
 
 from longtrain.nn import ModelConfig
+from longtrain.units import parse_bytes
 
 Fraction = float | tuple[float, ...]
 
@@ -121,6 +121,9 @@ class LengthStage:
     seq_len: int
     """Tokens in one sequence during this stage."""
 
+    tokens_per_update: int | None = None
+    """Tokens accumulated into one update during this stage, a multiple of its `seq_len`; `train.tokens_per_update` when not given."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
@@ -130,8 +133,8 @@ class TrainConfig:
     """Updates of the parameters."""
 
     length_schedule: tuple[LengthStage, ...] = ()
-    """Lets a run begin with short sequences: a list of {from_step, seq_len}, the first from step 0, the last of `data.seq_len`.
-    Empty: `data.seq_len` throughout. Example: [{from_step: 0, seq_len: 4096}, {from_step: 200, seq_len: 16384}]."""
+    """Lets a run begin with short sequences: a list of {from_step, seq_len} and, where it differs, tokens_per_update; the first from
+    step 0, the last of `data.seq_len`. Empty: `data.seq_len` throughout. Example: [{from_step: 0, seq_len: 4096}, {from_step: 200, seq_len: 16384}]."""
 
     tokens_per_update: int | None = None
     """Tokens whose gradients are accumulated, one sequence at a time, into one update: a multiple of every sequence length. The
@@ -205,6 +208,8 @@ class TrainConfig:
         starts = [stage.from_step for stage in self.length_schedule]
         for index, stage in enumerate(self.length_schedule):
             _at_least(f"train.length_schedule[{index}].seq_len", stage.seq_len, 2)
+            if stage.tokens_per_update is not None:
+                _at_least(f"train.length_schedule[{index}].tokens_per_update", stage.tokens_per_update, 1)
         if starts and starts[0] != 0:
             raise ValueError(f"train.length_schedule[0].from_step: must be 0, found {starts[0]}; say what the run begins with")
         for index, (before, start) in enumerate(pairwise(starts), start=1):
@@ -277,32 +282,19 @@ class Config:
                 f"train.length_schedule[{len(schedule) - 1}].seq_len: the last stage has {schedule[-1].seq_len} tokens, "
                 f"data.seq_len says {self.data.seq_len}; make them equal"
             )
-        update = self.train.tokens_per_update
-        for seq_len in {stage.seq_len: None for stage in self.stages()} if update else ():
-            if update % seq_len:
+        for index, stage in enumerate(self.stages()):
+            if stage.tokens_per_update % stage.seq_len:
+                own = schedule and schedule[index].tokens_per_update is not None
                 raise ValueError(
-                    f"train.tokens_per_update: {update} is not a multiple of the sequence length {seq_len}; "
-                    f"give {max(1, round(update / seq_len)) * seq_len}, or change the length"
+                    f"train.{f'length_schedule[{index}].' if own else ''}tokens_per_update: {stage.tokens_per_update} is not a multiple "
+                    f"of the sequence length {stage.seq_len}; give {max(1, round(stage.tokens_per_update / stage.seq_len)) * stage.seq_len}, "
+                    "or change the length"
                 )
 
     def stages(self) -> tuple[LengthStage, ...]:
-        """The length schedule, with the one stage that an empty one stands for."""
-        return self.train.length_schedule or (LengthStage(from_step=0, seq_len=self.data.seq_len),)
-
-
-def parse_bytes(text: str, setting: str) -> int:
-    """`1.5GiB`, `72 GB`, `800MiB` as bytes. Raises ValueError naming `setting`."""
-    units = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-    units |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-    number = text.strip().rstrip("BKMGTIbkmgti").strip()
-    unit = text.strip()[len(number) :].strip().upper()
-    try:
-        size = float(number) * units[unit]
-    except (ValueError, KeyError):
-        raise ValueError(f"{setting}: {text!r} is not an amount of memory; write one such as 1.5GiB or 800MiB") from None
-    if not math.isfinite(size) or size < 1:
-        raise ValueError(f"{setting}: {text!r} is no memory at all; write an amount such as 1.5GiB")
-    return int(size)
+        """The length schedule with everything filled in: the one stage that an empty one stands for, the tokens of an update."""
+        written = self.train.length_schedule or (LengthStage(from_step=0, seq_len=self.data.seq_len),)
+        return tuple(replace(s, tokens_per_update=s.tokens_per_update or self.train.tokens_per_update or s.seq_len) for s in written)
 
 
 def field_docs(section: type) -> dict[str, str]:

@@ -7,22 +7,10 @@ import time
 from typing import TextIO
 
 from longtrain.data.baselines import Baselines
+from longtrain.units import format_bytes, format_time
 
 BAR_WIDTH = 30
 REDRAW_SECONDS = 0.1
-
-
-def format_bytes(size: float) -> str:
-    """1.50 GiB, 812 MiB."""
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
-
-
-def format_time(seconds: float) -> str:
-    """4m12s, 3h05m."""
-    whole = round(seconds)
-    if whole >= 3600:
-        return f"{whole // 3600}h{whole % 3600 // 60:02}m"
-    return f"{whole // 60}m{whole % 60:02}s"
 
 
 def step_line(

@@ -16,19 +16,20 @@ from pathlib import Path
 import torch
 
 import longtrain as lt
-from longtrain.config import Config, Locations, dump_config, parse_bytes
+from longtrain.config import Config, Locations, dump_config
 from longtrain.config.schema import DataConfig
 from longtrain.data.baselines import compute_baselines
 from longtrain.data.packing import Batch, PackedDocuments, check_ids
 from longtrain.data.sources import VOCABULARY, Document, check_vocabulary, read_stdlib, read_text, split_documents
 from longtrain.nn import LanguageModel, count_targets
 from longtrain.train import output
-from longtrain.train.console import StepBar, format_bytes, format_time, step_line, verdict
+from longtrain.train.console import StepBar, step_line, verdict
 from longtrain.train.optimizer import Optimizer
 from longtrain.train.output import Metrics, RunError, said_plainly, write_whole
 from longtrain.train.peak_memory import read_peak, reset_peak
 from longtrain.train.plot import plot_run
 from longtrain.train.schedule import learning_rate
+from longtrain.units import format_bytes, format_time, parse_bytes
 
 
 def run(config: Config, where: Locations) -> None:
@@ -177,23 +178,16 @@ def update_batches(config: Config, packed: dict[int, PackedDocuments], step: int
     """The sequences of update `step` (from 0): a function of the configuration and the step alone."""
     stages = config.stages()
     stage = stages[bisect_right([s.from_step for s in stages], step) - 1]
-    sequences = sequences_per_update(config, stage.seq_len)
+    sequences = stage.tokens_per_update // stage.seq_len
     first = (step - stage.from_step) * sequences
     return [packed[stage.seq_len].batch(first + i) for i in range(sequences)]
-
-
-def sequences_per_update(config: Config, seq_len: int) -> int:
-    return (config.train.tokens_per_update or seq_len) // seq_len
 
 
 def remaining_tokens(config: Config, step: int) -> int:
     """Tokens of the updates from `step` on."""
     stages = config.stages()
     ends = [s.from_step for s in stages[1:]] + [config.train.steps]
-    return sum(
-        max(0, end - max(step, stage.from_step)) * sequences_per_update(config, stage.seq_len) * stage.seq_len
-        for stage, end in zip(stages, ends, strict=True)
-    )
+    return sum(max(0, end - max(step, s.from_step)) * s.tokens_per_update for s, end in zip(stages, ends, strict=True))
 
 
 def accumulate(

@@ -5,8 +5,9 @@ from typing import get_type_hints
 
 import pytest
 
-from longtrain.config import Config, dump_config, load_config, parse_bytes
+from longtrain.config import Config, dump_config, load_config
 from longtrain.config.schema import LengthStage, field_docs
+from longtrain.units import parse_bytes
 
 MINIMAL = """\
 model: {vocab_size: 256, num_layers: 2, hidden_size: 32, intermediate_size: 64, num_heads: 4, num_kv_heads: 2}

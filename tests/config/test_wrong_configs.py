@@ -80,6 +80,13 @@ WRONG = {
         "in order",
     ),
     "ragged accumulation": ("  lr: 1e-3", "  tokens_per_update: 100", 16, "train.tokens_per_update", "give 128"),
+    "ragged accumulation of a stage": (
+        "  lr: 1e-3",
+        "  length_schedule:\n    - {from_step: 0, seq_len: 64, tokens_per_update: 65}",
+        17,
+        "train.length_schedule[0].tokens_per_update",
+        "give 64",
+    ),
     "Python tag": ("  dir: OUT", "  dir: !!python/name:os.system x", 19, "output.dir", "plain value"),
     "not YAML": ("  lr: 1e-3", "  lr: [1e-3", 17, "config", "correct the syntax"),
     "tab": ("  lr: 1e-3", "\tlr: 1e-3", 16, "config", "correct the syntax"),

@@ -9,9 +9,10 @@ from longtrain.config import load_config
 from longtrain.data.sources import read_text
 from longtrain.nn import LanguageModel, count_targets
 from longtrain.train import loop
-from longtrain.train.console import StepBar, format_bytes, format_time
+from longtrain.train.console import StepBar
 from longtrain.train.optimizer import Optimizer
 from longtrain.train.peak_memory import read_peak, reset_peak
+from longtrain.units import format_bytes, format_time
 
 
 class Terminal(io.StringIO):
@@ -66,6 +67,8 @@ def test_remaining_tokens_follow_the_length_schedule(config_file):
     schedule = "train.length_schedule=[{from_step: 0, seq_len: 16}, {from_step: 3, seq_len: 64}]"
     config, _ = load_config(config_file, ["train.steps=5", schedule])
     assert [loop.remaining_tokens(config, step) for step in range(6)] == [176, 160, 144, 128, 64, 0]
+    config, _ = load_config(config_file, ["train.steps=5", schedule.replace("16}", "16, tokens_per_update: 32}")])
+    assert [loop.remaining_tokens(config, step) for step in range(6)] == [224, 192, 160, 128, 64, 0]
 
 
 def test_validation_tokens_are_whole_sequences_and_the_same_each_time(config_file):
