@@ -43,7 +43,9 @@ def test_a_run_writes_weights_metrics_plot_and_the_config_that_repeats_it(config
         assert part in printed
 
 
-@pytest.mark.parametrize("overrides", [(), ("memory.chunk_tokens=24",), ("train.dtype=bfloat16", "model.attention_dropout=0.1")])
+@pytest.mark.parametrize(
+    "overrides", [(), ("memory.chunk_tokens=24",), ("train.dtype=bfloat16", "model.attention_dropout=0.1", "memory.chunk_tokens=24")]
+)
 def test_the_same_seed_gives_the_same_losses_bit_for_bit(overrides, config_file, tmp_path, capsys):
     for name in ("a", "b"):
         assert train(config_file, f"output.dir={tmp_path / name}", *overrides) == 0
@@ -56,6 +58,21 @@ def test_streamed_and_plain_runs_have_the_same_losses_up_to_rounding(config_file
     assert train(config_file, f"output.dir={tmp_path / 'streamed'}", "train.tokens_per_update=128", "memory.chunk_tokens=24") == 0
     for (*_, plain), (*_, streamed) in zip(losses(tmp_path / "plain"), losses(tmp_path / "streamed"), strict=True):
         assert streamed == pytest.approx(plain, rel=1e-4)
+
+
+def test_a_budget_chooses_the_plan_and_stands_beside_the_peak(config_file, out, capsys):
+    assert train(config_file, "memory.budget=8GiB", "train.steps=1") == 0
+    printed = capsys.readouterr().out
+    assert "predicted peak " in printed and " of 8.00 GiB" in printed
+    run = read_metrics(out / "metrics.jsonl")[0]
+    assert run["budget_bytes"] == 8 * 2**30 and run["plan"]["chunk_tokens"] <= 64
+
+
+def test_a_budget_that_nothing_fits_is_the_config_s_error(config_file, out, capsys):
+    assert train(config_file, "memory.budget=1MiB") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("command line: memory.budget: no plan ") and "; set the budget to " in error and error.count("\n") == 1
+    assert not out.exists()
 
 
 def test_the_length_schedule_changes_the_sequences(config_file, out, capsys):
