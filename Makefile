@@ -12,6 +12,8 @@ PYTHON ?= python3
 VENV ?= .venv
 CONFIG ?= configs/quickstart.yaml
 PYTEST_ARGS ?=
+# OpenMP threads that wait asleep: on a machine that does other work too, spinning ones cost several times the run.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed

@@ -19,7 +19,7 @@ def rows(**changes):
     return list(verify.check(ModelConfig(**{**SHAPE, **changes}), Plan(chunk_tokens=verify.CHUNK), 127, torch.bfloat16))
 
 
-@pytest.mark.parametrize("changes", [dict(), dict(window=(9, None)), dict(attention_dropout=0.2), dict(tie_embeddings=True)])
+@pytest.mark.parametrize("changes", [dict(), dict(window=(9, None)), dict(window=(1,)), dict(attention_dropout=0.2), dict(tie_embeddings=True)])
 def test_exact_streaming_passes_every_row(changes):
     assert all(row.good for row in rows(**changes)), rows(**changes)
 
