@@ -11,12 +11,14 @@ chunks on its own `example`, with gradients, the two must agree.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from longtrain.nn.loss import TokenLoss
 from longtrain.offload import DeviceStore
@@ -27,6 +29,8 @@ from longtrain.stream.segment import Chain, Progress, Segment
 
 PROOF_TOKENS = 13
 PROOF_CHUNK = 5
+PROOF_BOUND = 1e-5
+"""Relative norm in float64. Layers that upcast to float32 inside stop at 1e-7; one that leaks between tokens is off by far more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,39 +83,52 @@ class Report:
 def apply(model: nn.Module, plan: Plan) -> Report:
     """Stream `model`'s layers and head by `plan`, in place.
 
-    Returns a printable report. Raises ValueError when no layer can be streamed, when a layer fails its proof (unless
-    ``plan.layer_fallback == "unstreamed"``), and when the model was applied already.
+    Returns a printable report. Raises ValueError, with the model left as it was, when no layer can be streamed, when a layer fails its
+    proof (unless ``plan.layer_fallback == "unstreamed"``), when one layer stands in two places, and when the model was applied already.
     """
     runs = _find_layers(model)
-    if not runs:
+    layers = [(name, layer) for run in runs for name, layer in run]
+    if not layers:
         raise ValueError(
             f"{type(model).__name__} has no nn.ModuleList of layers with token_args, mixers(), example() and forward(x, *, mix=None, ...): "
             "see longtrain.stream.protocol.StreamableLayer"
         )
-    if any("forward" in m.__dict__ and isinstance(getattr(m.forward, "__self__", None), Segment) for _, m in sum(runs, [])):
+    if any(_is_streamed(layer) for _, layer in layers):
         raise ValueError("lt.apply was called on this model already: call undo() of its report first")
-    plan.check_layers(sum(map(len, runs)))
-    report = Report(plan)
-    index = 0
+    first_names: dict[int, str] = {}
+    for name, layer in layers:
+        if (other := first_names.setdefault(id(layer), name)) != name:
+            raise ValueError(f"{name} is the same module as {other}: a layer that is used twice cannot be streamed; copy it")
+    plan.check_layers(len(layers))
+
+    report, index = Report(plan), 0
+    chains: list[list[tuple[int, str, nn.Module]]] = []
     for run in runs:
-        chunks: list[list[tuple[int, str, nn.Module]]] = [[]]
+        chains.append([])
         for name, layer in run:
             refusal = prove(layer)
             if refusal is None:
-                chunks[-1].append((index, name, layer))
+                chains[-1].append((index, name, layer))
             elif plan.layer_fallback == "error":
                 raise ValueError(f'{name} cannot be streamed: {refusal}; Plan(layer_fallback="unstreamed") leaves it as it is')
             else:
                 report.entries.append(Entry(name, "left as it is", refusal))
-                chunks.append([])
+                chains.append([])
             index += 1
-        for chunk in filter(None, chunks):
-            _stream_chain(report, chunk)
+    if not any(chains):
+        raise ValueError(f"no layer of {type(model).__name__} can be streamed:\n{report}")
+    for chain in filter(None, chains):
+        _stream_chain(report, chain)
     for name, module in model.named_modules():
         if isinstance(module, TokenLoss):
             report._replace(module, partial(streamed_token_loss, chunk_tokens=plan.loss_chunk_tokens))
             report.entries.append(Entry(name, "streamed loss"))
     return report
+
+
+def _is_streamed(layer: nn.Module) -> bool:
+    forward = layer.__dict__.get("forward")
+    return isinstance(getattr(getattr(forward, "func", forward), "__self__", None), Segment)
 
 
 def _stream_chain(report: Report, layers: Sequence[tuple[int, str, nn.Module]]) -> None:
@@ -124,7 +141,7 @@ def _stream_chain(report: Report, layers: Sequence[tuple[int, str, nn.Module]]) 
             chain, [layer for *_, layer in members], [i for i, *_ in members], first=at == 0, last=at + k >= len(layers)
         )
         for position, (_, name, layer) in enumerate(members):
-            report._replace(layer, segment.pass_through if position else segment.forward)
+            report._replace(layer, partial(segment.pass_through, position) if position else segment.forward)
             place = f", segment of {len(members)}" if len(members) > 1 else ""
             report.entries.append(Entry(name, f"streamed{place}"))
 
@@ -138,41 +155,46 @@ def _find_layers(model: nn.Module) -> list[list[tuple[str, nn.Module]]]:
 
 
 def prove(layer: nn.Module) -> str | None:
-    """Why a layer is not what its protocol says, or None: run whole and in chunks on its own tiny example, outputs and gradients agree.
+    """Why a layer is not what its protocol says, or None: run whole and in chunks on its own tiny example, output and gradients agree.
 
-    The generator is put back; parameters' `.grad` are not touched.
+    A copy in float64 is run, so that the bound holds whatever the training dtype; the layer itself and the generator stay untouched.
     """
-    device = next(layer.parameters()).device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    devices = {p.device for p in layer.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=devices):
         torch.manual_seed(0)
-        was_training = layer.training
-        layer.eval()
         try:
-            x, arguments = layer.example(PROOF_TOKENS)
-            whole = _outcome(layer, layer.forward, x, arguments)
-            plan = Plan(chunk_tokens=PROOF_CHUNK, store_outputs=0.5, boundaries="tensor")
-            segment = Segment(Chain(plan, DeviceStore()), [layer], [0], first=True, last=True)
-            chunked = _outcome(layer, segment.forward, x, arguments)
-        except (RuntimeError, TypeError, ValueError) as error:
+            return _difference_in_chunks(copy.deepcopy(layer).double().eval())
+        except Exception as error:  # whatever it is, it is the reason: reported by name, never dropped
             return f"{type(error).__name__}: {error}"
-        finally:
-            layer.train(was_training)
-    # Sums over chunks differ from sums over the whole by rounding: a few hundred ulp of the largest entry is ample at this size.
-    tolerance = 512 * torch.finfo(x.dtype).eps
+
+
+def _difference_in_chunks(layer: nn.Module) -> str | None:
+    x, arguments = layer.example(PROOF_TOKENS)
+    x, arguments = tree_map(lambda t: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t, (x, arguments))
+    buffers = [b.clone() for b in layer.buffers()]
+    whole = _outcome(layer, layer.forward, x, arguments)
+    if any(not torch.equal(a, b) for a, b in zip(buffers, layer.buffers(), strict=True)):
+        return "it changes its buffers in forward, and a streamed layer runs several times"
+    if whole[0].shape != x.shape:
+        return f"it turns {list(x.shape)} into {list(whole[0].shape)}, and hidden states must keep their shape"
+    plan = Plan(chunk_tokens=PROOF_CHUNK, store_outputs=0.5, boundaries="tensor")
+    segment = Segment(Chain(plan, DeviceStore()), [layer], [0], first=True, last=True)
+    chunked = _outcome(layer, segment.forward, x, arguments)
     for name, a, b in zip(("output", "input gradient", "parameter gradients"), whole, chunked, strict=True):
-        error = (a - b).norm() / a.norm().clamp_min(torch.finfo(x.dtype).tiny)
-        if not error <= tolerance:
+        error = (a - b).norm() / a.norm().clamp_min(torch.finfo(a.dtype).tiny)
+        if not error <= PROOF_BOUND:
             return f"its {name} in chunks of {PROOF_CHUNK} differs from the whole by {error:.1e}: something besides mix looks across tokens"
     return None
 
 
 def _outcome(layer: nn.Module, forward: Callable[..., Tensor], x: Tensor, arguments: dict) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, gradient of the input, gradients of the parameters in one vector."""
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         y = forward(x, **arguments)
         generator = torch.Generator(x.device).manual_seed(1)
         dy = torch.randn(y.shape, dtype=y.dtype, device=y.device, generator=generator)
-        parameters = [p for p in layer.parameters() if p.requires_grad]
-        grads = torch.autograd.grad(y, [x, *parameters], dy, allow_unused=True)
-    flat = [g.flatten() for g in grads[1:] if g is not None]
-    return y.detach(), grads[0], torch.cat(flat) if flat else x.new_zeros(0)
+        leaves = [x, *(p for p in layer.parameters() if p.requires_grad)]
+        grads = torch.autograd.grad(y, leaves, dy, allow_unused=True)
+    dx, *flat = (torch.zeros_like(t).flatten() if g is None else g.flatten() for t, g in zip(leaves, grads, strict=True))
+    return y.detach(), dx, torch.cat(flat) if flat else x.new_zeros(0)

@@ -17,7 +17,7 @@ class DecoderLayer(nn.Module):
     """``x + attention(norm(x))``, then ``x + mlp(norm(x))``; ``[B, T, E] -> [B, T, E]``.
 
     It can be streamed: everything but `mix` is token-local, `token_args` names the arguments that run along the tokens, and
-    `mixers` says what `mix` has to compute (the protocol of `longtrain.apply`).
+    `mixers` says what `mix` has to compute (`longtrain.stream.protocol.StreamableLayer`).
     """
 
     token_args = {"positions_BT": 1}

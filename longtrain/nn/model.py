@@ -97,7 +97,7 @@ class LanguageModel(nn.Module):
     def load_safetensors(self, path: str | Path) -> None:
         """Read weights written by `save_safetensors` or by Hugging Face's Llama. Raises ValueError naming what is missing or extra."""
         state = load_file(str(path))
-        if self.config.tie_embeddings:
+        if self.config.tie_embeddings and "model.embed_tokens.weight" in state:
             state["lm_head.weight"] = state["model.embed_tokens.weight"]
         own = self.state_dict()
         wrong = [f"{n}: {list(state[n].shape)} for {list(own[n].shape)}" for n in own if n in state and state[n].shape != own[n].shape]

@@ -1,5 +1,5 @@
-"""Tiers, extents and the swap schedule: where the bytes of the sequence live."""
+"""The token store: where the bytes of the sequence live."""
 
-from longtrain.offload.store import DeviceStore, Stored, TokenStore
+from longtrain.offload.store import DeviceStore, Stored, TokenStore, version_of
 
-__all__ = ["DeviceStore", "Stored", "TokenStore"]
+__all__ = ["DeviceStore", "Stored", "TokenStore", "version_of"]

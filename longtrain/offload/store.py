@@ -57,7 +57,7 @@ class DeviceStore:
         extents = self._extents.setdefault(name, {})
         if clash := next((s for s in extents if len(s & span)), None):
             raise ValueError(f"{name}: {span} overlaps the extent {clash}")
-        extents[span] = _Extent(tensor, _version(tensor))
+        extents[span] = _Extent(tensor, version_of(tensor))
 
     def get(self, name: Hashable, span: Span) -> Tensor:
         extents = self._extents.get(name, {})
@@ -91,7 +91,7 @@ class DeviceStore:
 
     @staticmethod
     def _read(name: Hashable, span: Span, extent: _Extent) -> Tensor:
-        if _version(extent.tensor) != extent.version:
+        if version_of(extent.tensor) != extent.version:
             raise RuntimeError(
                 f"{name} at {span} was modified in place after it was saved for the backward pass; "
                 "clone the tensor before editing it, or edit it after backward"
@@ -99,7 +99,8 @@ class DeviceStore:
         return extent.tensor
 
 
-def _version(tensor: Tensor) -> int:
+def version_of(tensor: Tensor) -> int:
+    """Autograd's count of in-place edits; inference tensors have none."""
     return 0 if tensor.is_inference() else tensor._version
 
 

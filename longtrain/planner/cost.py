@@ -88,7 +88,7 @@ def step_memory(model: ModelFootprint, plan: Plan, tokens: int, batch: int = 1) 
     layers, k, n = model.layers, plan.segment_layers, tokens * batch
     chunk = min(plan.chunk_tokens, tokens) * batch
     stored = [
-        f.output * batch * len(plan.stored_outputs(i, tokens)) + f.carry * batch * len(plan.stored_kv(i, tokens))
+        f.output * batch * len(plan.stored_outputs(i, tokens)) + f.carry * batch * len(plan.stored_kv(i, tokens)) * f.causal
         for i, f in enumerate(layers)
     ]
     fixed = {"parameters": model.parameters, "optimizer": model.optimizer}
@@ -108,7 +108,7 @@ def step_memory(model: ModelFootprint, plan: Plan, tokens: int, batch: int = 1) 
         items = {
             "layer inputs": sum(layers[s[0]].x * n for s in segments[: j + 1]),
             "stored outputs and K/V": sum(stored[: segments[j][-1] + 1]),
-            "gradient of the hidden states": own[-1].x * n,
+            "gradient of the hidden states": own[-1].x * n * (2 if plan.boundaries == "tensor" else 1),
             "K/V and their gradients": sum(f.carry_bytes() for f in own) * n,
             "graph of a chunk": sum(f.graph for f in own) * chunk,
             "gradients": gradients + sum(f.parameter_gradients for f in own),
@@ -121,11 +121,14 @@ def relative_time(plan: Plan, layers: int, tokens: int) -> float:
     """Step time in units of one that recomputes no attention in one chunk: orders plans, does not predict seconds.
 
     Attention A is weighed against the token-local part N as at long sequences, 2 : 1; a stored last fraction b of one document saves
-    1 - (1 - b)^2 of the second attention forward.
+    1 - (1 - b)^2 of the second attention forward. Keys and values that are not stored cost their projections again, and in segments of
+    k layers the (k - 1) layers before the last one.
     """
     attention, local = 2.0, 1.0
     recomputed = sum((1 - len(plan.stored_outputs(i, tokens)) / tokens) ** 2 for i in range(layers)) / layers
-    work = (3.5 + recomputed) * attention + 4.0 * local
+    k, kv = plan.segment_layers, len(plan.stored_kv(0, tokens)) / tokens
+    restored = (1 - kv) * (0.1 + 0.9 * (k - 1) / k)
+    work = (3.5 + recomputed) * attention + (4.0 + restored) * local
     return work / (3.5 * attention + 4.0 * local) * (1 + CHUNK_OVERHEAD_TOKENS / min(plan.chunk_tokens, tokens))
 
 

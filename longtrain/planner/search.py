@@ -13,6 +13,7 @@ from longtrain.planner.cost import ModelFootprint, measure_model, peak, relative
 from longtrain.units import format_bytes, parse_bytes
 
 CHUNKS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+SEGMENTS = (1, 2, 4, 8)
 FRACTIONS = tuple(i / 20 for i in range(21))
 
 
@@ -40,14 +41,21 @@ def plan(
     raise InfeasibleBudget(_what_to_change(footprint, seq_len, batch, room, taken))
 
 
-def _candidates(seq_len: int) -> list[Plan]:
+def _candidates(model: ModelFootprint, seq_len: int) -> list[Plan]:
+    # A segment of several layers stores fewer inputs; its layers must all be causal.
+    segments = [k for k in SEGMENTS if k <= len(model.layers)] if all(f.causal for f in model.layers) else [1]
     chunks = [c for c in CHUNKS if c < seq_len] or [seq_len]
-    return [Plan(chunk_tokens=chunk, store_outputs=fraction) for chunk in chunks for fraction in FRACTIONS]
+    return [
+        Plan(chunk_tokens=chunk, store_outputs=fraction, segment_layers=k)
+        for k in segments
+        for chunk in chunks
+        for fraction in FRACTIONS
+    ]
 
 
 def _fastest(model: ModelFootprint, seq_len: int, batch: int, room: int) -> Plan | None:
     best = None
-    for candidate in _candidates(seq_len):
+    for candidate in _candidates(model, seq_len):
         needed = peak(step_memory(model, candidate, seq_len, batch)).total
         if needed > room:
             continue
@@ -58,7 +66,7 @@ def _fastest(model: ModelFootprint, seq_len: int, batch: int, room: int) -> Plan
 
 
 def _smallest(model: ModelFootprint, seq_len: int, batch: int) -> tuple[Plan, int]:
-    plans = [(peak(step_memory(model, p, seq_len, batch)).total, i, p) for i, p in enumerate(_candidates(seq_len))]
+    plans = [(peak(step_memory(model, p, seq_len, batch)).total, i, p) for i, p in enumerate(_candidates(model, seq_len))]
     needed, _, smallest = min(plans)
     return smallest, needed
 

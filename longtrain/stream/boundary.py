@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from longtrain.offload import Stored, TokenStore
+from longtrain.offload import Stored, TokenStore, version_of
 from longtrain.span import Span
 
 
@@ -27,11 +27,12 @@ class Boundary:
         if self._nan is None:
             dtype = self.value.get(Span(0, min(1, self.shape[1]))).dtype
             self._nan = torch.full((), torch.nan, dtype=dtype, device=self.device)
+            self._version = version_of(self._nan)
         return self._nan.expand(self.shape)
 
     def is_behind(self, x: Tensor) -> bool:
-        """Whether `x` is this boundary's stand-in: it shares the one NaN, which aliases made by autograd and FSDP2 do too."""
-        return x.data_ptr() == self._nan.data_ptr() and x.shape == self.shape
+        """Whether `x` is this boundary's stand-in, unchanged: it shares the one NaN, which aliases made by autograd and FSDP2 do too."""
+        return x.data_ptr() == self._nan.data_ptr() and x.shape == self.shape and version_of(self._nan) == self._version
 
 
 def gather(stored: Stored, spans: list[Span], shape: torch.Size, like: Tensor) -> Tensor:

@@ -87,7 +87,7 @@ class KVCarry:
 
 
 CARRIES = {AttentionMixer: KVCarry}
-"""Which carry streams which mixer. A mixer of the user's own brings ``make_carry(tokens)`` instead."""
+"""Which carry streams which mixer. A mixer of the user's own brings ``make_carry(tokens)`` and ``causal = True`` instead."""
 
 
 def make_carry(mixer, tokens: int):
@@ -101,5 +101,4 @@ def make_carry(mixer, tokens: int):
 
 def is_causal(mixer) -> bool:
     """Whether a mixer streams by span with a carry; otherwise it needs two passes."""
-    has_carry = hasattr(mixer, "make_carry") or type(mixer) in CARRIES
-    return has_carry and mixer.causal
+    return (hasattr(mixer, "make_carry") or type(mixer) in CARRIES) and mixer.causal

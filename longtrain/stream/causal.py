@@ -9,13 +9,13 @@ the replay's graph as they are, and each projection is differentiated once.
         dx[span], dparams += vjp(y, dy[span])        # mixer node: dq = carry.mix_vjp(span, ...); dk, dv = carry.take_grad(span)
 
 Cost, with A = attention forward and N = token-local forward of the segment, b = share of outputs stored: forward A + N; backward
-2.5 A + 3 N + (1 - b) A; restoring keys and values that are not stored runs the layers up to the last one's projections once more.
+2.5 A + 3 N, plus (1 - b)^2 A for one full-causal document or (1 - b) A for windows; restoring keys and values that are not stored runs the layers up to the last one's projections once more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -50,7 +50,7 @@ def backward(call: Call, replica: Replica, x: Sequenced, dy: Sequenced, dx: Sequ
         leaf = hidden = x.take(span).detach().requires_grad_(want_dx)
         with call.random.restored(span), call.surroundings.restored(), torch.enable_grad():
             for layer, states in enumerate(call.states):
-                steps = [partial(state.replay, span, check=call.check_replay) for state in states]
+                steps = [partial(state.replay, span) for state in states]
                 hidden = call.run(layer, span, hidden, steps, replica)
         dleaf = vjp(hidden, dy.take(span), leaf, replica)
         if want_dx:
@@ -90,8 +90,10 @@ class _MixerState:
     outputs: Stored
     lses: Stored | None = None
     written: Sequence[Stored] = ()
-    outputs_from: int = 0
-    """Where the stored outputs begin now: `keep_outputs.start`, or 0 once a restoring pass had to compute the others as well."""
+    restored: set[Span] = field(default_factory=set)
+    """Outputs that were not kept, and that the restoring pass had to compute: in the store now as well."""
+    seen: dict[Span, tuple[Tensor, ...]] | None = None
+    """With `check_replay`, the mixer's inputs as the forward pass had them."""
 
     @classmethod
     def make(cls, call: Call, layer: int, mixer) -> _MixerState:
@@ -104,7 +106,7 @@ class _MixerState:
             keep_outputs=keep_outputs,
             keep_written=call.plan.stored_kv(index, call.tokens),
             outputs=Stored(call.store, f"layer {index} attention output"),
-            outputs_from=keep_outputs.start,
+            seen={} if call.check_replay else None,
         )
 
     # A span is always mixed in the parts that `keep_outputs` cuts it into, so that forward, restoring and replay run the same kernels
@@ -113,7 +115,17 @@ class _MixerState:
         for part in span.split(self.keep_outputs.start):
             yield part, q[:, part.slice(span.start)]
 
+    def compare(self, span: Span, *inputs: Tensor) -> None:
+        """Raise RuntimeError unless these are the forward's bits."""
+        if self.seen is None:
+            return
+        for name, before, now in zip(("q", *self.carry.spec.tensors), self.seen[span], inputs, strict=True):
+            if not torch.equal(before, now):
+                raise RuntimeError(f"the replay of {span} gave other bits than the forward pass: {name} differs")
+
     def forward(self, span: Span, q: Tensor, *written: Tensor, keep: bool) -> Tensor:
+        if self.seen is not None:
+            self.seen[span] = tuple(t.clone() for t in (q, *written))
         self.carry.append(span, *written)
         outs = []
         for part, q_part in self.parts(span, q):
@@ -128,27 +140,25 @@ class _MixerState:
         for part in span.split(self.keep_written.start):
             if part.start < self.keep_written.start:
                 self.carry.append(part, *(x[:, part.slice(span.start)] for x in written))
+        self.compare(span, q, *written)
         if stop:
             raise Enough
         outs = []
         for part, q_part in self.parts(span, q):
-            if part.start < self.outputs_from:
+            if part.start < self.keep_outputs.start:
                 self._put_output(part, *self.carry.mix(part, q_part, None))
+                self.restored.add(part)
             outs.append(self.outputs.get(part))
-        if span.stop >= self.outputs_from:
-            self.outputs_from = 0
         return _join(outs)
 
-    def replay(self, span: Span, q: Tensor, *written: Tensor, check: bool) -> Tensor:
+    def replay(self, span: Span, q: Tensor, *written: Tensor) -> Tensor:
         """The mixer as a node of the chunk's graph; outputs come from the store where they are, else from the kernel."""
-        if check:
-            for name, kept, now in zip(self.carry.spec.tensors, self.carry.written(span), written, strict=True):
-                if not torch.equal(kept, now):
-                    raise RuntimeError(f"the replay of {span} gave other bits than the forward pass: {name} differs")
+        self.compare(span, q, *written)
         outs, lses = [], []
         with torch.no_grad():
             for part, q_part in self.parts(span, q):
-                stored = self._take_output(part) if part.start >= self.outputs_from else None
+                in_store = part.start >= self.keep_outputs.start or part in self.restored
+                stored = self._take_output(part) if in_store else None
                 out, lse = self.carry.mix(part, q_part, stored)
                 outs.append(out)
                 lses.append(lse)
@@ -157,6 +167,8 @@ class _MixerState:
 
     def store_carry(self) -> None:
         """After the forward pass: put the kept range of what was appended into the store, and let the carry go."""
+        if self.carry.spec.kind != "append":  # a state is rebuilt in order, from the first token on
+            self.keep_written = Span(self.keep_written.stop, self.keep_written.stop)
         for span in self._written_extents():
             tensors = self.carry.written(span)
             self.written = self.written or [Stored(self.outputs.store, name) for name in self.carry.spec.tensors]

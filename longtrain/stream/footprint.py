@@ -15,7 +15,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from longtrain.stream.carry import is_causal
+from longtrain.stream.carry import is_causal, make_carry
+from longtrain.span import Span
 from longtrain.stream.replay import BareLayer, Mix, call_layer
 
 PROBE_TOKENS = (24, 56)
@@ -37,8 +38,8 @@ class LayerFootprint:
     causal: bool
 
     def carry_bytes(self) -> int:
-        """Of one token while its layer runs backward."""
-        return self.carry + self.adjoint if self.causal else 2 * (self.carry + 2 * self.output)
+        """Of one token while its layer runs backward; with two passes the output and its gradient are held whole as well."""
+        return self.carry + self.adjoint + (0 if self.causal else 2 * self.output)
 
 
 def probe_layer(layer: nn.Module) -> LayerFootprint:
@@ -77,11 +78,16 @@ def _observe(layer: nn.Module, tokens: int) -> dict[str, int]:
         def observed(mixer, *inputs: Tensor) -> Tensor:
             with torch.no_grad():
                 out = mixer(*inputs)
-            wide = [torch.promote_types(t.dtype, torch.float32).itemsize for t in inputs[1:]]
             lse = out.shape[:3].numel() * 4 if out.ndim == 4 else 0
             seen["output"] += out.nbytes + lse
-            seen["carry"] += sum(t.nbytes for t in inputs[1:])
-            seen["adjoint"] += sum(t.numel() * size for t, size in zip(inputs[1:], wide, strict=True))
+            if is_causal(mixer):
+                carry = make_carry(mixer, tokens)
+                carry.append(Span(0, tokens), *inputs[1:])
+                seen["carry"] += carry.spec.bytes_per_token * tokens
+                seen["adjoint"] += carry.spec.adjoint_bytes_per_token * tokens
+            else:  # two passes hold the inputs and their gradients whole
+                seen["carry"] += sum(t.nbytes for t in inputs)
+                seen["adjoint"] += sum(t.nbytes for t in inputs)
             return _Node.apply(out, *inputs)
 
         # Everything saved stays alive until the graph goes, so that no address is counted for two tensors.

@@ -73,7 +73,7 @@ class Carry(Protocol):
         """Take the mixer's inputs (after the query) of a span; once per span, ascending. A state carry saves its entry state."""
 
     def mix(self, span: Span, q: Tensor, stored: tuple[Tensor, Tensor | None] | None) -> tuple[Tensor, Tensor | None]:
-        """Output and LSE of the span's queries. With `stored` given it is returned and no kernel runs. Pure."""
+        """Output and LSE of the queries of a span, or of a part of one. With `stored` given it is returned and no kernel runs. Pure."""
 
     def mix_vjp(self, span: Span, q: Tensor, out: Tensor, lse: Tensor | None, dout: Tensor) -> Tensor:
         """Gradient of q; gradients of what the span saw are added up inside. Spans strictly descending."""
@@ -85,4 +85,4 @@ class Carry(Protocol):
         """The K/V blocks that a span's queries need, in an order that depends on (plan, layout, span) alone."""
 
     def written(self, span: Span) -> tuple[Tensor, ...]:
-        """What `append` took for a span: to store it, and to check that a replay gives the same bits."""
+        """What `append` took for a span, to store it (kind "append" only)."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from longtrain.offload import version_of
 from longtrain.span import Span
 
 
@@ -45,13 +46,25 @@ class Arguments:
         self._axes: list[int | None] = []
         for key, value in arguments.items():
             self._axes += [token_args.get(key)] * len(tree_flatten(value)[0])
+        self._versions = [version_of(leaf) if isinstance(leaf, Tensor) else 0 for leaf in self.leaves]
         self.differentiable = [i for i, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
 
     def check(self, tokens: int) -> None:
         """Raise ValueError where a token-wise argument is not as long as the sequence."""
         for leaf, axis in zip(self.leaves, self._axes, strict=True):
+            if axis is not None and leaf is not None and not isinstance(leaf, Tensor):
+                raise ValueError(f"a token-wise layer argument must be a tensor, found {type(leaf).__name__}")
             if axis is not None and isinstance(leaf, Tensor) and leaf.shape[axis] != tokens:
                 raise ValueError(f"a token-wise layer argument has shape {list(leaf.shape)}: axis {axis} must have {tokens} tokens")
+
+    def check_unchanged(self) -> None:
+        """Raise RuntimeError where an argument was edited between forward and backward."""
+        for leaf, version in zip(self.leaves, self._versions, strict=True):
+            if isinstance(leaf, Tensor) and version_of(leaf) != version:
+                raise RuntimeError(
+                    f"an argument of a streamed layer, shape {list(leaf.shape)}, was modified in place between forward and backward; "
+                    "give each step its own tensor"
+                )
 
     def on(self, span: Span, leaves: Sequence[Any] | None = None) -> dict[str, Any]:
         """The arguments of one span; `leaves` replaces the tensors (the differentiable ones by their replicas)."""

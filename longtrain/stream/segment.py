@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from longtrain.offload import TokenStore
+from longtrain.offload import TokenStore, version_of
 from longtrain.plan import Plan
 from longtrain.stream import causal, twopass
 from longtrain.stream.boundary import Boundary, Enter, Leave
@@ -35,6 +35,8 @@ class Chain:
         self.check_replay = False
         self.progress: Progress | None = None
         self.boundary: Boundary | None = None
+        self.unfinished: Segment | None = None
+        """The segment whose first layer has run it, and whose other layers have not yet been called."""
 
 
 class Segment:
@@ -44,7 +46,9 @@ class Segment:
         self.chain, self.indices, self.first, self.last = chain, tuple(indices), first, last
         self.layers = [BareLayer(layer) for layer in layers]
         self.token_args = dict(layers[0].token_args)
-        self._given: tuple[int, torch.Size, dict[str, Any]] | None = None
+        self._given: tuple[Tensor, dict[str, Any]] | None = None
+        self._next = 0
+        self._leave: Callable[[Tensor], Tensor] | None = None
 
     def forward(self, x: Tensor, **arguments: Any) -> Tensor:
         if arguments.pop("mix", None) is not None:
@@ -52,6 +56,10 @@ class Segment:
         if x.ndim != 3:
             raise ValueError(f"a streamed layer takes hidden states [B, T, E], found shape {list(x.shape)}")
         chain = self.chain
+        if not self.first and chain.unfinished is not None:
+            raise chain.unfinished.skipped()
+        if chain.plan.boundaries == "stream" and torch.is_anomaly_enabled() and torch.is_anomaly_check_nan_enabled():
+            raise RuntimeError('anomaly detection takes the NaN of a stand-in for a fault; use Plan(boundaries="tensor") with it')
         call = Call(
             layers=self.layers,
             indices=self.indices,
@@ -78,22 +86,37 @@ class Segment:
                     )
             out_of = Boundary(chain.store, x.shape, x.device)
         y = _StreamedSegment.apply(call, into, out_of, torch.is_grad_enabled(), x, *tensors)
-        if out_of is not None and self.last:
-            y = Leave.apply(y, out_of, call.spans)
+        self._leave = (lambda y: Leave.apply(y, out_of, call.spans)) if out_of is not None and self.last else None
         chain.boundary = None if self.last else out_of
-        if len(self.layers) > 1:
-            self._given = (y.data_ptr(), y.shape, arguments)
+        if len(self.layers) == 1:
+            return self._finished(y)
+        chain.unfinished, self._given, self._next = self, (y.detach(), arguments), 1
         return y
 
-    def pass_through(self, x: Tensor, **arguments: Any) -> Tensor:
+    def pass_through(self, position: int, x: Tensor, **arguments: Any) -> Tensor:
         """A later layer of the segment: its work is done already. Raises when it is not given what the segment gave out."""
-        given = self._given
-        if given is None or (x.data_ptr(), x.shape) != given[:2] or not _same(arguments, given[2]):
+        if self._given is None or position != self._next:
+            raise self.skipped()
+        given, expected = self._given
+        if x.data_ptr() != given.data_ptr() or x.shape != given.shape or version_of(x) != version_of(given) or not _same(arguments, expected):
             raise RuntimeError(
                 f"layers {self.indices[0]} to {self.indices[-1]} are streamed as one segment, and a layer of it was given other hidden "
                 "states or arguments than the one before; use Plan(segment_layers=1)"
             )
-        return x
+        self._next += 1
+        return self._finished(x) if self._next == len(self.layers) else x
+
+    def _finished(self, y: Tensor) -> Tensor:
+        """What the segment's last layer gives out: only it turns the last stand-in into a tensor."""
+        leave, self._leave, self._given, self.chain.unfinished = self._leave, None, None, None
+        return y if leave is None else leave(y)
+
+    def skipped(self) -> RuntimeError:
+        self._given = self.chain.unfinished = None
+        return RuntimeError(
+            f"layers {self.indices[0]} to {self.indices[-1]} are streamed as one segment, and not all of them were called, in order; "
+            "use Plan(segment_layers=1) for a model that skips layers"
+        )
 
 
 def _same(a: dict[str, Any], b: dict[str, Any]) -> bool:
@@ -131,6 +154,7 @@ class _StreamedSegment(torch.autograd.Function):
                 "a streamed segment can be differentiated once: its stored chunks were freed by the first backward; "
                 "call forward again instead of using retain_graph=True"
             )
+        call.arguments.check_unchanged()
         x, *tensors = ctx.saved_tensors
         want_dx, *wanted = ctx.needs_input_grad[4:]
         replica = Replica(call, tensors, wanted)

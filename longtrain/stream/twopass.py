@@ -27,7 +27,7 @@ def forward(call: Call, x: Sequenced, y: Sequenced, *, keep: bool) -> None:
             f"layers {call.indices[0]} to {call.indices[-1]} form one segment and a mixer among them sees the future; "
             "use Plan(segment_layers=1)"
         )
-    if call.layers[0].layer.training:
+    if any(module.training for module in call.layers[0].modules()):
         call.random.assign(call.spans)
     outs: list[Tensor] = []
     for mixer in call.mixers[0]:
@@ -37,7 +37,7 @@ def forward(call: Call, x: Sequenced, y: Sequenced, *, keep: bool) -> None:
             y.put(span, call.run(0, span, x.get(span) if keep else x.take(span), _given(outs, span)))
     if keep:
         call.states = [Stored(call.store, f"layer {call.indices[0]} mixer output") for _ in outs]
-        if len(call.plan.stored_outputs(call.indices[0], call.tokens)):
+        if _keeps_outputs(call):
             for stored, out in zip(call.states, outs, strict=True):
                 stored.put(Span(0, call.tokens), out)
 
@@ -45,20 +45,22 @@ def forward(call: Call, x: Sequenced, y: Sequenced, *, keep: bool) -> None:
 def backward(call: Call, replica: Replica, x: Sequenced, dy: Sequenced, dx: Sequenced, *, want_dx: bool) -> None:
     """``dx[span]`` for all spans and the replica's gradient sums."""
     whole = Span(0, call.tokens)
-    stored = len(call.plan.stored_outputs(call.indices[0], call.tokens)) > 0
+    stored = _keeps_outputs(call)
     inputs: list[Sequence[Tensor]] = []
     outs: list[Tensor] = []
     for i, mixer in enumerate(call.mixers[0]):
         inputs.append(_collect_inputs(call, x, outs, replica))
-        outs.append(call.states[i].take(whole) if stored else _mix_whole(mixer, inputs[i]))
-    with torch.enable_grad():
+        with call.surroundings.restored():
+            outs.append(call.states[i].take(whole) if stored else _mix_whole(mixer, inputs[i]))
+    with torch.enable_grad(), call.surroundings.restored():
         mixers = call.live_mixers(0, replica)
 
     dx_sum = WholeTensor(call.tokens)
     douts = [torch.zeros_like(out) for out in outs]
     _pass(call, replica, x, outs, douts, dx_sum, want_dx, last=len(outs), cotangents=lambda span: [dy.take(span)])
     for i in reversed(range(len(outs))):
-        dinputs = _mix_whole_vjp(mixers[i], inputs.pop(), douts[i], replica)
+        with call.surroundings.restored():
+            dinputs = _mix_whole_vjp(mixers[i], inputs.pop(), douts[i], replica)
         outs[i] = None
         _pass(
             call, replica, x, outs, douts, dx_sum, want_dx, last=i, cotangents=lambda span, d=dinputs: [t[:, span.slice()] for t in d]
@@ -68,6 +70,11 @@ def backward(call: Call, replica: Replica, x: Sequenced, dy: Sequenced, dx: Sequ
         if want_dx:
             dx.put(span, dx_sum.get(span))
     call.states = None
+
+
+def _keeps_outputs(call: Call) -> bool:
+    """A mixer that sees the future has no last tokens: its output is kept whole (store_outputs = 1) or not at all."""
+    return call.plan.stored_outputs(call.indices[0], call.tokens) == Span(0, call.tokens)
 
 
 def _pass(

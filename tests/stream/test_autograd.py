@@ -134,13 +134,48 @@ def test_a_stand_in_read_between_layers_is_nan():
     assert y.shape == (1, TOKENS, 24) and y.isnan().all() and y.stride() == (0, 0, 0)
 
 
-def test_a_change_between_streamed_layers_is_refused():
+@pytest.mark.parametrize("change", [lambda y: y + 1, lambda y: y.detach()[0, 0, 0].fill_(5.0)])
+def test_a_change_between_streamed_layers_is_refused(change):
     model = make_model(layers=2)
     lt.apply(model, lt.Plan(chunk_tokens=16))
     positions = torch.arange(TOKENS)[None]
     y = model.model.layers[0](torch.randn(1, TOKENS, 24), positions_BT=positions)
-    with pytest.raises(RuntimeError, match='boundaries="tensor"'):
-        model.model.layers[1](y + 1, positions_BT=positions)
+    changed = change(y)
+    with pytest.raises(RuntimeError, match='boundaries="tensor"|not given the output'):
+        model.model.layers[1](changed if changed.shape == y.shape else y, positions_BT=positions)
+
+
+def test_an_edited_argument_is_refused(plan):
+    model = make_model(layers=2)
+    lt.apply(model, plan)
+    positions = torch.arange(TOKENS)[None]
+    y = torch.randn(1, TOKENS, 24, requires_grad=True)
+    for layer in model.model.layers:
+        y = layer(y, positions_BT=positions)
+    positions.zero_()
+    with pytest.raises(RuntimeError, match="modified in place"):
+        y.sum().backward()
+
+
+def test_anomaly_detection_needs_tensor_boundaries(ids):
+    model = make_model(layers=2)
+    report = lt.apply(model, lt.Plan(chunk_tokens=16))
+    with torch.autograd.detect_anomaly(), pytest.raises(RuntimeError, match='boundaries="tensor"'):
+        model(ids, labels=ids)
+    report.undo()
+    lt.apply(model, lt.Plan(chunk_tokens=16, boundaries="tensor"))
+    with torch.autograd.detect_anomaly():
+        model(ids, labels=ids).loss.backward()
+
+
+def test_check_replay_compares_with_the_forward(ids):
+    model = make_model(layers=1)
+    report = lt.apply(model, lt.Plan(chunk_tokens=16))
+    report.check_replay()
+    loss = model(ids, labels=ids).loss
+    model.model.layers[0].self_attn.rotary.base = 17.0
+    with pytest.raises(RuntimeError, match="other bits than the forward pass: q differs"):
+        loss.backward()
 
 
 @pytest.mark.parametrize("change", ["hidden states", "arguments"])

@@ -112,14 +112,13 @@ class DecayCarry:
         self.decay, self.state, self.entry, self.dstate, self.sequence = decay, 0, {}, 0, {}
 
     class spec:
-        tensors = ("w",)
+        kind, tensors, bytes_per_token, adjoint_bytes_per_token = "state", ("w",), 0, 0
 
     def append(self, span, w):
         self.entry[span], self.sequence[span] = self.state, []
         for t in range(len(span)):
             self.state = self.decay * self.state + w[:, t]
             self.sequence[span].append(self.state)
-        self.appended = getattr(self, "appended", {}) | {span: w}
 
     def mix(self, span, q, stored):
         if stored is not None:
@@ -138,11 +137,6 @@ class DecayCarry:
 
     def take_grad(self, span):
         return (self.dw,)
-
-    def written(self, span):
-        if span in self.appended:
-            return (self.appended[span],)
-        return (torch.cat([self.appended[s] for s in sorted(self.appended) if len(s & span)], 1),)
 
 
 class DecayMixer:
@@ -193,7 +187,7 @@ def test_any_layer_streams_exactly(kind, chunk_tokens, boundaries):
     if kind is Conditioned:
         arguments = {"bias": torch.randn(TOKENS, WIDTH), "scale": torch.randn(WIDTH)}
     y, grads = run(model, x, **arguments)
-    for store_outputs, store_kv in [(1.0, 0.0), (0.0, 0.0), (0.5, 0.0)]:
+    for store_outputs, store_kv in [(1.0, 0.0), (0.0, 0.0), (0.5, 0.6), (0.0, 1.0)]:
         report = lt.apply(model, lt.Plan(chunk_tokens=chunk_tokens, store_outputs=store_outputs, store_kv=store_kv, boundaries=boundaries))
         streamed_y, streamed = run(model, x, **arguments)
         report.undo()
@@ -244,11 +238,21 @@ def test_random_numbers_are_replayed_and_the_generator_put_back(segment_layers, 
     assert after == torch.rand(())
 
 
-def test_two_passes_draw_one_mask():
-    class NoisyAhead(Noisy):
-        mixer = AttentionMixer(causal=False)
+class NoisyAhead(Base):
+    mixer = AttentionMixer(causal=False)
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(0.3)
+
+    def forward(self, x: Tensor, *, mix=None) -> Tensor:
+        return self.dropout(super().forward(self.dropout(x), mix=mix))
+
+
+@pytest.mark.parametrize("layer_trains", [True, False])
+def test_two_passes_draw_one_mask(layer_trains):
     model, x = stack_of(NoisyAhead, 1), torch.randn(1, TOKENS, WIDTH)
+    model.layers[0].training = layer_trains  # the dropout inside trains in either case
     lt.apply(model, lt.Plan(chunk_tokens=9))
     torch.manual_seed(5)
     base, grads = run(model, x)
@@ -307,6 +311,70 @@ def test_an_unstreamed_layer_between_streamed_ones():
     streamed_y, streamed = run(model, x)
     assert (streamed_y - y).norm() <= 1e-12 * y.norm()
     assert_same(streamed, grads)
+
+
+@pytest.mark.parametrize("kind", [MeanOverTokens, HiddenConvolution])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_leaks_are_found_in_any_dtype(kind, dtype):
+    with pytest.raises(ValueError, match="looks across tokens"):
+        lt.apply(stack_of(kind, 1).to(dtype), lt.Plan(chunk_tokens=8))
+
+
+class ChangesShape(Base):
+    def forward(self, x: Tensor, *, mix=None) -> Tensor:
+        return super().forward(x, mix=mix)[..., :1]
+
+
+class CountsCalls(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor, *, mix=None) -> Tensor:
+        self.calls += 1
+        return super().forward(x, mix=mix)
+
+
+@pytest.mark.parametrize("kind, why", [(ChangesShape, "must keep their shape"), (CountsCalls, "changes its buffers")])
+def test_layers_that_cannot_run_in_chunks(kind, why):
+    with pytest.raises(ValueError, match=why):
+        lt.apply(stack_of(kind, 1), lt.Plan(chunk_tokens=8))
+
+
+def test_a_refused_model_is_left_as_it_was():
+    model = stack_of(Base)
+    model.others = nn.ModuleList([MeanOverTokens()])
+    model.layers[0].after.eval()
+    with pytest.raises(ValueError, match="others.0"):
+        lt.apply(model, lt.Plan(chunk_tokens=8))
+    assert all("forward" not in layer.__dict__ for layer in model.layers)
+    del model.others
+    lt.apply(model, lt.Plan(chunk_tokens=8))
+    assert model.layers[0].training and not model.layers[0].after.training
+
+
+def test_nothing_to_stream_is_refused_even_with_the_fallback():
+    with pytest.raises(ValueError, match="no layer of Module can be streamed"):
+        lt.apply(stack_of(MeanOverTokens), lt.Plan(chunk_tokens=8, layer_fallback="unstreamed"))
+
+
+def test_a_layer_used_twice_is_refused():
+    model = nn.Module()
+    layer = Base()
+    model.layers = nn.ModuleList([layer, layer])
+    with pytest.raises(ValueError, match="layers.1 is the same module as layers.0"):
+        lt.apply(model, lt.Plan(chunk_tokens=8))
+
+
+@pytest.mark.parametrize("boundaries", ["stream", "tensor"])
+def test_a_skipped_layer_of_a_segment_is_refused(boundaries):
+    model = stack_of(Base, 4)
+    lt.apply(model, lt.Plan(chunk_tokens=8, segment_layers=2, boundaries=boundaries))
+    x = torch.randn(1, TOKENS, WIDTH)
+    with pytest.raises(RuntimeError, match="not all of them were called"):
+        model.layers[2](model.layers[0](x))
+    with pytest.raises(RuntimeError, match="not all of them were called"):
+        model.layers[1](x)
 
 
 def test_apply_twice_and_undo():
