@@ -17,6 +17,10 @@ from longtrain.stream.protocol import StreamableLayer
 CHUNK_OVERHEAD_TOKENS = 40
 """A chunk costs about as much time as this many more tokens would: launches, sums of weight gradients (tools/bench_step.py)."""
 
+CPU_WORKSPACE = 112 * 2**20
+"""Resident memory of a CPU step that no tensor accounts for: kernel scratch, thread pools, freed blocks that the allocator keeps.
+Measured: configs/quickstart.yaml peaked at 595 to 603 MiB where the tensors and what was held before add up to 486."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFootprint:
@@ -92,6 +96,8 @@ def step_memory(model: ModelFootprint, plan: Plan, tokens: int, batch: int = 1) 
         for i, f in enumerate(layers)
     ]
     fixed = {"parameters": model.parameters, "optimizer": model.optimizer}
+    if model.device.type == "cpu":
+        fixed["workspace"] = CPU_WORKSPACE
     segments = [range(a, min(a + k, len(layers))) for a in range(0, len(layers), k)]
     phases = []
     inputs = sum(layers[s[0]].x * n for s in segments)

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 import longtrain as lt
+from longtrain._extension import MISSING
 from longtrain.config import Config, Locations, dump_config
 from longtrain.config.schema import DataConfig
 from longtrain.data.baselines import compute_baselines
@@ -159,6 +160,8 @@ def describe(config: Config, plan: lt.Plan | None, model: LanguageModel, train: 
     """What is about to happen, before the first step."""
     parameters = sum(p.numel() for p in model.parameters())
     print(f"model   {parameters:,} parameters, {config.model.num_layers} layers, {config.train.dtype}")
+    if MISSING is not None:
+        print(f"kernels pure torch, slower: {MISSING}")
     print(
         f"data    {config.data.source}: {train} training documents in {len(packed)} sequences of {packed.seq_len} tokens, "
         f"{validation} held out"
