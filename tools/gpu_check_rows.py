@@ -14,7 +14,7 @@ import longtrain as lt
 from longtrain.nn import ModelConfig
 from longtrain.ops.attention import attention
 from longtrain.ops.attention.select import BACKENDS as ATTENTION_BACKENDS
-from longtrain.ops.attention.select import explain as explain_attention
+from longtrain.ops.attention import explain as explain_attention
 from longtrain.ops.linear_cross_entropy import linear_cross_entropy
 from longtrain.ops.long_conv import long_conv
 from step_methods import prepare, sdpa

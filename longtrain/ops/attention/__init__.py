@@ -5,7 +5,8 @@ Read `mask.py` (who sees whom) and `reference.py` (the mathematics) first, then 
 `sdpa.py`, `tiled.py`, `reference.py`.
 """
 
-from longtrain.ops.attention.interface import attention, attention_backward, merge_attention
-from longtrain.ops.attention.select import Explanation, explain
+from longtrain.ops.attention.interface import attention, attention_backward, explain
+from longtrain.ops.attention.merge import merge_attention
+from longtrain.ops.attention.select import Explanation
 
 __all__ = ["Explanation", "attention", "attention_backward", "explain", "merge_attention"]

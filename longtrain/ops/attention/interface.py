@@ -19,7 +19,7 @@ from longtrain.ops.attention.call import (
     split_block_stride,
     wrong,
 )
-from longtrain.ops.attention.select import select
+from longtrain.ops.attention.select import Explanation, explain_call, select
 
 
 def attention(
@@ -133,31 +133,6 @@ def attention_backward(
     )
 
 
-def merge_attention(out: Tensor, lse: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over the union of two disjoint sets of keys, from the attention over each.
-
-        lse' = log(exp(lse) + exp(lse_b))        out' = exp(lse - lse') out + exp(lse_b - lse') out_b
-
-    Args:
-        out, out_b: [B, T, H, Dv]; lse, lse_b: [B, T, H]. Rows that saw no key (lse -inf) count as nothing.
-
-    Returns:
-        (out, lse), both in lse's wide dtype, so that further merges do not round. Differentiable.
-    """
-    for name, x, like in (("out_b", out_b, out), ("lse_b", lse_b, lse), ("lse", lse, out[..., 0])):
-        if x.shape != like.shape:
-            raise wrong(name, f"shape {tuple(x.shape)}", f"shape {tuple(like.shape)}")
-    wide = torch.promote_types(lse.dtype, torch.float32)
-    a, b = lse.to(wide), lse_b.to(wide)
-    largest = torch.maximum(a, b).detach()
-    largest = largest.masked_fill(largest == -torch.inf, 0)
-    weight_a, weight_b = torch.exp(a - largest), torch.exp(b - largest)
-    total = weight_a + weight_b
-    divisor = total.masked_fill(total == 0, 1)
-    merged = (weight_a / divisor)[..., None] * out.to(wide) + (weight_b / divisor)[..., None] * out_b.to(wide)
-    return merged, largest + torch.log(total)
-
-
 def checked_call(
     q, k, v, *, causal, window_size=(-1, -1), q_offset=None, k_offset=0, sink_tokens=0, sink_logits=None,
     block_stride=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, softcap=None,
@@ -173,6 +148,14 @@ def checked_call(
     check_tensors(q, k, v)
     check_options(q, k, **options)
     return build_call(q, k, v, **options)
+
+
+def explain(q, k, v, *, causal: bool, backend: str = "auto", **options) -> Explanation:
+    """Which backend would serve `attention(q, k, v, causal=causal, **options)`, and why the others would not.
+
+    Takes the arguments of `attention` (tensors are only looked at, `torch.empty` will do) and raises what it raises.
+    """
+    return explain_call(checked_call(q, k, v, causal=causal, **options), backend)
 
 
 def _check_like(name: str, x, shape: tuple, dtype: torch.dtype, q: Tensor) -> None:

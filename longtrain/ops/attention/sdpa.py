@@ -18,6 +18,7 @@ import torch
 
 from longtrain.ops.attention.call import AttentionCall, Document
 from longtrain.ops.attention.mask import visible
+from longtrain.ops.attention.merge import merge_attention
 
 STRIP = 512
 WIDEST_BAND = 8192
@@ -97,8 +98,6 @@ def _heads_first(x_BTHD: torch.Tensor, tokens: slice, wide: torch.dtype, repeat:
 
 def forward(call: AttentionCall, q, k, v, sink_logits):
     """q [B, T, H, D], k, v [B, S, K, D] -> out [B, T, H, D] in q's dtype, lse [B, T, H] wide."""
-    from longtrain.ops.attention.interface import merge_attention
-
     out = torch.zeros(call.batch, call.queries, call.heads, call.value_dim, dtype=call.wide)
     lse = torch.full((call.batch, call.queries, call.heads), -torch.inf, dtype=call.wide)
     for doc in call.documents:

@@ -55,13 +55,3 @@ def select(call: AttentionCall, backend: str) -> ModuleType:
     if backend == "auto":
         return next(module for module in BACKENDS.values() if module.refuse(call) is None)
     return BACKENDS[explain_call(call, backend).chosen]
-
-
-def explain(q, k, v, *, causal: bool, backend: str = "auto", **options) -> Explanation:
-    """Which backend would serve `attention(q, k, v, causal=causal, **options)`, and why the others would not.
-
-    Takes the arguments of `attention` (tensors are only looked at, `torch.empty` will do) and raises what it raises.
-    """
-    from longtrain.ops.attention.interface import checked_call
-
-    return explain_call(checked_call(q, k, v, causal=causal, **options), backend)
