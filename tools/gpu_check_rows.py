@@ -223,9 +223,6 @@ def memory_rows(sizes: Sizes) -> Iterator[Row]:
     s = sizes.step
     config = ModelConfig(vocab_size=s["vocab"], num_layers=s["layers"], hidden_size=s["hidden"], intermediate_size=s["ffn"], num_heads=s["heads"],
                          num_kv_heads=s["kv_heads"])
-    if not callable(lt.plan):
-        yield Row(section="memory", name="predicted peak", note="lt.plan is not in this version")
-        return
     with torch.device(sizes.device):
         model = lt.nn.LanguageModel(config).to(torch.bfloat16)
     plan = lt.plan(model, s["tokens"], sizes.budget)
