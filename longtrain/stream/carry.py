@@ -66,7 +66,8 @@ class KVCarry:
             arguments = self.mixer.arguments(span, block.span)
             part = attention(q_BCHD, block.k_BSKD, block.v_BSKD, **arguments, return_lse=True)
             merged = part if merged is None else merge_attention(*merged, *part)
-        return merged
+        out_BCHD, lse_BCH = merged
+        return out_BCHD.to(q_BCHD.dtype), lse_BCH  # merges are wide
 
     def mix_vjp(self, span: Span, q_BCHD: Tensor, out_BCHD: Tensor, lse_BCH: Tensor, dout_BCHD: Tensor) -> Tensor:
         if self._dk_BSKD is None:

@@ -7,6 +7,9 @@ import torch
 
 import longtrain as lt
 from longtrain.nn import count_targets
+from longtrain.ops.mixers import AttentionMixer
+from longtrain.stream.carry import CARRIES, KVCarry
+from longtrain.stream.protocol import KVBlock
 from tests.stream.conftest import VOCAB, assert_streamed_equals_plain, make_model
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -73,6 +76,31 @@ def test_segments_and_stored_ranges_split_inside_a_chunk(segment_layers, store_o
 def test_fractions_by_layer():
     plan = lt.Plan(chunk_tokens=9, segment_layers=2, store_outputs=(0.0, 0.5, 1.0), store_kv=(1.0, 0.2, 0.0))
     assert_streamed_equals_plain(make_model(layers=3), plan, call())
+
+
+class ThreeBlocks(KVCarry):
+    """Keys in up to three blocks, as ranks or tiers would give them."""
+
+    def blocks(self, span):
+        (whole,) = super().blocks(span)
+        third = len(whole.span) // 3
+        pieces = whole.span.split(whole.span.start + third, whole.span.start + 2 * third)
+        tensors = (whole.k_BSKD, whole.v_BSKD, whole.dk_BSKD, whole.dv_BSKD)
+        return [KVBlock(p, *(None if t is None else t[:, p.slice(whole.span.start)] for t in tensors)) for p in pieces]
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(window=(20,)), dict(attention_dropout=0.3)])
+def test_several_key_blocks_are_merged(changes, monkeypatch):
+    monkeypatch.setitem(CARRIES, AttentionMixer, ThreeBlocks)
+    assert_streamed_equals_plain(make_model(**changes), lt.Plan(chunk_tokens=16, store_outputs=0.45), call())
+
+
+def test_merged_blocks_keep_the_training_dtype(monkeypatch):
+    monkeypatch.setitem(CARRIES, AttentionMixer, ThreeBlocks)
+    model, inputs = make_model().bfloat16(), call()
+    lt.apply(model, lt.Plan(chunk_tokens=16))
+    model(**inputs).loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
 @pytest.mark.parametrize("frozen", ["embed_tokens", "q_proj", "k_proj", "self_attn", "mlp", "layers.0", "norm", "lm_head", "model"])
