@@ -1,0 +1,93 @@
+"""The host tier: an arena of memory beside the device's. On a CPU machine it is a second arena of the same memory."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longtrain.offload.checksum import WORD, check, checksum
+from longtrain.offload.regions import Regions
+from longtrain.offload.system import System
+
+
+class Copies(Protocol):
+    """Between the device and memory that the system can do input and output on."""
+
+    def pin(self, memory: np.ndarray) -> None:
+        """Make `memory` fit for fast copies, for as long as it lives. Raises RuntimeError."""
+
+    def unpin(self, memory: np.ndarray) -> None: ...
+
+    def mark(self) -> Any:
+        """Called where a transfer is asked for: what must have happened on the device before its copies start."""
+
+    def down(self, target: np.ndarray, source: Tensor, mark: Any) -> None:
+        """Bytes from the device; done when it returns. Called in a thread."""
+
+    def up(self, target: Tensor, source: np.ndarray, mark: Any) -> None:
+        """Bytes to the device; done when it returns. Called in a thread."""
+
+
+class CpuCopies:
+    """The device is the CPU."""
+
+    def __init__(self, system: System) -> None:
+        self._system = system
+
+    def pin(self, memory: np.ndarray) -> None: ...
+
+    def unpin(self, memory: np.ndarray) -> None: ...
+
+    def mark(self) -> None: ...
+
+    def down(self, target: np.ndarray, source: Tensor, mark: None) -> None:
+        self._system.copy(target, source.numpy())
+
+    def up(self, target: Tensor, source: np.ndarray, mark: None) -> None:
+        self._system.copy(target.numpy(), source)
+
+
+def copies_for(device: torch.device, system: System) -> Copies:
+    if device.type == "cpu":
+        return CpuCopies(system)
+    if device.type == "cuda":
+        from longtrain.offload.cuda import CudaCopies
+
+        return CudaCopies(device, system)
+    raise ValueError(f"offload serves cpu and cuda devices, found {device}; leave memory.host_budget and memory.disk out")
+
+
+class HostTier:
+    """`nbytes` of memory, exactly, taken at once and touched as it fills."""
+
+    name = "host"
+    setting = "memory.host_budget"
+
+    def __init__(self, nbytes: int, block_bytes: int, system: System, copies: Copies) -> None:
+        self.regions, self.block_bytes = Regions(nbytes, 64), block_bytes
+        try:
+            self._arena = system.allocate(nbytes)
+            copies.pin(self._arena)
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"memory.host_budget: {nbytes:,} bytes cannot be had ({error}); lower it") from error
+        self._copies = copies
+
+    def write(self, offset: int, source: Tensor, mark: Any, extent: int) -> int:
+        """One block; the checksum of what arrived."""
+        data = self._arena[offset : offset + -(-len(source) // WORD) * WORD]
+        data[len(source) :] = 0
+        self._copies.down(data[: len(source)], source, mark)
+        return checksum(data, extent, offset)
+
+    def read(self, offset: int, target: Tensor, mark: Any, extent: int, expected: int | None) -> None:
+        """One block. Raises ChecksumError."""
+        data = self._arena[offset : offset + -(-len(target) // WORD) * WORD]
+        check(data, extent, offset, expected)
+        self._copies.up(target, data[: len(target)], mark)
+
+    def close(self) -> None:
+        self._copies.unpin(self._arena)
+        del self._arena
