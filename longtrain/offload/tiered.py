@@ -471,7 +471,7 @@ class TieredStore:
         self.stats.seconds[wait] = self.stats.seconds.get(wait, 0.0) + time.perf_counter() - started
 
     def _move(self, extent: Extent, state: State) -> None:
-        if state not in NEXT[extent.state]
+        if state not in NEXT[extent.state]:
             raise RuntimeError(f"{extent.label}: {extent.state} cannot become {state}")
         tier = extent.tier.name if extent.tier else "device"
         self.events.append(Event(time.perf_counter(), extent.number, extent.label, extent.state, state, tier, extent.nbytes))
