@@ -1,4 +1,8 @@
-"""The `longtrain` command: reads its arguments and hands over. Exit codes: 0 well, 1 the work failed, 2 the request is wrong."""
+"""The `longtrain` command: reads its arguments and hands over.
+
+Exit codes: 0 well, 1 the work failed, 2 the request is wrong; 75 a run that ended at --stop-after, 128 + n one that ended on signal n
+(both saved: the same command goes on).
+"""
 
 from __future__ import annotations
 
@@ -39,11 +43,18 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace those of the file")
         if name == "train":
             sub.add_argument("--eval", action="store_true", help="evaluate the weights instead; CONFIG may be a run's directory")
+            sub.add_argument("--stop-after", metavar="TIME", type=seconds, help="save and end before so much time, such as 11h50m; exit code 75")
         sub.set_defaults(command=command)
     sub = commands.add_parser("report", help="make one HTML page of what a run did")
     sub.add_argument("run", metavar="RUN", help="directory of the run, such as out/quickstart")
     sub.add_argument("--out", metavar="FILE", help="where to write the page (report.html in the run's directory)")
     sub.set_defaults(command=report)
+    sub = commands.add_parser("export", help="write a run's weights as a Hugging Face directory of sharded safetensors")
+    sub.add_argument("run", metavar="RUN", help="directory of the run, or one of its checkpoints")
+    sub.add_argument("out", metavar="OUT", help="directory to write, empty or not there")
+    sub.add_argument("--dtype", choices=("trained", "float32", "bfloat16", "float16"), default="trained", help="the run's, by default")
+    sub.add_argument("--shard", default="5GB", metavar="SIZE", help="bytes of a file at most (5GB)")
+    sub.set_defaults(command=export)
     config = commands.add_parser("config", help="explain the settings").add_subparsers(required=True, metavar="COMMAND")
     sub = config.add_parser("explain", help="type, default, meaning and example of a setting, or of all in a section")
     sub.add_argument("key", nargs="?", default="", metavar="KEY", help="such as train.lr, or train.length_schedule.seq_len, or train")
@@ -61,8 +72,13 @@ def train(args: argparse.Namespace) -> int:
     from longtrain.config import load_config
     from longtrain.train import run
 
-    run(*load_config(args.config, args.overrides))
-    return 0
+    return run(*load_config(args.config, args.overrides), stop_after=args.stop_after)
+
+
+def export(args: argparse.Namespace) -> int:
+    from longtrain.train import weights
+
+    return weights.run(args.run, args.out, args.dtype, args.shard)
 
 
 def verify(args: argparse.Namespace) -> int:
@@ -93,6 +109,15 @@ def doctor(args: argparse.Namespace) -> int:
     from longtrain import doctor
 
     return doctor.run()
+
+
+def seconds(text: str) -> float:
+    from longtrain.units import parse_time
+
+    try:
+        return parse_time(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from typing import Literal
 
+from longtrain.config.bounds import at_least as _at_least, between as _between
+from longtrain.config.run import CheckpointConfig, LengthStage, MetricsConfig, OutputConfig, SpikeConfig, TrainConfig
 from longtrain.nn import ModelConfig
 from longtrain.units import parse_bytes
 
@@ -112,119 +114,6 @@ class DataConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LengthStage:
-    """From which update on the run reads sequences of which length."""
-
-    from_step: int
-    """The first update (counted from 0) of this stage."""
-
-    seq_len: int
-    """Tokens in one sequence during this stage."""
-
-    tokens_per_update: int | None = None
-    """Tokens accumulated into one update during this stage, a multiple of its `seq_len`; `train.tokens_per_update` when not given."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainConfig:
-    """The optimisation: how many updates, of how many tokens, with which AdamW."""
-
-    steps: int
-    """Updates of the parameters."""
-
-    length_schedule: tuple[LengthStage, ...] = ()
-    """Lets a run begin with short sequences: a list of {from_step, seq_len} and, where it differs, tokens_per_update; the first from
-    step 0, the last of `data.seq_len`. Empty: `data.seq_len` throughout. Example: [{from_step: 0, seq_len: 4096}, {from_step: 200, seq_len: 16384}]."""
-
-    tokens_per_update: int | None = None
-    """Tokens whose gradients are accumulated, one sequence at a time, into one update: a multiple of every sequence length. The
-    loss is normalised by the targets of the whole update. One sequence an update when not given."""
-
-    lr: float = 3e-4
-    """Learning rate at the end of the warm-up."""
-
-    min_lr_ratio: float = 0.1
-    """The last update's learning rate as a share of `lr`."""
-
-    warmup_steps: int = 0
-    """Updates over which the learning rate rises linearly to `lr`."""
-
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """How the learning rate goes on after the warm-up: down to `min_lr_ratio` of `lr` along half a cosine, or constant."""
-
-    betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's decay rates of the first and second moment."""
-
-    eps: float = 1e-8
-    """AdamW's epsilon."""
-
-    weight_decay: float = 0.1
-    """AdamW's weight decay, on matrices and embeddings (not on norms)."""
-
-    grad_clip: float | None = 1.0
-    """Gradients are scaled down to this norm where theirs is larger; null for no clipping."""
-
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """`bfloat16`: weights and activations in bfloat16, while gradients, master weights and AdamW's moments are float32."""
-
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train; `auto` takes the GPU where there is one."""
-
-    seed: int = 0
-    """Draws the initial weights (and dropout)."""
-
-    validate_every: int | None = None
-    """Updates between two validations; null for one at the end only. The last update is always validated."""
-
-    validation_tokens: int | None = None
-    """Tokens of the validation documents that are read each time, in whole sequences; null for all of them."""
-
-    save_every: int | None = None
-    """Updates between two saves of the weights; null for one at the end only."""
-
-    threads: int | None = None
-    """CPU threads; null for PyTorch's own choice. Losses repeat bit for bit at the same number only."""
-
-    def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("warmup_steps", 0), ("seed", 0)):
-            _at_least(f"train.{name}", getattr(self, name), least)
-        for name in ("tokens_per_update", "validate_every", "validation_tokens", "save_every", "threads"):
-            if getattr(self, name) is not None:
-                _at_least(f"train.{name}", getattr(self, name), 1)
-        for name in ("lr", "eps"):
-            _above_zero(f"train.{name}", getattr(self, name))
-        if self.grad_clip is not None:
-            _above_zero("train.grad_clip", self.grad_clip)
-        for beta in self.betas:
-            if not 0 <= beta < 1:
-                raise ValueError(f"train.betas: must be from 0 to below 1, found {beta:g}; 0.9 and 0.95 are usual")
-        _between("train.min_lr_ratio", self.min_lr_ratio, 0, 1)
-        _between("train.weight_decay", self.weight_decay, 0, 10)
-        if self.warmup_steps >= self.steps:
-            raise ValueError(
-                f"train.warmup_steps: {self.warmup_steps} leaves none of the {self.steps} steps after the warm-up; "
-                "lower it, or raise train.steps"
-            )
-        starts = [stage.from_step for stage in self.length_schedule]
-        for index, stage in enumerate(self.length_schedule):
-            _at_least(f"train.length_schedule[{index}].seq_len", stage.seq_len, 2)
-            if stage.tokens_per_update is not None:
-                _at_least(f"train.length_schedule[{index}].tokens_per_update", stage.tokens_per_update, 1)
-        if starts and starts[0] != 0:
-            raise ValueError(f"train.length_schedule[0].from_step: must be 0, found {starts[0]}; say what the run begins with")
-        for index, (before, start) in enumerate(pairwise(starts), start=1):
-            if start <= before:
-                raise ValueError(
-                    f"train.length_schedule[{index}].from_step: {start} does not come after {before}; list the stages in order"
-                )
-        if starts and starts[-1] >= self.steps:
-            raise ValueError(
-                f"train.length_schedule[{len(starts) - 1}].from_step: {starts[-1]} is never reached in {self.steps} steps; "
-                "lower it, or raise train.steps"
-            )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class EvalConfig:
     """What a validation looks at beside the mean loss: does the model use its context, does it find what stood far back."""
 
@@ -254,21 +143,6 @@ class EvalConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OutputConfig:
-    """Where the run writes."""
-
-    dir: str
-    """Directory for weights, metrics, plot and the resolved configuration; made when missing."""
-
-    overwrite: bool = False
-    """Whether a run that already stands in `dir` may be replaced; refused otherwise."""
-
-    def __post_init__(self) -> None:
-        if not self.dir.strip():
-            raise ValueError("output.dir: is empty; name a directory, such as runs/first")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """A run, whole. What one section must not say because of another is checked here."""
 
@@ -286,6 +160,15 @@ class Config:
 
     eval: EvalConfig = field(default_factory=EvalConfig)
     """What a validation looks at beside the mean loss."""
+
+    spike: SpikeConfig = field(default_factory=SpikeConfig)
+    """What happens when the loss jumps."""
+
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """What is saved so that the run can go on where it was."""
+
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    """Where the metrics go besides `metrics.jsonl`."""
 
     output: OutputConfig
     """Where the run writes."""
@@ -324,9 +207,16 @@ class Config:
                 )
 
     def stages(self) -> tuple[LengthStage, ...]:
-        """The length schedule with everything filled in: the one stage that an empty one stands for, the tokens of an update."""
+        """The length schedule with everything filled in: the one stage that an empty one stands for, the tokens of an update, the base."""
         written = self.train.length_schedule or (LengthStage(from_step=0, seq_len=self.data.seq_len),)
-        return tuple(replace(s, tokens_per_update=s.tokens_per_update or self.train.tokens_per_update or s.seq_len) for s in written)
+        return tuple(
+            replace(
+                s,
+                tokens_per_update=s.tokens_per_update or self.train.tokens_per_update or s.seq_len,
+                rope_base=s.rope_base or self.model.rope_base,
+            )
+            for s in written
+        )
 
 
 def field_docs(section: type) -> dict[str, str]:
@@ -337,18 +227,3 @@ def field_docs(section: type) -> dict[str, str]:
         for target, doc in pairwise(body)
         if isinstance(target, ast.AnnAssign) and isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant)
     }
-
-
-def _at_least(setting: str, value: int, least: int) -> None:
-    if value < least:
-        raise ValueError(f"{setting}: must be at least {least}, found {value}; raise it")
-
-
-def _above_zero(setting: str, value: float) -> None:
-    if not value > 0:
-        raise ValueError(f"{setting}: must be above 0, found {value:g}; give a positive number")
-
-
-def _between(setting: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise ValueError(f"{setting}: must be from {low:g} to {high:g}, found {value:g}; choose a value in that range")

@@ -13,7 +13,7 @@ import longtrain as lt
 from longtrain.config import load_config
 from longtrain.data.sources import check_vocabulary
 from longtrain.nn import LanguageModel
-from longtrain.train import loop, output
+from longtrain.train import output, prepare
 from longtrain.train.console import StepBar
 from longtrain.train.evaluate import check_probes, evaluate
 from longtrain.train.output import RunError, write_whole
@@ -34,25 +34,26 @@ def run(run_or_config: str, overrides: Sequence[str]) -> int:
     if not weights.exists():
         raise RunError(f"{directory} holds no {output.WEIGHTS}, so there is nothing to evaluate; train first, or name the run's directory")
     check_probes(config, where)
-    device = loop.choose_device(config, where)
+    device = prepare.choose_device(config, where)
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
-    _, documents = loop.read_documents(config)
+    _, documents = prepare.read_documents(config)
     check_vocabulary(documents, config.model.vocab_size)
-    validation = loop.pack(documents, config.data.seq_len, config.data)
+    validation = prepare.pack(documents, config.data.seq_len, config.data)
 
     model = LanguageModel(config.model).to(device, torch.bfloat16 if config.train.dtype == "bfloat16" else torch.float32)
     try:
         model.load_safetensors(weights)
     except ValueError as error:
         raise RunError(str(error)) from None
-    plan = loop.make_plan(model, config, where)
+    prepare.set_rotary(model, config.stages()[-1])
+    plan = prepare.make_plan(model, config, where)
     bar = StepBar(sys.stdout)
     if plan is not None:
         report = lt.apply(model, plan)
         if bar.shown:
             report.on_progress(bar.span_done)
-    found = evaluate(model, config, validation, loop.validation_rows(validation, config.train.validation_tokens), device, bar)
+    found = evaluate(model, config, validation, prepare.validation_rows(validation, config.train.validation_tokens), device, bar)
     print(found)
     print(found.table())
     record = {"kind": "evaluation", "overrides": list(overrides), **found.record()}

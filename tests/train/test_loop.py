@@ -8,7 +8,7 @@ import torch
 from longtrain.config import load_config
 from longtrain.data.sources import read_text
 from longtrain.nn import LanguageModel, count_targets
-from longtrain.train import loop
+from longtrain.train import loop, prepare, step
 from longtrain.train.console import StepBar
 from longtrain.train.optimizer import Optimizer
 from longtrain.train.peak_memory import read_peak, reset_peak
@@ -23,13 +23,13 @@ class Terminal(io.StringIO):
 def test_accumulation_is_the_mean_over_all_targets_of_the_update(config_file):
     """Sequences with unequal numbers of targets: the gradient is that of one call on all of them laid end to end."""
     config, _ = load_config(config_file, ["data.packing=one_document", "data.seq_len=48"])
-    packed = loop.pack(read_text(config.data.files), 48, config.data)
+    packed = prepare.pack(read_text(config.data.files), 48, config.data)
     batches = [packed.read_row(row) for row in range(12)]
     assert len({count_targets(b.labels_BT, b.cu_seqlens) for b in batches}) > 1
     torch.manual_seed(0)
     model = LanguageModel(config.model)
     optimizer = Optimizer(model, config.train)
-    loss, targets = loop.accumulate(model, optimizer, batches, 1, torch.device("cpu"), StepBar(io.StringIO()))
+    loss, targets = step.accumulate(model, optimizer, batches, 1, torch.device("cpu"), StepBar(io.StringIO()))
     accumulated = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     edges = [torch.zeros(1, dtype=torch.int32)] + [b.cu_seqlens[1:] + 48 * i for i, b in enumerate(batches)]
@@ -47,8 +47,8 @@ def test_accumulation_is_the_mean_over_all_targets_of_the_update(config_file):
 
 def test_updates_read_each_sequence_once_before_any_twice(config_file):
     config, _ = load_config(config_file, ["train.steps=50", "train.tokens_per_update=128"])
-    packed = {64: loop.pack(read_text(config.data.files), 64, config.data)}
-    read = [b.documents for step in range(50) for b in loop.update_batches(config, packed, step)]
+    packed = {64: prepare.pack(read_text(config.data.files), 64, config.data)}
+    read = [b.documents for step in range(50) for b in prepare.update_batches(config, packed, step)]
     rows = len(packed[64])
     assert len(set(read[:rows])) == rows and sorted(read[:rows]) == sorted(read[rows : 2 * rows])
 
@@ -56,17 +56,17 @@ def test_updates_read_each_sequence_once_before_any_twice(config_file):
 def test_remaining_tokens_follow_the_length_schedule(config_file):
     schedule = "train.length_schedule=[{from_step: 0, seq_len: 16}, {from_step: 3, seq_len: 64}]"
     config, _ = load_config(config_file, ["train.steps=5", schedule])
-    assert [loop.remaining_tokens(config, step) for step in range(6)] == [176, 160, 144, 128, 64, 0]
+    assert [prepare.remaining_tokens(config, step) for step in range(6)] == [176, 160, 144, 128, 64, 0]
     config, _ = load_config(config_file, ["train.steps=5", schedule.replace("16}", "16, tokens_per_update: 32}")])
-    assert [loop.remaining_tokens(config, step) for step in range(6)] == [224, 192, 160, 128, 64, 0]
+    assert [prepare.remaining_tokens(config, step) for step in range(6)] == [224, 192, 160, 128, 64, 0]
 
 
 def test_validation_tokens_are_whole_sequences_and_the_same_each_time(config_file):
     config, _ = load_config(config_file)
-    packed = loop.pack(read_text(config.data.files), 64, config.data)
-    assert len(loop.validation_rows(packed, 65)) == 2
-    assert loop.validation_rows(packed, 130) == loop.validation_rows(packed, None)[:3]
-    assert sorted(loop.validation_rows(packed, None)) == list(range(len(packed)))
+    packed = prepare.pack(read_text(config.data.files), 64, config.data)
+    assert len(prepare.validation_rows(packed, 65)) == 2
+    assert prepare.validation_rows(packed, 130) == prepare.validation_rows(packed, None)[:3]
+    assert sorted(prepare.validation_rows(packed, None)) == list(range(len(packed)))
 
 
 def test_the_bar_reaches_its_end_and_is_absent_without_a_terminal(monkeypatch):
