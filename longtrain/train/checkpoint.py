@@ -15,8 +15,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch.distributed as dist
@@ -31,6 +33,14 @@ BLOCK = 4 * 2**20
 
 class DamagedCheckpoint(Exception):
     """A checkpoint is not what was written; the message names it and the file."""
+
+
+@contextmanager
+def one_process() -> Iterator[None]:
+    """Around all use of checkpoints without a process group: torch warns of that each time. Enter it in the main thread."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def path_of(directory: Path, step: int) -> Path:
@@ -71,7 +81,7 @@ def write_checkpoint(
         sums |= {file.name: _size_and_sum(file) for file in sorted(partial.iterdir()) if file.name not in sums}
         _write_flushed(partial / MANIFEST, json.dumps(sums, indent=1))
         _flush_directory(partial)
-        _remove(checkpoint)
+        remove(checkpoint)
         os.rename(partial, checkpoint)
         _flush_directory(checkpoint.parent)
     if group is not None:
@@ -131,6 +141,14 @@ def set_aside(checkpoint: Path) -> Path:
     return checkpoint.rename(aside)
 
 
+def remove(checkpoint: Path) -> None:
+    """First the name goes, so that a half removed checkpoint is not one that looks damaged."""
+    if checkpoint.exists():
+        doomed = checkpoint.with_name(f".{checkpoint.name}.removed{PARTIAL}")
+        os.rename(checkpoint, doomed)
+        shutil.rmtree(doomed)
+
+
 def remove_partial(directory: Path) -> list[str]:
     """Remove what was half written or half removed; returns the names."""
     partial = sorted(directory.glob(f".{PREFIX}*{PARTIAL}"))
@@ -142,15 +160,7 @@ def remove_partial(directory: Path) -> list[str]:
 def remove_all_but(directory: Path, keep: int) -> None:
     """Remove the oldest checkpoints beyond `keep`."""
     for checkpoint in list_checkpoints(directory)[:-keep]:
-        _remove(checkpoint)
-
-
-def _remove(checkpoint: Path) -> None:
-    """First the name goes, so that a half removed checkpoint is not one that looks damaged."""
-    if checkpoint.exists():
-        doomed = checkpoint.with_name(f".{checkpoint.name}.removed{PARTIAL}")
-        os.rename(checkpoint, doomed)
-        shutil.rmtree(doomed)
+        remove(checkpoint)
 
 
 def _size_and_sum(file: Path) -> list[int]:

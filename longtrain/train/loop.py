@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,7 +20,7 @@ import torch
 from longtrain.config import Config, Locations, dump_config
 from longtrain.data.packing import Batch
 from longtrain.train import output
-from longtrain.train.checkpoint import read_facts
+from longtrain.train.checkpoint import one_process, read_facts
 from longtrain.train.console import StepBar, step_line, verdict
 from longtrain.train.evaluate import Evaluation, check_probes, evaluate
 from longtrain.train.flops import RULE, update_flops
@@ -48,12 +48,13 @@ def run(config: Config, where: Locations, stop_after: float | None = None) -> in
     """
     began = time.monotonic()
     directory = Path(config.output.dir)
+    if (processes := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+        raise RunError(f"{processes} processes were started (WORLD_SIZE), and training is done by one; start one, as torchrun --nproc-per-node=1")
     begins_anew(config, where)
     check_extras(config, where)
     check_probes(config, where)
     setup = prepare(config, where)
-    with locked(directory), Stop(began + stop_after if stop_after else None) as stop, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process needs no process group
+    with locked(directory), Stop(began + stop_after if stop_after else None) as stop, one_process():
         trainer = Trainer(setup, where, stop, began)
         trainer.begin()
         try:
@@ -86,9 +87,11 @@ class Trainer:
     def begin(self) -> None:
         """Find where to go on from, put the run into that state, open the metrics."""
         config, setup, directory = self.config, self.setup, self.directory
+        describe(setup)
         anew = begins_anew(config, self.where)
         checkpoint, notes = find_checkpoint(config, self.where, anew)
-        started = {}
+        say("resume", notes)
+        resumed = {"notes": notes}
         if checkpoint is not None:
             facts = read_facts(checkpoint)
             check_facts(facts, setup.fingerprint, checkpoint, config, self.where)
@@ -98,9 +101,8 @@ class Trainer:
                 raise self.where.error("model", f"{error}; give the model section that it had, or begin anew elsewhere") from None
             self.guard.restore(facts["guard"])
             self.done, self.seconds_before = facts["step"], facts["seconds"]
-            started = {"checkpoint": str(checkpoint), "changed": changed_settings(checkpoint, config)}
-            notes.append(f"going on from step {self.done}, {checkpoint}")
-            notes += [f"changed since then: {change}" for change in started["changed"]]
+            resumed |= {"step": self.done, "checkpoint": str(checkpoint), "changed": changed_settings(checkpoint, config)}
+            say("resume", [f"going on from step {self.done}, {checkpoint}", *(f"changed since then: {c}" for c in resumed["changed"])])
         self.random = random_states()
         self.saver = Saver(directory / output.CHECKPOINTS, config.checkpoint)
         self.saver.check_room_ahead(state_tensors(setup.model, setup.optimizer))
@@ -110,9 +112,9 @@ class Trainer:
         if goes_on:
             kept, dropped = rewind(path, self.done)
             self.validated = max((r["step"] for r in kept if r["kind"] == "validation"), default=0)
-            started |= dropped
+            resumed |= dropped
             if dropped["dropped_steps"]:
-                notes.append("{} to {} are done again: their metrics were dropped".format(*dropped["dropped_steps"]))
+                say("resume", ["updates {} to {} are done again, their metrics were dropped".format(*dropped["dropped_steps"])])
         write_whole(directory / output.CONFIG, lambda path: path.write_text(dump_config(config), encoding="utf-8"))
         self.metrics = Metrics(open_sinks(config, directory, self.done, append=goes_on))
         environment = {
@@ -126,13 +128,9 @@ class Trainer:
             **provenance(),
         }
         if not goes_on:
-            baselines = setup.baselines
-            self.metrics.write("run", unigram=baselines.unigram, bigram=baselines.bigram, **environment)
+            self.metrics.write("run", unigram=setup.baselines.unigram, bigram=setup.baselines.bigram, **environment)
         if checkpoint is not None:
-            self.metrics.write("resume", step=self.done, notes=notes, **started, **environment)
-        describe(setup)
-        for note in notes:
-            print(f"resume  {note}", flush=True)
+            self.metrics.write("resume", **resumed, **environment)
         if setup.report is not None:
             setup.report.on_progress(self.span_done)
 
@@ -170,9 +168,9 @@ class Trainer:
         try:
             loss, targets, norm = gradients(model, optimizer, batches, step, setup.device, self.bar)
             spike = self.guard.spike(loss, seq_len)
-        except NotFinite as error:
+        except NotFinite as error:  # never saved: the weights may be what is wrong
             spike = self.guard.spike(math.nan, seq_len) and str(error)
-            if spike is None:
+            if spike is None or not self.guard.skips():
                 raise
         self.bar.clear()
         if spike is not None:
@@ -278,3 +276,8 @@ class Trainer:
             self.saver.finish()
         finally:
             self.metrics.close()
+
+
+def say(what: str, lines: Sequence[str]) -> None:
+    for line in lines:
+        print(f"{what:<8}{line}", flush=True)

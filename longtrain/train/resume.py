@@ -21,20 +21,30 @@ MAY_DIFFER = ("output", "checkpoint", "metrics", "spike", "eval")
 def begins_anew(config: Config, where: Locations) -> bool:
     """Whether what stands in `output.dir` is to be replaced, not continued. Raises ConfigError where it must not be replaced.
 
-    An unfinished run is continued, and so is a finished one that now has more steps; `overwrite` replaces a finished one.
+    An unfinished run is continued, and so is a finished one that now has more steps; `overwrite` replaces a finished one, and lets a run
+    go back to a checkpoint of its own.
     """
-    directory, resume = Path(config.output.dir), config.checkpoint.resume
+    directory = Path(config.output.dir)
     if not output.holds_run(directory):
         return True
     ended = output.finished_at(directory)
     known = (directory / output.METRICS).exists() or (directory / output.CHECKPOINTS).exists()
-    goes_on = known and resume == "auto" and (ended is None or ended < config.train.steps)
+    goes_on = known and config.checkpoint.resume == "auto" and (ended is None or ended < config.train.steps)
+    back = _goes_back(config)
     if config.output.overwrite:
-        return not goes_on or ended is not None
+        return not back and (not goes_on or ended is not None)
+    if back:
+        raise where.error("output.dir", f"{directory} would lose what came after {config.checkpoint.resume}; set output.overwrite=true to go back")
     if not goes_on:
         state = "a run" if ended is None else f"a finished run of {ended} steps"
         raise where.error("output.dir", f"{directory} already holds {state}; name another, or set output.overwrite=true")
     return False
+
+
+def _goes_back(config: Config) -> bool:
+    """Whether `checkpoint.resume` names something in `output.dir` itself."""
+    own = Path(config.output.dir).resolve()
+    return config.checkpoint.resume not in ("auto", "never") and Path(config.checkpoint.resume).resolve().is_relative_to(own)
 
 
 def find_checkpoint(config: Config, where: Locations, anew: bool) -> tuple[Path | None, list[str]]:
@@ -48,7 +58,11 @@ def find_checkpoint(config: Config, where: Locations, anew: bool) -> tuple[Path 
         if anew and own.exists():
             shutil.rmtree(own)
     if config.checkpoint.resume not in ("auto", "never"):
-        return _find_given(Path(config.checkpoint.resume), where), notes
+        found = _find_given(Path(config.checkpoint.resume), where)
+        later = [c for c in on_disk.list_checkpoints(own) if _goes_back(config) and on_disk.step_of(c) > on_disk.read_facts(found)["step"]]
+        for checkpoint in later:
+            on_disk.remove(checkpoint)
+        return found, notes + [f"removed {c.name}, which came after" for c in later]
     if anew:
         return None, notes
     found, refused = on_disk.newest_whole(own)

@@ -91,7 +91,8 @@ def run(given: str, out: str, dtype: str, shard: str) -> int:
     names = {name.removeprefix("weights."): name for name in facts["tensors"] if name.startswith("weights.")}
     names |= {name.removeprefix("model."): name for name in facts["tensors"] if name.startswith("model.")}
     held = {key: torch.empty(facts["tensors"][key]) for key in names.values()}
-    on_disk.read_tensors(checkpoint, held)
+    with on_disk.one_process():
+        on_disk.read_tensors(checkpoint, held)
     dtype = config.train.dtype if dtype == "trained" else dtype
     weights = {name: held[key].to(getattr(torch, dtype)) for name, key in names.items()}
     with said_plainly(directory):

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from longtrain.train import loop
+
 CONFIG = """\
 model:
   vocab_size: 256
@@ -25,6 +27,8 @@ train:
   lr: 1e-2
   device: cpu
   validate_every: 2
+metrics:
+  peak_tflops: 1.0
 output:
   dir: OUT
 """
@@ -40,6 +44,29 @@ def texts(tmp_path) -> Path:
         words = [chance.choice(["span", "chunk", "carry", "tier", "plan"]) for _ in range(chance.randrange(20, 80))]
         (directory / f"{index:02}.txt").write_text(" ".join(words))
     return directory
+
+
+@pytest.fixture
+def crash_after(monkeypatch):
+    """``crash_after(3)``: a run in this process dies after its update 3, or on another call of the trainer's `method` then."""
+
+    def arrange(step: int, method: str = "update") -> None:
+        original = getattr(loop.Trainer, method)
+
+        def dying(self, *args):
+            original(self, *args)
+            if self.done >= step:
+                raise SystemExit
+
+        monkeypatch.setattr(loop.Trainer, method, dying)
+
+    yield arrange
+
+
+@pytest.fixture
+def no_picture(monkeypatch):
+    """Drawing takes longer than a tiny run."""
+    monkeypatch.setattr(loop, "plot_run", lambda *_: None)
 
 
 @pytest.fixture
