@@ -82,7 +82,7 @@ setup(
     install_requires=["torch>=2.11", "numpy", "einops", "pyyaml", "safetensors"],
     extras_require={
         "flash": ["flash-attn"],
-        "hf": ["transformers"],
+        "hf": ["transformers>=5.20,<6"],
         "gpu": ["triton"],
         "plot": ["matplotlib"],
         "dev": ["pytest", "hypothesis", "ninja"],
