@@ -135,6 +135,9 @@ def _apply(model: nn.Module, report: Report) -> None:
         chains.append([])
         for candidate in run:
             refusal = candidate.refusal
+            if not candidate.counts and (candidate.starts or not chains[-1]):
+                report.entries.append(Entry(candidate.name, "left as it is", "the layer before it is not streamed"))
+                continue
             if refusal is None:
                 kind = id(candidate) if candidate.kind is None else candidate.kind
                 refusal = proved[kind] = proved[kind] if kind in proved else prove(candidate.layer)
@@ -177,9 +180,16 @@ def _stream_chain(report: Report, candidates: Sequence[tuple[int, Candidate]]) -
         )
         for position, (_, candidate) in enumerate(members):
             streamed = partial(segment.pass_through, position) if position else segment.forward
+            if not candidate.counts:
+                streamed = partial(_after_layers, chain, candidate.layer.forward, streamed)
             report._replace(candidate.layer, streamed if candidate.call is None else partial(candidate.call, streamed))
             place = f", segment of {len(members)}" if len(members) > 1 else ""
             report.entries.append(Entry(candidate.name, f"streamed{place}"))
+
+
+def _after_layers(chain: Chain, whole: Callable[[Tensor], Tensor], streamed: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The norm behind the layers: streamed with them, whole where they ran whole (decoding)."""
+    return whole(x) if chain.plan.boundaries == "stream" and chain.boundary is None else streamed(x)
 
 
 def _find_layers(model: nn.Module) -> list[list[Candidate]]:
