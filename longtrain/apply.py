@@ -159,6 +159,8 @@ def _apply(model: nn.Module, report: Report) -> None:
         if isinstance(module, TokenLoss):
             report._replace(module, partial(streamed_token_loss, chunk_tokens=plan.loss_chunk_tokens))
             report.entries.append(Entry(name, "streamed loss"))
+    places = {name: place for place, (name, _) in enumerate(model.named_modules())}
+    report.entries.sort(key=lambda entry: places[entry.name])
 
 
 def _is_streamed(module: nn.Module) -> bool:

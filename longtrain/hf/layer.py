@@ -17,12 +17,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from transformers.cache_utils import Cache
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from longtrain.hf.attention import MaskedAttention, Options, draw_seed, packed
 from longtrain.hf.mask import Mask
 
 CU_SEQLENS = ("cu_seq_lens_q", "cu_seq_lens_k")
-"""transformers' names for the document boundaries of packed rows (`FlashAttentionKwargs`): passed whole to every chunk."""
+"""transformers' names for the document boundaries of packed rows (`FlashAttentionKwargs`)."""
+
+PASSED_WHOLE = {*CU_SEQLENS, *inspect.signature(ForCausalLMLoss).parameters}
+"""What may reach a layer beside its own arguments: these, and the loss's, which transformers passes everywhere and no layer reads."""
 
 
 class AdaptedLayer:
@@ -125,7 +129,7 @@ class AdaptedLayer:
             raise ValueError("gradient checkpointing is on and this layer is streamed, which would recompute it twice: call "
                              "model.gradient_checkpointing_disable(), and set gradient_checkpointing=False in the trainer's arguments")
         for name, value in arguments.items():
-            unknown = isinstance(value, Tensor) and name not in self.arguments and name not in CU_SEQLENS
+            unknown = isinstance(value, Tensor) and name not in self.arguments and name not in PASSED_WHOLE
             if unknown and x.shape[1] in value.shape and x.shape[1] > 1:
                 raise ValueError(f"the layer was given {name}, shape {list(value.shape)}, which it was not given when it was traced: "
                                  "longtrain does not know whether it runs along the tokens; leave it out")
