@@ -120,7 +120,7 @@ class TieredStore:
         self.regions = {tier.name: tier.regions for tier in (self._host, self._disk) if tier}
         """How full each tier is, and ever was."""
         self.staging = (staging_bytes - self._system.threads * block) // 2
-        """Bytes for writes under way, and as many for what is fetched ahead."""
+        """Bytes for writes under way, and as many for what is fetched ahead; what a get waits for comes on top."""
         self._lock = threading.Lock()
         self._extents: dict[Hashable, dict[Span, _Kept]] = {}
         self._same: dict[tuple, Extent] = {}
@@ -194,6 +194,7 @@ class TieredStore:
             self._system.stop()
             for tier in filter(None, (self._disk, self._host)):
                 tier.close()
+            self._disk = self._host = None
 
     def __del__(self) -> None:
         if system := getattr(self, "_system", None):

@@ -15,9 +15,15 @@ TIERS = ("device", "host", "disk")
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.int32, torch.bool)
 
 
-def make_store(system: Stepped, draw: random.Random, *, host: int = 1 << 19, disk: int = 1 << 20, staging: int | None = None) -> TieredStore:
+def make_store(system: Stepped, draw: random.Random, *, host: int = 1 << 19, disk: int = 1 << 21, staging: int | None = None) -> TieredStore:
     staging = staging or draw.choice((1 << 16, 1 << 17))
     return TieredStore("cpu", host_bytes=host, disk=DiskSettings(path="/", budget=disk), staging_bytes=staging, system=system)
+
+
+def settle(store: TieredStore) -> None:
+    """Everything that is on its way arrives."""
+    with store._lock:
+        store._absorb_until("idle", lambda: not store._moving)
 
 
 class Schedule:
@@ -150,6 +156,7 @@ def run_schedule(seed: int, *, leave_out: str | None = None, faults: Faults = Fa
         schedule.soup(40)
         schedule.training_step()
         schedule.finish()
+        assert schedule.store.stats.degraded == 0
     finally:
         system.drain()
     return schedule

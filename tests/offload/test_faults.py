@@ -13,7 +13,7 @@ from longtrain.offload import DiskSettings, Place, TieredStore, check_disk
 from longtrain.offload.extent import State
 from longtrain.offload.system import System
 from longtrain.span import Span
-from tests.offload.schedules import Schedule, make_store
+from tests.offload.schedules import Schedule, make_store, settle
 from tests.offload.stepped import Faults, Stepped
 
 DISK, HOST = Place(tier="disk"), Place(tier="host")
@@ -29,12 +29,6 @@ def stepped(seed: int = 0, **faults: float) -> Stepped:
 
 def open_store(system: System, *, host: int = 0, disk: int = 1 << 20, **settings) -> TieredStore:
     return TieredStore("cpu", host_bytes=host, disk=DiskSettings(path="/", budget=disk, **settings), staging_bytes=1 << 18, system=system)
-
-
-def settle(store: TieredStore) -> None:
-    """Everything that is on its way arrives."""
-    with store._lock:
-        store._absorb_until("idle", lambda: not store._moving)
 
 
 class Faulty(Schedule):
