@@ -79,10 +79,11 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["longtrain", "longtrain.*"]) + KERNELS,
     package_dir={name: "kernels" for name in KERNELS},
+    package_data={"longtrain.report": ["page.css", "page.js"]},
     install_requires=["torch>=2.11", "numpy", "einops", "pyyaml", "safetensors"],
     extras_require={
         "flash": ["flash-attn"],
-        "hf": ["transformers"],
+        "hf": ["transformers>=5.20,<6"],
         "gpu": ["triton"],
         "plot": ["matplotlib"],
         "dev": ["pytest", "hypothesis", "ninja"],

@@ -14,16 +14,18 @@ class LengthStage:
     """From which update on the run reads sequences of which length."""
 
     from_step: int
-    """The first update (counted from 0) of this stage."""
+    """The first update (counted from 0) of this stage. Example: 200."""
 
     seq_len: int
-    """Tokens in one sequence during this stage."""
+    """Tokens in one sequence during this stage. Example: 16384."""
 
     tokens_per_update: int | None = None
-    """Tokens accumulated into one update during this stage, a multiple of its `seq_len`; `train.tokens_per_update` when not given."""
+    """Tokens accumulated into one update during this stage, a multiple of its `seq_len`; `train.tokens_per_update` when not given.
+    Example: 131072."""
 
     rope_base: float | None = None
-    """Base of the rotary frequencies during this stage; `model.rope_base` when not given. Longer sequences want larger ones."""
+    """Base of the rotary frequencies during this stage; `model.rope_base` when not given. Longer sequences want larger ones.
+    Example: 500000."""
 
     rope_scaling: float = 1.0
     """Positions are divided by this before they are rotated during this stage (position interpolation, arXiv:2306.15595)."""
@@ -34,7 +36,7 @@ class TrainConfig:
     """The optimisation: how many updates, of how many tokens, with which AdamW."""
 
     steps: int
-    """Updates of the parameters."""
+    """Updates of the parameters. Example: 240."""
 
     length_schedule: tuple[LengthStage, ...] = ()
     """Lets a run begin with short sequences: a list of {from_step, seq_len} and, where they differ, tokens_per_update, rope_base and
@@ -42,7 +44,7 @@ class TrainConfig:
 
     tokens_per_update: int | None = None
     """Tokens whose gradients are accumulated, one sequence at a time, into one update: a multiple of every sequence length. The
-    loss is normalised by the targets of the whole update. One sequence an update when not given."""
+    loss is normalised by the targets of the whole update. One sequence an update when not given. Example: 131072."""
 
     lr: float = 3e-4
     """Learning rate at the end of the warm-up."""
@@ -58,7 +60,7 @@ class TrainConfig:
     line. `wsd` (warm-up, stable, decay): constant, then down over the last `decay_steps`. `constant`: as it is."""
 
     decay_steps: int | None = None
-    """Updates of the decay that ends a `wsd` schedule; a fifth of the run when not given."""
+    """Updates of the decay that ends a `wsd` schedule; a fifth of the run when not given. Example: 50."""
 
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's decay rates of the first and second moment."""
@@ -82,17 +84,17 @@ class TrainConfig:
     """Draws the initial weights (and dropout)."""
 
     validate_every: int | None = None
-    """Updates between two validations; null for one at the end only. The last update is always validated."""
+    """Updates between two validations; null for one at the end only. The last update is always validated. Example: 60."""
 
     validation_tokens: int | None = None
-    """Tokens of the validation documents that are read each time, in whole sequences; null for all of them."""
+    """Tokens of the validation documents that are read each time, in whole sequences; null for all of them. Example: 131072."""
 
     init: str | None = None
     """Weights that the run begins with: a safetensors file, or a directory of them as `longtrain export` and Hugging Face write it.
     Drawn with `seed` when not given. Example: exported/llama."""
 
     threads: int | None = None
-    """CPU threads; null for PyTorch's own choice. Losses repeat bit for bit at the same number only."""
+    """CPU threads; null for PyTorch's own choice. Losses repeat bit for bit at the same number only. Example: 2."""
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("warmup_steps", 0), ("seed", 0)):
@@ -167,7 +169,8 @@ class CheckpointConfig:
     """What is saved so that a run can go on where it was: weights, AdamW's moments, random states, the position in the data."""
 
     every_steps: int | None = None
-    """Updates between two checkpoints; null for none by this count. There is always one at the end, and when the run is interrupted."""
+    """Updates between two checkpoints; null for none by this count. There is always one at the end, and when the run is interrupted.
+    Example: 100."""
 
     every_minutes: float | None = 30.0
     """Minutes between two checkpoints; null for none by this count."""
@@ -203,7 +206,8 @@ class MetricsConfig:
     """Project of Weights & Biases to report to; null for none. Needs the extra longtrain[wandb]. Example: long-context."""
 
     peak_tflops: float | None = None
-    """Rate of the device in TFLOP/s that the MFU is a share of. Measured by a matrix product at the start when not given."""
+    """Rate of the device in TFLOP/s that the MFU is a share of. Measured by a matrix product at the start when not given.
+    Example: 989."""
 
     def __post_init__(self) -> None:
         if self.peak_tflops is not None:
@@ -215,7 +219,7 @@ class OutputConfig:
     """Where the run writes."""
 
     dir: str
-    """Directory for weights, metrics, plot and the resolved configuration; made when missing."""
+    """Directory for weights, metrics, plot and the resolved configuration; made when missing. Example: out/first."""
 
     overwrite: bool = False
     """Whether a finished run that stands in `dir` may be replaced; refused otherwise. An unfinished one is taken up again unless

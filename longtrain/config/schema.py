@@ -29,28 +29,29 @@ class MemoryConfig:
     """
 
     budget: str | None = None
-    """Memory that the run may take, such as 1.5GiB or 72GB (peak resident memory on a CPU, device memory on a GPU)."""
+    """Memory that the run may take, such as 1.5GiB or 72GB (peak resident memory on a CPU, device memory on a GPU). Example: 1.5GiB."""
 
     chunk_tokens: int | None = None
     """Tokens streamed at a time. Larger chunks run faster and hold more activations. Example: 4096."""
 
     segment_layers: int | None = None
-    """Consecutive layers that are streamed backward together, at most all of them. 1 when not given."""
+    """Consecutive layers that are streamed backward together, at most all of them. 1 when not given. Example: 2."""
 
     store_outputs: Fraction | None = None
     """Fraction (0 to 1) of the tokens whose attention outputs are kept from the forward pass instead of computed again: one
-    number, or a list with one a layer. 1.0 when not given."""
+    number, or a list with one a layer. 1.0 when not given. Example: 0.5."""
 
     store_kv: Fraction | None = None
     """Fraction (0 to 1) of the tokens whose keys and values are kept from the forward pass: one number, or a list with one a
-    layer. 0.0 when not given."""
+    layer. 0.0 when not given. Example: 0.5."""
 
     boundaries: Literal["stream", "tensor"] | None = None
     """`stream`: what travels between layers is freed chunk by chunk. `tensor`: ordinary tensors, for code that looks at hidden
     states between layers. `stream` when not given."""
 
     loss_chunk_tokens: int | None = None
-    """Tokens whose logits exist at one time. When not given, as many as fill 8 MiB on a CPU, 2 GiB on a GPU (64 to 8,192)."""
+    """Tokens whose logits exist at one time. When not given, as many as fill 8 MiB on a CPU, 2 GiB on a GPU (64 to 8,192).
+    Example: 1024."""
 
     def __post_init__(self) -> None:
         by_hand = [f.name for f in fields(self) if f.name != "budget" and getattr(self, f.name) is not None]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import queue
+import weakref
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
@@ -71,6 +72,8 @@ class DiskTier:
         self._slots: queue.SimpleQueue[np.ndarray] = queue.SimpleQueue()  # one for each thread, so that none ever waits for one
         for slot in self._slab.reshape(system.threads, block_bytes):
             self._slots.put(slot)
+        self.close = weakref.finalize(self, _close, self._file, copies, self._slab)
+        """At the latest when the tier, and the last transfer that holds it, are gone."""
 
     def write(self, offset: int, source: Tensor, mark: Any, extent: int) -> int:
         """One block; the checksum of what was handed to the disk. Raises OSError."""
@@ -96,26 +99,22 @@ class DiskTier:
         finally:
             self._slots.put(slot)
 
-    def close(self) -> None:
-        self._file.close()
-        self._copies.unpin(self._slab)
-        del self._slab, self._slots
-
     def _move(self, call: Callable[[BinaryIO, memoryview, int], int], data: memoryview, offset: int) -> None:
         """All of `data`, however few bytes the system moves at a time."""
         done = idle = 0
         while done < len(data):
+            direct = self.direct
             try:
                 count = call(self._file, data[done:], offset + done)
             except OSError as error:
-                if error.errno != errno.EINVAL or not self.direct:
+                if error.errno != errno.EINVAL or not direct:
                     raise
                 self._switch(False)
                 continue
-            if self.direct and done + count < len(data):
+            if direct and done + count < len(data):
                 count -= count % ALIGNMENT  # go on from an offset that O_DIRECT takes
             idle = 0 if count else idle + 1
-            if idle > 3:
+            if idle == 20:
                 raise OSError(errno.EIO, f"no progress at offset {offset + done}")
             done += count
 
@@ -128,3 +127,8 @@ class DiskTier:
             if error.errno != errno.EINVAL:
                 raise
             self.direct = False
+
+
+def _close(file: BinaryIO, copies: Copies, slab: np.ndarray) -> None:
+    file.close()
+    copies.unpin(slab)

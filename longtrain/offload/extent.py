@@ -100,4 +100,4 @@ def pack(tensor: Tensor, compress: bool) -> tuple[Tensor, Form]:
     order = tuple(sorted(range(once.ndim), key=lambda axis: (-once.stride(axis), axis)))
     dense = once.permute(order).contiguous()
     form = Form(tensor.dtype, tensor.shape, order, dense.shape, compress)
-    return fp8.encode(dense) if compress else dense.view(-1).view(torch.uint8), form
+    return fp8.encode(dense) if compress else dense.as_strided((dense.numel(),), (1,)).view(torch.uint8), form

@@ -1,7 +1,8 @@
 """Lossy storage of activations: FP8 (e4m3) with a float32 scale for every 128 values of the last axis.
 
-COAT's scheme for what is kept for the backward pass (arXiv:2410.19313, section 4: mixed granularity; groups, not one scale a tensor,
-because nothing multiplies in FP8 here). A value becomes q with x = scale * q, scale = amax(group) / 448. Three bits of mantissa:
+COAT's scheme for what non-linear layers keep for the backward pass (arXiv:2410.19313, mixed granularity; its one scale a tensor is for
+inputs of FP8 products, and nothing multiplies in FP8 here). A value is x = scale * q with scale = amax(group) / 448; three bits of
+mantissa give
 
     |decoded - x| <= max(2^-4 |x|, 2^-10 scale)      and one rounding to the tensor's dtype
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, Protocol
 
 import numpy as np
@@ -74,6 +75,8 @@ class HostTier:
         except (OSError, RuntimeError) as error:
             raise ValueError(f"memory.host_budget: {nbytes:,} bytes cannot be had ({error}); lower it") from error
         self._copies = copies
+        self.close = weakref.finalize(self, copies.unpin, self._arena)
+        """At the latest when the tier, and the last transfer that holds it, are gone."""
 
     def write(self, offset: int, source: Tensor, mark: Any, extent: int) -> int:
         """One block; the checksum of what arrived."""
@@ -87,7 +90,3 @@ class HostTier:
         data = self._arena[offset : offset + -(-len(target) // WORD) * WORD]
         check(data, extent, offset, expected)
         self._copies.up(target, data[: len(target)], mark)
-
-    def close(self) -> None:
-        self._copies.unpin(self._arena)
-        del self._arena

@@ -10,6 +10,8 @@ class Regions:
 
     def __init__(self, nbytes: int, alignment: int) -> None:
         self.alignment, self.nbytes = alignment, nbytes - nbytes % alignment
+        self.used = self.most = 0
+        """Bytes that are taken now, and the most that ever were."""
         self._free: list[tuple[int, int]] = [(0, self.nbytes)] if self.nbytes else []  # (offset, bytes), by offset
 
     def padded(self, nbytes: int) -> int:
@@ -21,6 +23,8 @@ class Regions:
         best = min(((size, at) for at, size in self._free if size >= need), default=None)
         if best is None:
             return None
+        self.used += need
+        self.most = max(self.most, self.used)
         size, at = best
         index = bisect_left(self._free, (at, size))
         self._free[index : index + 1] = [(at + need, size - need)] if size > need else []
@@ -42,6 +46,4 @@ class Regions:
             stop = sum(self._free[last])
             last += 1
         self._free[index:last] = [(start, stop - start)]
-
-    def free(self) -> int:
-        return sum(size for _, size in self._free)
+        self.used -= self.padded(nbytes)

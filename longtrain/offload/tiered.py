@@ -117,7 +117,10 @@ class TieredStore:
         self._disk = DiskTier(disk, block, self._system, self._copies) if disk else None
         self._host = HostTier(host_bytes, block, self._system, self._copies) if host_bytes else None
         self._may_write = disk.max_written if disk and disk.max_written is not None else float("inf")
-        self._staging = (staging_bytes - self._system.threads * block) // 2
+        self.regions = {tier.name: tier.regions for tier in (self._host, self._disk) if tier}
+        """How full each tier is, and ever was."""
+        self.staging = (staging_bytes - self._system.threads * block) // 2
+        """Bytes for writes under way, and as many for what is fetched ahead; what a get waits for comes on top."""
         self._lock = threading.Lock()
         self._extents: dict[Hashable, dict[Span, _Kept]] = {}
         self._same: dict[tuple, Extent] = {}
@@ -148,7 +151,7 @@ class TieredStore:
             extents = self._extents.get(name, {})
             found = [(extents[s], part) for s, part in covering(name, extents, span)]
             for kept, _ in found:
-                self._fetch(kept.extent)
+                self._fetch(kept.extent)  # all at once
             pieces = [(self._take(kept), part) for kept, part in found]
             self._advance()
             return join(pieces)
@@ -191,6 +194,7 @@ class TieredStore:
             self._system.stop()
             for tier in filter(None, (self._disk, self._host)):
                 tier.close()
+            self._disk = self._host = None
 
     def __del__(self) -> None:
         if system := getattr(self, "_system", None):
@@ -216,7 +220,7 @@ class TieredStore:
             return _Kept(extent, form)
         if not tiers:
             return _Kept(self._resident(label, payload), form)
-        self._wait("room", lambda: not self._writing or self._writing + len(payload) <= self._staging)
+        self._wait("room", lambda: not self._writing or self._writing + len(payload) <= self.staging)
         extent = Extent(next(self._number), label, payload, version_of(payload), len(payload))
         self._writing += extent.nbytes
         self.stats.most_writing = max(self.stats.most_writing, self._writing)
@@ -244,6 +248,7 @@ class TieredStore:
 
     def _take(self, kept: _Kept) -> Tensor:
         extent = kept.extent
+        self._fetch(extent)  # again: while others were waited for, its write may have ended, or its twin may have been taken
         self._wait("fetched", lambda: extent.state is not State.READING)
         if extent.state is State.FAILED:
             raise RuntimeError(str(extent.error)) from extent.error
@@ -266,7 +271,7 @@ class TieredStore:
         while self._order:
             extent = self._order[0]
             if extent.state is State.STORED:
-                if self._fetched and self._fetched + extent.nbytes > self._staging:
+                if self._fetched and self._fetched + extent.nbytes > self.staging:
                     return
                 self._fetch(extent)
             self._order.popleft()
@@ -410,7 +415,7 @@ class TieredStore:
             extent.error = extent.error or RuntimeError(edited(extent.label))
             self._lost.append(extent)
             self._fail(extent)
-        elif extent.uses and (not self._fetched or self._fetched + extent.nbytes <= self._staging):
+        elif extent.uses and (not self._fetched or self._fetched + extent.nbytes <= self.staging):
             self._fetched += extent.nbytes
             self.stats.most_fetched = max(self.stats.most_fetched, self._fetched)
             self._move(extent, State.READY)
