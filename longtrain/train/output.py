@@ -11,6 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 CONFIG, METRICS, WEIGHTS, PLOT, CHECKPOINTS = "config.yaml", "metrics.jsonl", "model.safetensors", "loss.png", "checkpoints"
+EVALUATION, REPORT = "evaluation.json", "report.html"
 
 
 class RunError(Exception):

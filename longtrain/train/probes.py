@@ -26,6 +26,7 @@ from longtrain.nn import LanguageModel
 from longtrain.span import Layout
 
 MARKER, VALUE = 8, 4
+RUN_PAIRS = 4
 LARGEST_PREFIX = 64
 """At most so many tokens stand before the key, so that the sequence's beginning is not the place to look."""
 
@@ -51,18 +52,24 @@ class ProbeResult:
     examples: int
 
 
-def recall_documents(tokens: int, alphabet: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """A document ``[tokens]`` to learn recall from: different keys with their values, then all of them again in another order, and so on.
+def recall_document(tokens: int, alphabet: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """A document ``[tokens]`` to learn recall from: pairs of a key and its value, in runs of 4 pairs on average.
 
-    With n = min(keys, tokens / 4) pairs a round, a key comes again after 2 to 4 n tokens, with the same value.
+    Half of the runs are of keys that are new, as long as there are any; the others repeat pairs from a place chosen at random. Inside such
+    a run the next key follows from the one before as well: without that half of the signal, learning takes many times as long.
     """
     keys, values = key_value_halves(alphabet)
-    pairs = max(1, min(len(keys), tokens // 4))
-    chosen = random.choice(keys, pairs, replace=False)
-    value_of = random.choice(values, pairs)
-    orders = [random.permutation(pairs) for _ in range(-(-tokens // (2 * pairs)))]
-    order = np.concatenate(orders)
-    return np.stack([chosen[order], value_of[order]], 1).reshape(-1)[:tokens]
+    order, value_of = random.permutation(keys), random.choice(values, len(keys))
+    pairs, used = [], 0
+    while 2 * len(pairs) < tokens:
+        run = int(random.geometric(1 / RUN_PAIRS))
+        if not used or (used < len(keys) and random.random() < 0.5):
+            pairs += range(used, min(used + run, len(keys)))
+            used = min(used + run, len(keys))
+        else:
+            start = int(random.integers(len(pairs)))
+            pairs += pairs[start : start + run]
+    return np.stack([order[pairs], value_of[pairs]], 1).reshape(-1)[:tokens]
 
 
 def key_value_halves(alphabet: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
