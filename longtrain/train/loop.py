@@ -115,7 +115,8 @@ class Trainer:
             resumed |= dropped
             if dropped["dropped_steps"]:
                 say("resume", ["updates {} to {} are done again, their metrics were dropped".format(*dropped["dropped_steps"])])
-        write_whole(directory / output.CONFIG, lambda path: path.write_text(dump_config(config), encoding="utf-8"))
+        self.config_text = dump_config(config)
+        write_whole(directory / output.CONFIG, lambda path: path.write_text(self.config_text, encoding="utf-8"))
         self.metrics = Metrics(open_sinks(config, directory, self.done, append=goes_on))
         environment = {
             "budget_bytes": self.budget,
@@ -224,7 +225,7 @@ class Trainer:
             "tensors": describe_tensors(tensors),
         }
         self.metrics.flush()
-        self.note_saved(self.saver.save(self.done, tensors, facts, dump_config(self.config)))
+        self.note_saved(self.saver.save(self.done, tensors, facts, self.config_text))
 
     def note_saved(self, saved: Saved | None) -> None:
         if saved is not None:

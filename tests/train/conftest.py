@@ -34,16 +34,24 @@ output:
 """
 
 
-@pytest.fixture
-def texts(tmp_path) -> Path:
-    """Twelve documents of a few hundred bytes."""
-    directory = tmp_path / "texts"
+def write_texts(inside: Path) -> Path:
+    directory = inside / "texts"
     directory.mkdir()
     chance = random.Random(0)
     for index in range(12):
         words = [chance.choice(["span", "chunk", "carry", "tier", "plan"]) for _ in range(chance.randrange(20, 80))]
         (directory / f"{index:02}.txt").write_text(" ".join(words))
     return directory
+
+
+def write_config(texts: Path, out: Path) -> str:
+    return CONFIG.replace("TEXTS", str(texts)).replace("OUT", str(out))
+
+
+@pytest.fixture
+def texts(tmp_path) -> Path:
+    """Twelve documents of a few hundred bytes."""
+    return write_texts(tmp_path)
 
 
 @pytest.fixture
@@ -77,7 +85,7 @@ def out(tmp_path) -> Path:
 @pytest.fixture
 def config_file(tmp_path, texts, out) -> Path:
     path = tmp_path / "run.yaml"
-    path.write_text(CONFIG.replace("TEXTS", str(texts)).replace("OUT", str(out)))
+    path.write_text(write_config(texts, out))
     return path
 
 

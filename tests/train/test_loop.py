@@ -7,12 +7,12 @@ import torch
 
 from longtrain.config import load_config
 from longtrain.data.sources import read_text
-from longtrain.nn import LanguageModel, count_targets
+from longtrain.nn import LanguageModel, RotaryEmbedding, count_targets
 from longtrain.train import loop, prepare, step
 from longtrain.train.console import StepBar
 from longtrain.train.optimizer import Optimizer
 from longtrain.train.peak_memory import read_peak, reset_peak
-from longtrain.units import format_bytes, format_time
+from longtrain.units import format_bytes, format_time, parse_time
 
 
 class Terminal(io.StringIO):
@@ -114,3 +114,29 @@ def test_memory_is_printed_in_its_unit(size, text):
 @pytest.mark.parametrize("seconds, text", [(0, "0m00s"), (252.4, "4m12s"), (11100, "3h05m")])
 def test_time_is_printed_in_its_unit(seconds, text):
     assert format_time(seconds) == text
+
+
+@pytest.mark.parametrize("text, seconds", [("11h50m", 42600), ("90s", 90), ("2d", 172800), ("1h30m20s", 5420)])
+def test_time_is_read(text, seconds):
+    assert parse_time(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "5", "0s", "50m11h", "1.5h", "-3s", "h"])
+def test_what_is_no_time_is_refused(text):
+    with pytest.raises(ValueError, match="is not a time; write one such as 11h50m"):
+        parse_time(text)
+
+
+def test_each_stage_has_its_own_rotary(config_file):
+    """Base and scaling reach every layer: scaling s at position s p is no scaling at position p."""
+    schedule = "train.length_schedule=[{from_step: 0, seq_len: 32}, {from_step: 2, seq_len: 64, rope_base: 5e5, rope_scaling: 2.0}]"
+    config, _ = load_config(config_file, [schedule, "train.tokens_per_update=64"])
+    model = LanguageModel(config.model)
+    rotaries = [m for m in model.modules() if isinstance(m, RotaryEmbedding)]
+    for at, base, scaling in ((0, 10_000.0, 1.0), (1, 10_000.0, 1.0), (2, 5e5, 2.0), (3, 5e5, 2.0)):
+        prepare.set_rotary(model, prepare.stage_at(config, at))
+        assert [(r.base, r.scaling) for r in rotaries] == [(base, scaling)] * config.model.num_layers
+    positions = torch.arange(0, 20, 2)[None]
+    stretched = rotaries[0].angles(positions, torch.float64)
+    for ours, plain in zip(stretched, RotaryEmbedding(8, base=5e5).angles(positions // 2, torch.float64), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=0, atol=1e-15)

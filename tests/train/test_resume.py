@@ -16,11 +16,12 @@ import torch
 
 from longtrain import cli
 from longtrain.train import checkpoint as on_disk
-from longtrain.train import loop, saving
+from longtrain.train import loop, saving, stop
 from longtrain.train.output import read_metrics
+from tests.train.conftest import write_config, write_texts
 
 TOOLS = Path(__file__).parents[2] / "tools"
-EVERY = ("checkpoint.every_steps=1", "checkpoint.keep=3", "train.steps=6")
+EVERY = ("checkpoint.every_steps=1", "checkpoint.keep=3", "train.steps=6", "train.validation_tokens=128")
 
 pytestmark = pytest.mark.usefixtures("no_picture")
 
@@ -28,6 +29,19 @@ pytestmark = pytest.mark.usefixtures("no_picture")
 def train(file, *overrides, flags=()):
     settings = dict(setting.split("=", 1) for setting in (*EVERY, *overrides))
     return cli.main(["train", str(file), *(f"{key}={value}" for key, value in settings.items()), *flags])
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """A run of the same text that nobody interrupted."""
+    directory = tmp_path_factory.mktemp("alone")
+    file = directory / "run.yaml"
+    file.write_text(write_config(write_texts(directory), directory / "out"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert train(file) == 0
+    torch.set_num_threads(threads)
+    return directory / "out"
 
 
 def trajectory(directory):
@@ -51,12 +65,11 @@ def checkpoints(out):
 @pytest.mark.parametrize(
     "overrides",
     [
-        (),
         ("train.dtype=bfloat16", "model.attention_dropout=0.2", "memory.chunk_tokens=24"),
         ("train.length_schedule=[{from_step: 0, seq_len: 32}, {from_step: 4, seq_len: 64, rope_base: 1e5}]", "train.tokens_per_update=64"),
         ("checkpoint.asynchronous=false", "model.tie_embeddings=true"),
     ],
-    ids=["plain", "bfloat16 with dropout, streamed", "length schedule", "tied, synchronous"],
+    ids=["bfloat16 with dropout, streamed", "length schedule", "tied, synchronous"],
 )
 def test_a_run_that_died_ends_as_one_that_did_not(overrides, config_file, out, tmp_path, crash_after, monkeypatch, capsys):
     assert train(config_file, f"output.dir={tmp_path / 'alone'}", *overrides) == 0
@@ -84,23 +97,14 @@ def test_metrics_after_the_checkpoint_are_dropped_and_the_record_says_which(conf
 
 
 def damage(checkpoint, how):
-    """Truncate or change the file of tensors, or take it away."""
     file = next(checkpoint.glob("__*.distcp"))
     content = bytearray(file.read_bytes())
-    if how == "bit":
-        content[len(content) // 2] ^= 1
-        file.write_bytes(content)
-    elif how == "truncated":
-        file.write_bytes(content[:-100])
-    elif how == "missing":
-        file.unlink()
-    else:
-        (checkpoint / "manifest.json").write_text("{")
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content if how == "bit" else content[:-100])
 
 
-@pytest.mark.parametrize("how, said", [("bit", "bytes have changed"), ("truncated", " bytes of "), ("missing", "No such file"), ("manifest", "manifest")])
-def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_it_used(how, said, config_file, out, tmp_path, crash_after, monkeypatch, capsys):
-    assert train(config_file, f"output.dir={tmp_path / 'alone'}") == 0
+@pytest.mark.parametrize("how, said", [("bit", "bytes have changed"), ("truncated", " bytes of ")])
+def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_it_used(how, said, config_file, out, alone, crash_after, monkeypatch, capsys):
     crash_after(4, "note_saved")
     die(config_file, "checkpoint.asynchronous=false")
     monkeypatch.undo()
@@ -111,7 +115,7 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_it_used(how,
     printed = capsys.readouterr().out
     assert f"{newest} is damaged: " in printed and said in printed and f"set aside as damaged-{newest.name}" in printed
     assert f"going on from step {on_disk.step_of(newest) - 1}" in printed
-    assert trajectory(out) == trajectory(tmp_path / "alone") and weights(out) == weights(tmp_path / "alone")
+    assert trajectory(out) == trajectory(alone) and weights(out) == weights(alone)
 
 
 def test_with_every_checkpoint_damaged_nothing_is_begun_anew(config_file, out, crash_after, monkeypatch, capsys):
@@ -190,8 +194,7 @@ def test_resume_names_what_is_not_a_checkpoint(config_file, out, tmp_path, capsy
         assert "checkpoint.resume: " in error and said in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("when", ["between updates", "inside an update"])
+@pytest.mark.parametrize("number, when", [(signal.SIGINT, "between updates"), (signal.SIGTERM, "inside an update")])
 def test_a_signal_saves_and_ends_and_the_run_goes_on_bit_for_bit(number, when, config_file, out, tmp_path, monkeypatch, capsys):
     extra = ("memory.chunk_tokens=24", "model.attention_dropout=0.2", "checkpoint.every_steps=null")
     assert train(config_file, f"output.dir={tmp_path / 'alone'}", *extra) == 0
@@ -214,21 +217,21 @@ def test_a_signal_saves_and_ends_and_the_run_goes_on_bit_for_bit(number, when, c
     assert trajectory(out) == trajectory(tmp_path / "alone") and weights(out) == weights(tmp_path / "alone")
 
 
-def test_a_second_signal_ends_at_once(config_file, out):
+def test_a_second_signal_ends_at_once():
     program = f"""
-import os, signal, sys, time
-from longtrain import cli
-from longtrain.train import loop
-def update(self):
-    for _ in range(2):
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(0.1)
+import os, runpy, signal
+stop = runpy.run_path({stop.__file__!r})
+with stop["Stop"](None) as asked:
+    os.kill(os.getpid(), signal.SIGTERM)
+    try:
+        asked.check()
+    except stop["Stopped"]:
+        print("stopped", flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
     print("still here", flush=True)
-loop.Trainer.update = update
-sys.exit(cli.main(["train", {str(config_file)!r}]))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == -signal.SIGTERM and "once more ends at once" in done.stderr and "still here" not in done.stdout
+    assert done.returncode == -signal.SIGTERM and "once more ends at once" in done.stderr and done.stdout == "stopped\n"
 
 
 def test_the_time_limit_leaves_room_for_the_next_update_and_no_clock_change_matters(config_file, out, monkeypatch, capsys):
@@ -310,9 +313,8 @@ def test_without_room_for_the_checkpoints_the_run_does_not_begin(config_file, ou
     assert not (out / "metrics.jsonl").exists()
 
 
-def test_a_disk_that_fills_up_in_a_checkpoint_ends_the_run_and_the_one_before_it_stands(config_file, out, tmp_path, crash_after, monkeypatch, capsys):
+def test_a_disk_that_fills_up_in_a_checkpoint_ends_the_run_and_the_one_before_it_stands(config_file, out, alone, monkeypatch, capsys):
     """By the system's limit on file sizes, in this process: what the writer meets is the real error."""
-    assert train(config_file, f"output.dir={tmp_path / 'alone'}") == 0
     original = loop.Trainer.save
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -332,7 +334,63 @@ def test_a_disk_that_fills_up_in_a_checkpoint_ends_the_run_and_the_one_before_it
     assert "step-00000003" not in checkpoints(out) and "step-00000002" in checkpoints(out)
     monkeypatch.undo()
     assert train(config_file) == 0
-    assert trajectory(out) == trajectory(tmp_path / "alone")
+    assert trajectory(out) == trajectory(alone)
+
+
+@pytest.fixture
+def tiny_disk(tmp_path):
+    """A file system of 1 MiB, where the system lets us make one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(disk)], capture_output=True).returncode:
+        pytest.skip("no right to mount a file system")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("checked", [True, False], ids=["seen before", "met by the writer"])
+def test_a_full_disk_ends_the_run_and_with_room_it_goes_on(checked, config_file, tiny_disk, tmp_path, crash_after, monkeypatch, capsys):
+    monkeypatch.setattr(saving, "ROOM_BYTES", 20_000)
+    settings = (f"output.dir={tiny_disk / 'out'}", "checkpoint.keep=1", "checkpoint.asynchronous=false", "model.num_layers=1")
+    assert train(config_file, f"output.dir={tmp_path / 'alone'}", *settings[1:]) == 0
+    update, filler = loop.Trainer.update, tiny_disk / "filler"
+
+    def filling(self):
+        update(self)
+        if self.done == 3:
+            filler.write_bytes(bytes(shutil.disk_usage(tiny_disk).free - 50_000))
+
+    monkeypatch.setattr(loop.Trainer, "update", filling)
+    if not checked:
+        monkeypatch.setattr(saving, "check_room", lambda *_: None)
+    assert train(config_file, *settings) == 1
+    error = capsys.readouterr().err
+    assert ("0 MiB are free" if checked else "step-00000003 cannot be written (No space left on device)") in error and error.count("\n") == 1
+    assert "step-00000002" in checkpoints(tiny_disk / "out") and "step-00000003" not in checkpoints(tiny_disk / "out")
+    monkeypatch.undo()
+    monkeypatch.setattr(saving, "ROOM_BYTES", 20_000)
+    filler.unlink()
+    assert train(config_file, *settings) == 0
+    assert "going on from step 2" in capsys.readouterr().out
+    assert trajectory(tiny_disk / "out") == trajectory(tmp_path / "alone")
+
+
+def test_a_run_goes_back_to_a_checkpoint_of_its_own_only_when_asked(config_file, out, tmp_path, capsys):
+    assert train(config_file) == 0
+    before, back = trajectory(out), f"checkpoint.resume={out / 'checkpoints' / 'step-00000004'}"
+    capsys.readouterr()
+    assert train(config_file, back) == 2
+    assert "would lose what came after" in capsys.readouterr().err and len(checkpoints(out)) == 3
+    assert train(config_file, back, "output.overwrite=true", "train.lr=1e-3") == 0
+    printed = capsys.readouterr().out
+    assert "removed step-00000006, which came after" in printed and "changed since then: train.lr: 0.01 -> 0.001" in printed
+    assert [a == b for a, b in zip(trajectory(out), before, strict=True)] == [t[1] <= 4 for t in before]
+
+
+def test_several_processes_are_refused_by_name(config_file, out, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert train(config_file) == 1
+    assert "2 processes were started (WORLD_SIZE)" in capsys.readouterr().err and not out.exists()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
