@@ -13,20 +13,20 @@ class TokenSource:
     """Data that `longtrain data build` has written."""
 
     path: str
-    """Its directory."""
+    """Its directory. Example: built/books."""
 
     weight: float | None = None
     """Share of the training sequences that come from here, relative to the other weights: 3 beside 1 is three quarters. Given for every
-    source, or for none: then each is read as often as its size says."""
+    source, or for none: then each is read as often as its size says. Example: 3."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataConfig:
     """What the model reads: documents, packed into sequences."""
 
-    source: Literal["stdlib", "text", "tokens"] = "stdlib"
+    source: Literal["stdlib", "text", "tokens", "recall"] = "stdlib"
     """`stdlib`: the source code of the running Python's own standard library, which is on every machine. `text`: `files`, as bytes.
-    `tokens`: data built before by `longtrain data build`, of any size."""
+    `tokens`: data built before by `longtrain data build`, of any size. `recall`: made-up documents to learn associative recall from."""
 
     files: tuple[str, ...] = ()
     """Files, directories or glob patterns (`**` goes through directories) for `source: text`; each file is one document.
@@ -58,7 +58,8 @@ class DataConfig:
     """Documents of at least so many tokens count as long, and are read `long_weight` times as often. Example: 32768."""
 
     long_weight: float = 1.0
-    """How many times as often as their size says long documents are read, within their source: its share of the sequences stays."""
+    """How many times as often as their size says long documents are read, within their source: its share of the sequences stays.
+    Example: 4."""
 
     validation_fraction: float = 0.05
     """Share of the documents that is held out. Whether a document is depends on its name and `seed` alone: it stays when data is added."""

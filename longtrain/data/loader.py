@@ -17,6 +17,7 @@ from longtrain.config.run import LengthStage
 from longtrain.data.built import open_built
 from longtrain.data.corpus import Corpus, corpus_in_memory, join, name_key, split
 from longtrain.data.packing import Batch, PackedDocuments
+from longtrain.data.recall import make_recall
 from longtrain.data.sources import DataError, read_stdlib, read_text
 
 PERIOD = 4096
@@ -29,6 +30,8 @@ def open_data(data: DataConfig) -> tuple[Corpus, Corpus]:
         corpus = corpus_in_memory(read_stdlib(), "stdlib")
     elif data.source == "text":
         corpus = corpus_in_memory(read_text(data.files), "text")
+    elif data.source == "recall":
+        corpus = corpus_in_memory(make_recall(data.seed), "recall")
     else:
         corpus = join([open_built(source.path, source.path) for source in data.tokens])
     longest = int(corpus.length_N.argmax())
