@@ -84,6 +84,7 @@ setup(
     extras_require={
         "flash": ["flash-attn"],
         "hf": ["transformers>=5.20,<6"],
+        "trainers": ["transformers>=5.20,<6", "accelerate", "peft", "trl"],
         "gpu": ["triton"],
         "plot": ["matplotlib"],
         "dev": ["pytest", "hypothesis", "ninja"],

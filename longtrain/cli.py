@@ -59,6 +59,24 @@ def build_parser() -> argparse.ArgumentParser:
     sub = config.add_parser("explain", help="type, default, meaning and example of a setting, or of all in a section")
     sub.add_argument("key", nargs="?", default="", metavar="KEY", help="such as train.lr, or train.length_schedule.seq_len, or train")
     sub.set_defaults(command=explain)
+    data = commands.add_parser("data", help="tokens on disk, for runs that read more than fits in memory").add_subparsers(required=True, metavar="COMMAND")
+    sub = data.add_parser("build", help="make them from text, JSONL, parquet, FASTA or WAV; run it again to go on after an interruption")
+    sub.add_argument("out", metavar="OUT", help="directory to write")
+    sub.add_argument("inputs", nargs="+", metavar="INPUT", help="file, directory or glob pattern")
+    formats = ("auto", "text", "bytes", "jsonl", "parquet", "fasta", "wav")
+    sub.add_argument("--format", choices=formats, default="auto", help="of the inputs; auto: what their names say, text otherwise")
+    sub.add_argument("--field", default="text", metavar="NAME", help="field (JSONL) or column (parquet) that holds the text (text)")
+    sub.add_argument("--case", choices=("keep", "upper", "lower"), default="keep", help="of FASTA letters (keep)")
+    sub.add_argument("--tokenizer", metavar="FILE", help="a local tokenizer.json; bytes are the tokens by default")
+    sub.add_argument("--special-tokens", action="store_true", help="with --tokenizer: let it add its special tokens to every document")
+    sub.add_argument("--end-token", type=int, metavar="ID", help="put this token behind every document")
+    sub.add_argument("--shard-size", type=memory, default="256MiB", metavar="SIZE", help="bytes of tokens after which a file is closed (256MiB)")
+    sub.set_defaults(command=data_build)
+    sub = data.add_parser("info", help="lengths of the documents, where they come from, what each packing wastes")
+    sub.add_argument("paths", nargs="+", metavar="PATH", help="directory that `longtrain data build` has written")
+    sub.add_argument("--seq-len", nargs="+", type=int, default=[], metavar="T", help="show what packing into such sequences wastes")
+    sub.add_argument("--check", action="store_true", help="read everything and compare the checksums")
+    sub.set_defaults(command=data_info)
     sub = commands.add_parser("doctor", help="show this machine, which backend serves which op, and run a self-test")
     sub.set_defaults(command=doctor)
     return parser
@@ -105,10 +123,31 @@ def explain(args: argparse.Namespace) -> int:
     return explain.run(args.key)
 
 
+def data_build(args: argparse.Namespace) -> int:
+    from longtrain.data import command
+
+    return command.run_build(args)
+
+
+def data_info(args: argparse.Namespace) -> int:
+    from longtrain.data import command
+
+    return command.run_info(args)
+
+
 def doctor(args: argparse.Namespace) -> int:
     from longtrain import doctor
 
     return doctor.run()
+
+
+def memory(text: str) -> int:
+    from longtrain.units import parse_bytes
+
+    try:
+        return parse_bytes(text, "SIZE")
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def seconds(text: str) -> float:

@@ -14,6 +14,7 @@ from itertools import pairwise
 from typing import Literal
 
 from longtrain.config.bounds import at_least as _at_least, between as _between
+from longtrain.config.data import DataConfig
 from longtrain.config.run import CheckpointConfig, LengthStage, MetricsConfig, OutputConfig, SpikeConfig, TrainConfig
 from longtrain.nn import ModelConfig
 from longtrain.units import parse_bytes
@@ -74,44 +75,6 @@ class MemoryConfig:
     def plan_settings(self) -> dict:
         """The settings given by hand, as arguments of `lt.Plan`."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "budget" and getattr(self, f.name) is not None}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DataConfig:
-    """What the model reads. Tokens are bytes (256 of them); documents never see each other."""
-
-    source: Literal["stdlib", "text"] = "stdlib"
-    """`stdlib`: the source code of the running Python's own standard library, which is on every machine. `text`: `files`."""
-
-    files: tuple[str, ...] = ()
-    """Files, directories or glob patterns (`**` goes through directories) for `source: text`; each file is one document.
-    Relative paths start at the current directory. Example: [books/*.txt]."""
-
-    seq_len: int
-    """Tokens in one training sequence. Validation uses the same length. Example: 16384."""
-
-    packing: Literal["best_fit", "one_document"] = "best_fit"
-    """`best_fit`: documents longer than `seq_len` are cut into pieces, and pieces share a sequence where they fit. `one_document`:
-    one piece a sequence, the rest padding."""
-
-    min_document_tokens: int = 0
-    """Documents shorter than this are left out: raise it for a run that should see long contexts only."""
-
-    validation_fraction: float = 0.05
-    """Share of the tokens that is held out, by whole documents, drawn with `seed`."""
-
-    seed: int = 0
-    """Draws the validation documents and the order of the sequences."""
-
-    def __post_init__(self) -> None:
-        if self.source == "text" and not self.files:
-            raise ValueError("data.files: is missing, and source: text reads nothing else; list files, directories or globs")
-        if self.source != "text" and self.files:
-            raise ValueError(f"data.files: has no effect with source: {self.source}; set source: text, or remove it")
-        _at_least("data.seq_len", self.seq_len, 2)
-        _at_least("data.min_document_tokens", self.min_document_tokens, 0)
-        _between("data.validation_fraction", self.validation_fraction, 0.0001, 0.5)
-        _at_least("data.seed", self.seed, 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

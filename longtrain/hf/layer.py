@@ -28,6 +28,9 @@ CU_SEQLENS = ("cu_seq_lens_q", "cu_seq_lens_k")
 PASSED_WHOLE = {*CU_SEQLENS, *inspect.signature(ForCausalLMLoss).parameters}
 """What may reach a layer beside its own arguments: these, and the loss's, which transformers passes everywhere and no layer reads."""
 
+CUT = {"seq_idx": 1}
+"""And what then runs along the tokens: the document of each, which comes with `CU_SEQLENS` for layers that are no attention."""
+
 
 class AdaptedLayer:
     """What is set on a layer instance: `token_args`, `mixers`, `example`, and a `forward` that takes `mix`. Nothing is wrapped."""
@@ -35,7 +38,7 @@ class AdaptedLayer:
     def __init__(self, layer: nn.Module, x: Tensor, arguments: dict[str, Any], token_args: Mapping[str, int], returns_tuple: bool) -> None:
         self.layer, self.original = layer, layer.forward
         self.signature = inspect.signature(layer.forward)
-        self.x, self.arguments, self.token_args, self.returns_tuple = x, arguments, dict(token_args), returns_tuple
+        self.x, self.arguments, self.token_args, self.returns_tuple = x, arguments, {**CUT, **token_args}, returns_tuple
         self.attentions: list[tuple[nn.Module, dict[bool, Options]]] = []
         """The attention module of each call of the interface, and its options in evaluation and in training."""
 
@@ -129,7 +132,7 @@ class AdaptedLayer:
             raise ValueError("gradient checkpointing is on and this layer is streamed, which would recompute it twice: call "
                              "model.gradient_checkpointing_disable(), and set gradient_checkpointing=False in the trainer's arguments")
         for name, value in arguments.items():
-            unknown = isinstance(value, Tensor) and name not in self.arguments and name not in PASSED_WHOLE
+            unknown = isinstance(value, Tensor) and name not in {*self.arguments, *PASSED_WHOLE, *CUT}
             if unknown and x.shape[1] in value.shape and x.shape[1] > 1:
                 raise ValueError(f"the layer was given {name}, shape {list(value.shape)}, which it was not given when it was traced: "
                                  "longtrain does not know whether it runs along the tokens; leave it out")

@@ -95,8 +95,8 @@ class _Transfer:
 
 
 class TieredStore:
-    """See the module. `staging_bytes` bounds what is on the device on its way to or from a tier, a single larger extent excepted: a
-    quarter is the disk's slab, the rest is for writes and for what is fetched ahead, half each."""
+    """See the module. `staging_bytes` bounds what is on its way to or from a tier, a single larger extent excepted: a quarter is the slab
+    of a disk, the rest is for writes and for what is fetched ahead, half each. Raises ValueError where a tier cannot be made."""
 
     def __init__(
         self,
@@ -109,9 +109,10 @@ class TieredStore:
         events: int = 1 << 14,
     ) -> None:
         self._system = system or System()
-        self.device = torch.device(device)
+        self.device, self.threads = torch.device(device), self._system.threads
         self._copies = copies_for(self.device, self._system)
         block = min(LARGEST_BLOCK, staging_bytes // (4 * self._system.threads)) // ALIGNMENT * ALIGNMENT
+        self.block_bytes = block
         if block < ALIGNMENT:
             raise ValueError(f"staging_bytes: {staging_bytes:,} leaves {self._system.threads} threads less than a page; give 1 MiB or more")
         self._disk = DiskTier(disk, block, self._system, self._copies) if disk else None
@@ -119,7 +120,7 @@ class TieredStore:
         self._may_write = disk.max_written if disk and disk.max_written is not None else float("inf")
         self.regions = {tier.name: tier.regions for tier in (self._host, self._disk) if tier}
         """How full each tier is, and ever was."""
-        self.staging = (staging_bytes - self._system.threads * block) // 2
+        self.staging = (staging_bytes - (self.threads * block if disk else 0)) // 2
         """Bytes for writes under way, and as many for what is fetched ahead; what a get waits for comes on top."""
         self._lock = threading.Lock()
         self._extents: dict[Hashable, dict[Span, _Kept]] = {}
@@ -176,6 +177,12 @@ class TieredStore:
                 self._forget_released()
             finally:
                 self._lock.release()
+
+    def settle(self) -> None:
+        """Wait until everything that is on its way has arrived."""
+        with self._lock:
+            self._tidy()
+            self._absorb_until("idle", lambda: not self._moving)
 
     def names(self) -> list[Hashable]:
         """The names that hold extents now; empty when every step cleaned up after itself."""

@@ -34,8 +34,10 @@ def step_line(
     )
 
 
-def verdict(validation_loss: float, targets: int, baselines: Baselines) -> str:
+def verdict(validation_loss: float, targets: int, baselines: Baselines | None) -> str:
     """The validation loss beside what counting achieves. Logarithms are natural; bits per byte are those divided by ln 2."""
+    if baselines is None:
+        return f"validation loss  {validation_loss:.4f} nats a token, {targets:,} targets"
     better = validation_loss < baselines.bigram
     lines = [
         f"validation loss  {validation_loss:.4f} nats a byte = {validation_loss / math.log(2):.3f} bits a byte, {targets:,} targets",

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from longtrain.config import Config, Locations, dump_config
+from longtrain.data.corpus import BYTES
 from longtrain.data.packing import Batch
 from longtrain.train import output
 from longtrain.train.checkpoint import one_process, read_facts
@@ -29,7 +30,7 @@ from longtrain.train.metrics import Metrics, check_extras, open_sinks, rewind
 from longtrain.train.output import RunError, write_whole
 from longtrain.train.peak_memory import read_peak, reset_peak
 from longtrain.train.plot import plot_run
-from longtrain.train.prepare import Setup, describe, prepare, remaining_tokens, set_rotary, stage_at, update_batches
+from longtrain.train.prepare import Setup, describe, prepare, remaining_tokens, set_rotary, stage_at
 from longtrain.train.provenance import provenance
 from longtrain.train.resume import begins_anew, changed_settings, check_facts, find_checkpoint
 from longtrain.train.saving import Saved, Saver
@@ -94,7 +95,7 @@ class Trainer:
         resumed = {"notes": notes}
         if checkpoint is not None:
             facts = read_facts(checkpoint)
-            check_facts(facts, setup.fingerprint, checkpoint, config, self.where)
+            check_facts(facts, setup.loader.fingerprint, checkpoint, config, self.where)
             try:
                 restore_state(checkpoint, setup.model, setup.optimizer)
             except ValueError as error:
@@ -129,7 +130,8 @@ class Trainer:
             **provenance(),
         }
         if not goes_on:
-            self.metrics.write("run", unigram=setup.baselines.unigram, bigram=setup.baselines.bigram, **environment)
+            counted = {"unigram": setup.baselines.unigram, "bigram": setup.baselines.bigram} if setup.baselines else {}
+            self.metrics.write("run", **counted, **environment)
         if checkpoint is not None:
             self.metrics.write("resume", **resumed, **environment)
         if setup.report is not None:
@@ -163,7 +165,7 @@ class Trainer:
         started, step = time.monotonic(), self.done + 1
         reset_peak(setup.device)
         set_rotary(model, stage_at(config, self.done))
-        batches = update_batches(config, setup.packed, self.done)
+        batches = setup.loader.update(self.done)
         seq_len, tokens = batches[0].input_ids_BT.shape[1], sum(b.input_ids_BT.numel() for b in batches)
         self.bar.begin(f"step {step}/{config.train.steps}", seq_len, len(batches))
         try:
@@ -219,7 +221,7 @@ class Trainer:
         facts = {
             "step": self.done,
             "seconds": self.seconds(),
-            "data": self.setup.fingerprint,
+            "data": self.setup.loader.fingerprint,
             "guard": self.guard.state(),
             "plan": dataclasses.asdict(self.setup.plan) if self.setup.plan else None,
             "tensors": describe_tensors(tensors),
@@ -257,8 +259,8 @@ class Trainer:
             "result",
             step=self.done,
             validation_loss=evaluation.loss,
-            bits_per_byte=evaluation.loss / math.log(2),
-            **dataclasses.asdict(setup.baselines),
+            **({"bits_per_byte": evaluation.loss / math.log(2)} if setup.loader.corpus.tokenizer == BYTES else {}),
+            **(dataclasses.asdict(setup.baselines) if setup.baselines else {}),
             seconds=self.seconds(),
         )
         written = [output.WEIGHTS, output.METRICS, output.CONFIG, output.CHECKPOINTS]
@@ -272,7 +274,8 @@ class Trainer:
         print(f"{format_time(self.seconds())} in all; {directory} holds {', '.join(written)}")
 
     def close(self) -> None:
-        """Let a checkpoint that is being written come to its end, and the metrics."""
+        """Let a checkpoint that is being written come to its end, and the metrics; stop reading ahead."""
+        self.setup.loader.close()
         try:
             self.saver.finish()
         finally:

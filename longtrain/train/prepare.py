@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import math
-import zlib
 from bisect import bisect_right
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +11,11 @@ import torch
 import longtrain as lt
 from longtrain._extension import MISSING
 from longtrain.config import Config, Locations
-from longtrain.config.schema import DataConfig, LengthStage
+from longtrain.config.schema import LengthStage
 from longtrain.data.baselines import Baselines, compute_baselines
-from longtrain.data.packing import Batch, PackedDocuments
-from longtrain.data.sources import VOCABULARY, Document, check_vocabulary, read_stdlib, read_text, split_documents
+from longtrain.data.corpus import check_vocabulary
+from longtrain.data.loader import Loader, open_data, pack, validation_rows
+from longtrain.data.packing import PackedDocuments
 from longtrain.nn import LanguageModel
 from longtrain.nn.rotary import RotaryEmbedding
 from longtrain.train.flops import RULE, measure_rate
@@ -28,15 +26,14 @@ from longtrain.units import format_bytes
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """A run that could begin. `packed`: the training sequences by length; `rows`: the validation sequences that are read each time."""
+    """A run that could begin. `rows`: the validation sequences that are read each time."""
 
     config: Config
     device: torch.device
-    packed: dict[int, PackedDocuments]
+    loader: Loader
     validation: PackedDocuments
     rows: list[int]
-    baselines: Baselines
-    fingerprint: str
+    baselines: Baselines | None
     model: LanguageModel
     optimizer: Optimizer
     plan: lt.Plan | None
@@ -52,10 +49,11 @@ def prepare(config: Config, where: Locations) -> Setup:
         torch.set_num_threads(config.train.threads)
     torch.manual_seed(config.train.seed)
 
-    train_documents, validation_documents = read_documents(config)
-    check_vocabulary([*train_documents, *validation_documents], config.model.vocab_size)
-    packed = {s.seq_len: pack(train_documents, s.seq_len, config.data) for s in config.stages()}
-    validation = pack(validation_documents, config.data.seq_len, config.data)
+    documents, held_out = open_data(config.data)
+    for corpus in (documents, held_out):
+        check_vocabulary(corpus, config.model.vocab_size)
+    loader = Loader(config.stages(), config.data, documents, config.train.steps)
+    validation = pack(held_out, config.data.seq_len, config.data)
     rows = validation_rows(validation, config.train.validation_tokens)
 
     model = LanguageModel(config.model).to(device)
@@ -70,11 +68,10 @@ def prepare(config: Config, where: Locations) -> Setup:
     return Setup(
         config=config,
         device=device,
-        packed=packed,
+        loader=loader,
         validation=validation,
         rows=rows,
-        baselines=compute_baselines(train_documents, validation, rows, VOCABULARY),
-        fingerprint=fingerprint(train_documents, config.data),
+        baselines=compute_baselines(documents, validation, rows, documents.vocabulary),
         model=model,
         optimizer=optimizer,
         plan=plan,
@@ -89,24 +86,6 @@ def choose_device(config: Config, where: Locations) -> torch.device:
     return torch.device("cuda" if config.train.device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def read_documents(config: Config) -> tuple[list[Document], list[Document]]:
-    """Training and validation documents."""
-    documents = read_stdlib() if config.data.source == "stdlib" else read_text(config.data.files)
-    return split_documents(documents, config.data.validation_fraction, config.data.seed)
-
-
-def pack(documents: Sequence[Document], seq_len: int, data: DataConfig) -> PackedDocuments:
-    return PackedDocuments(
-        documents, seq_len, packing=data.packing, min_document_tokens=data.min_document_tokens, seed=data.seed
-    )
-
-
-def validation_rows(validation: PackedDocuments, tokens: int | None) -> list[int]:
-    """The sequences that every validation reads: all of them, or the first of a fixed shuffle."""
-    count = len(validation) if tokens is None else math.ceil(tokens / validation.seq_len)
-    return [int(row) for row in validation.order(0)[:count]]
-
-
 def make_plan(model: LanguageModel, config: Config, where: Locations) -> lt.Plan | None:
     """The planner's plan for a budget, the hand-made one, or None: nothing is streamed."""
     if config.memory.budget is not None:
@@ -118,24 +97,16 @@ def make_plan(model: LanguageModel, config: Config, where: Locations) -> lt.Plan
     return lt.Plan(**settings) if settings else None
 
 
-def fingerprint(documents: Sequence[Document], data: DataConfig) -> str:
-    """Of everything that decides which tokens update number n reads: the documents, their packing, the seed."""
-    total = zlib.crc32(f"{data.packing} {data.min_document_tokens} {data.seed}".encode())
-    for document in documents:
-        total = zlib.crc32(document.tokens.data, zlib.crc32(str(len(document.tokens)).encode(), total))
-    return f"{len(documents)} documents, {sum(len(d.tokens) for d in documents)} tokens, {total:08x}"
-
-
 def describe(setup: Setup) -> None:
     """What is about to happen, before the first step."""
-    config, plan, packed = setup.config, setup.plan, setup.packed[setup.config.data.seq_len]
+    config, plan, loader = setup.config, setup.plan, setup.loader
     parameters = sum(p.numel() for p in setup.model.parameters())
     print(f"model   {parameters:,} parameters, {config.model.num_layers} layers, {config.train.dtype}")
     if MISSING is not None:
         print(f"kernels pure torch, slower: {MISSING}")
     print(
-        f"data    {config.data.source}: {len(packed.documents)} training documents in {len(packed)} sequences of {packed.seq_len} tokens, "
-        f"{len(setup.validation.documents)} held out"
+        f"data    {config.data.source}: {len(loader.corpus)} training documents in {len(loader.mixtures[config.data.seq_len])} sequences of "
+        f"{config.data.seq_len} tokens, {len(setup.validation.corpus)} held out"
     )
     if plan is None:
         print("memory  not streamed: memory.chunk_tokens or memory.budget would")
@@ -160,14 +131,6 @@ def set_rotary(model: LanguageModel, stage: LengthStage) -> None:
     for module in model.modules():
         if isinstance(module, RotaryEmbedding):
             module.base, module.scaling = stage.rope_base, stage.rope_scaling
-
-
-def update_batches(config: Config, packed: dict[int, PackedDocuments], step: int) -> list[Batch]:
-    """The sequences of update `step` (from 0): a function of the configuration and the step alone."""
-    stage = stage_at(config, step)
-    sequences = stage.tokens_per_update // stage.seq_len
-    first = (step - stage.from_step) * sequences
-    return [packed[stage.seq_len].batch(first + i) for i in range(sequences)]
 
 
 def remaining_tokens(config: Config, step: int) -> int:

@@ -20,12 +20,6 @@ def make_store(system: Stepped, draw: random.Random, *, host: int = 1 << 19, dis
     return TieredStore("cpu", host_bytes=host, disk=DiskSettings(path="/", budget=disk), staging_bytes=staging, system=system)
 
 
-def settle(store: TieredStore) -> None:
-    """Everything that is on its way arrives."""
-    with store._lock:
-        store._absorb_until("idle", lambda: not store._moving)
-
-
 class Schedule:
     """A store, what it must hold, and random calls. `get` returns whether the store could answer."""
 

@@ -18,7 +18,7 @@ from longtrain.offload.disk import IN_MEMORY
 from longtrain.offload.regions import Regions
 from longtrain.offload.system import System
 from longtrain.span import Span
-from tests.offload.schedules import Schedule, settle
+from tests.offload.schedules import Schedule
 
 DISK = Place(tier="disk")
 ROOT = Path(__file__).resolve().parents[2]
@@ -102,7 +102,7 @@ def test_equal_bytes_are_written_once(tmp_path):
     for name, tensor in {"again": fused, "q": q, "k": k, "q too": q}.items():
         assert torch.equal(store.get(name, Span(0, 64)), tensor)
     old = fused.clone()
-    settle(store)
+    store.settle()
     fused.add_(1)
     store.put("edited", Span(0, 64), fused, DISK)
     assert torch.equal(store.get("edited", Span(0, 64)), old + 1) and torch.equal(store.get("again", Span(0, 64)), old)

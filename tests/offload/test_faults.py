@@ -13,7 +13,7 @@ from longtrain.offload import DiskSettings, Place, TieredStore, check_disk
 from longtrain.offload.extent import State
 from longtrain.offload.system import System
 from longtrain.span import Span
-from tests.offload.schedules import Schedule, make_store, settle
+from tests.offload.schedules import Schedule, make_store
 from tests.offload.stepped import Faults, Stepped
 
 DISK, HOST = Place(tier="disk"), Place(tier="host")
@@ -56,7 +56,7 @@ def fuzz(seed: int) -> dict[str, int]:
         warnings.simplefilter("always")
         for _ in range(3):
             schedule.soup(12)
-            settle(store)
+            store.settle()
             if draw.random() < 0.3:
                 system.flip(draw.choice(system.at_rest), 0, 4096)
         schedule.finish()
@@ -89,7 +89,7 @@ def test_a_disk_that_refuses_writes_is_replaced_with_one_warning(fault, host, ke
     with pytest.warns(RuntimeWarning, match=f"writing to memory.disk.path failed.*is kept in {kept_in}") as warned:
         for i in range(5):
             store.put("x", Span(8 * i, 8 * i + 8), values(8, seed=i), DISK)
-            settle(store)
+            store.settle()
         found = store.get("x", Span(0, 40))
     assert torch.equal(found, torch.cat([values(8, seed=i) for i in range(5)], 1))
     assert len(warned) == 1 and store.stats.degraded == 5
@@ -104,11 +104,11 @@ def test_what_was_written_before_the_disk_failed_is_still_read():
     system = stepped()
     store = open_store(system)
     store.put("x", Span(0, 8), values(8), DISK)
-    settle(store)
+    store.settle()
     system.faults = Faults(no_space=1.0)
     with pytest.warns(RuntimeWarning):
         store.put("x", Span(8, 16), values(8, seed=1), DISK)
-        settle(store)
+        store.settle()
         assert torch.equal(store.get("x", Span(0, 16)), torch.cat([values(8), values(8, seed=1)], 1))
     store.close()
 
@@ -129,7 +129,7 @@ def test_no_more_is_written_than_max_written():
     with pytest.warns(RuntimeWarning, match="max_written"):
         for i in range(6):
             store.put(i, Span(0, 16), values(16, seed=i), DISK)  # 4,096 bytes each
-            settle(store)
+            store.settle()
             store.release(i)
     assert store.stats.disk_written == 16384
     store.close()
@@ -140,7 +140,7 @@ def test_a_write_that_was_not_needed_does_not_count():
     store = open_store(system)
     store.put("x", Span(0, 16), values(16), DISK)
     store.release("x")
-    settle(store)
+    store.settle()
     assert store.stats.disk_written == 0
     store.close()
 
@@ -150,7 +150,7 @@ def test_a_flipped_byte_is_named_with_its_place(place):
     system = stepped()
     store = open_store(system, host=1 << 20)
     store.put("layer 3 input", Span(0, 16), values(16), place)
-    settle(store)
+    store.settle()
     extent = store._extents["layer 3 input"][Span(0, 16)].extent
     memory = {"disk": store._disk._file.data if place is DISK else None, "host": store._host._arena}[place.tier]
     system.flip(memory, extent.offset, extent.offset + 4096)
@@ -163,7 +163,7 @@ def test_a_flipped_byte_is_named_with_its_place(place):
 def test_a_read_error_is_named_with_its_place():
     store = open_store(stepped(read_error=1.0))
     store.put("x", Span(0, 16), values(16), DISK)
-    settle(store)
+    store.settle()
     with pytest.raises(RuntimeError, match="x at .*offset 0 of the disk tier .*Input/output error.*checkpoint"):
         store.get("x", Span(0, 16))
     store.close()
@@ -215,8 +215,8 @@ def test_an_edit_before_the_write_is_over_stops_the_next_call():
     x = values(16)
     store.put("x", Span(0, 16), x, DISK)
     x[0, 3] = 7
-    settle(store)
     with pytest.raises(RuntimeError, match="x at .*modified in place"):
+        store.settle()
         store.put("y", Span(0, 16), values(16), DISK)
     store.close()
 
@@ -225,7 +225,7 @@ def test_an_edit_after_the_write_changes_nothing():
     store = open_store(stepped())
     x = values(16)
     store.put("x", Span(0, 16), x, DISK)
-    settle(store)
+    store.settle()
     x.zero_()
     assert torch.equal(store.get("x", Span(0, 16)), values(16))
     store.close()
@@ -234,7 +234,7 @@ def test_an_edit_after_the_write_changes_nothing():
 def test_an_edit_of_what_was_fetched_does_not_reach_the_next_use():
     store = open_store(stepped())
     store.put("x", Span(0, 16), values(16), DISK)
-    settle(store)
+    store.settle()
     store.prefetch([("x", Span(0, 16))] * 2)
     store.get("x", Span(0, 16)).zero_()
     assert torch.equal(store.get("x", Span(0, 16)), values(16))
@@ -270,7 +270,7 @@ def test_a_disk_that_is_too_small_says_by_how_much(tmp_path):
 def test_extents_end_released():
     store = open_store(stepped())
     store.put("x", Span(0, 16), values(16), DISK)
-    settle(store)
+    store.settle()
     store.release("x")
     store.names()
     assert [e.after for e in store.events] == [State.WRITING, State.STORED, State.RELEASED]

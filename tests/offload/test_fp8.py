@@ -5,7 +5,6 @@ import torch
 
 from longtrain.offload import DiskSettings, Place, TieredStore, fp8
 from longtrain.span import Span
-from tests.offload.schedules import settle
 from tests.offload.stepped import Stepped
 
 SHAPES = [(1, 5, 128), (2, 3, 300), (1, 7, 64), (1, 1, 1), (2, 4, 129)]
@@ -55,7 +54,7 @@ def test_what_is_forwarded_is_what_is_read(tier):
     store = TieredStore("cpu", host_bytes=1 << 20, disk=DiskSettings(path="/", budget=1 << 20), staging_bytes=1 << 17, system=Stepped(0))
     store.put("x", Span(0, 6), x, Place(tier=tier, compress=True))
     first = store.get("x", Span(0, 6))
-    settle(store)
+    store.settle()
     assert torch.equal(store.get("x", Span(2, 5)), first[:, 2:5]) and not torch.equal(first, x)
     assert (first - x).abs().max() < 0.3
     store.close()

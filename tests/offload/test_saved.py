@@ -11,7 +11,6 @@ from torch import nn
 from longtrain.offload import DiskSettings, Place, TieredStore, saved_tensors
 from longtrain.offload.disk import IN_MEMORY
 from longtrain.offload.system import System
-from tests.offload.schedules import settle
 from tests.offload.stepped import Stepped
 
 
@@ -106,7 +105,7 @@ def saved_bytes(forward, **settings) -> tuple[int, TieredStore]:
     store = make_store()
     with saved_tensors(store, **settings):
         held = forward()
-    settle(store)
+    store.settle()
     del held
     return store.stats.written.get("disk", 0), store
 
@@ -138,7 +137,7 @@ def test_views_of_one_projection_are_not_taken_for_each_other():
     store = make_store()
     with saved_tensors(store, min_bytes=0):
         loss = (fused[:, 0] * w).sum() + 2 * (fused[:, 1] * w).sum()
-    settle(store)
+    store.settle()
     assert torch.equal(torch.autograd.grad(loss, w)[0], fused[:, 0] + 2 * fused[:, 1])
     store.close()
 
@@ -162,9 +161,7 @@ def test_an_edit_after_the_bytes_are_away_uses_what_was_saved():
     store = make_store()
     with saved_tensors(store, min_bytes=0):
         loss = (x * w).sum()
-    settle(store)
-    with store._lock:
-        store._tidy()
+    store.settle()
     x.add_(1)
     loss.backward()
     assert torch.equal(w.grad, before)

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from longtrain.config import load_config
+from longtrain.data.corpus import corpus_in_memory
+from longtrain.data.loader import Loader, pack, validation_rows
 from longtrain.data.sources import read_text
 from longtrain.nn import LanguageModel, RotaryEmbedding, count_targets
 from longtrain.train import loop, prepare, step
@@ -23,7 +25,7 @@ class Terminal(io.StringIO):
 def test_accumulation_is_the_mean_over_all_targets_of_the_update(config_file):
     """Sequences with unequal numbers of targets: the gradient is that of one call on all of them laid end to end."""
     config, _ = load_config(config_file, ["data.packing=one_document", "data.seq_len=48"])
-    packed = prepare.pack(read_text(config.data.files), 48, config.data)
+    packed = pack(corpus_in_memory(read_text(config.data.files)), 48, config.data)
     batches = [packed.read_row(row) for row in range(12)]
     assert len({count_targets(b.labels_BT, b.cu_seqlens) for b in batches}) > 1
     torch.manual_seed(0)
@@ -47,9 +49,9 @@ def test_accumulation_is_the_mean_over_all_targets_of_the_update(config_file):
 
 def test_updates_read_each_sequence_once_before_any_twice(config_file):
     config, _ = load_config(config_file, ["train.steps=50", "train.tokens_per_update=128"])
-    packed = {64: prepare.pack(read_text(config.data.files), 64, config.data)}
-    read = [b.documents for step in range(50) for b in prepare.update_batches(config, packed, step)]
-    rows = len(packed[64])
+    loader = Loader(config.stages(), config.data, corpus_in_memory(read_text(config.data.files)), 50)
+    read = [b.documents for step in range(50) for b in loader.update(step)]
+    rows = len(loader.mixtures[64])
     assert len(set(read[:rows])) == rows and sorted(read[:rows]) == sorted(read[rows : 2 * rows])
 
 
@@ -63,10 +65,10 @@ def test_remaining_tokens_follow_the_length_schedule(config_file):
 
 def test_validation_tokens_are_whole_sequences_and_the_same_each_time(config_file):
     config, _ = load_config(config_file)
-    packed = prepare.pack(read_text(config.data.files), 64, config.data)
-    assert len(prepare.validation_rows(packed, 65)) == 2
-    assert prepare.validation_rows(packed, 130) == prepare.validation_rows(packed, None)[:3]
-    assert sorted(prepare.validation_rows(packed, None)) == list(range(len(packed)))
+    packed = pack(corpus_in_memory(read_text(config.data.files)), 64, config.data)
+    assert len(validation_rows(packed, 65)) == 2
+    assert validation_rows(packed, 130) == validation_rows(packed, None)[:3]
+    assert sorted(validation_rows(packed, None)) == list(range(len(packed)))
 
 
 def test_the_bar_reaches_its_end_and_is_absent_without_a_terminal(monkeypatch):
