@@ -32,11 +32,16 @@ def train(file, *overrides, flags=()):
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
+def texts(tmp_path_factory):
+    return write_texts(tmp_path_factory.mktemp("read"))
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, texts):
     """A run of the same text that nobody interrupted."""
     directory = tmp_path_factory.mktemp("alone")
     file = directory / "run.yaml"
-    file.write_text(write_config(write_texts(directory), directory / "out"))
+    file.write_text(write_config(texts, directory / "out"))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     assert train(file) == 0
