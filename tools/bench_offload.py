@@ -28,7 +28,8 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 from longtrain.offload import DiskSettings, Place, TieredStore
-from longtrain.offload.disk import ALIGNMENT, check_disk
+from longtrain.offload.disk import check_disk
+from longtrain.offload.regions import ALIGNMENT
 from longtrain.offload.system import System
 from longtrain.span import chunk_spans
 from longtrain.units import format_bytes, parse_bytes
@@ -70,11 +71,11 @@ class Raw:
 class Stored:
     """The same through the store."""
 
-    def __init__(self, path: str, nbytes: int, extent: int, staging: int) -> None:
+    def __init__(self, path: str, nbytes: int, extent: int, staging: int, threads: int) -> None:
         tokens = nbytes // (4 * WIDTH)
         self.x = torch.randn(1, tokens, WIDTH)
         self.spans = chunk_spans(tokens, extent // (4 * WIDTH))
-        self.store = TieredStore("cpu", disk=DiskSettings(path=path, budget=nbytes), staging_bytes=staging)
+        self.store = TieredStore("cpu", disk=DiskSettings(path=path, budget=nbytes), staging_bytes=staging, system=System(threads))
 
     def write(self) -> None:
         for span in self.spans:
@@ -96,6 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--bytes", type=parse_bytes, default=parse_bytes("1GiB"), help="written and read in a round")
     parser.add_argument("--extent", type=parse_bytes, default=parse_bytes("8MiB"), help="put at a time, a multiple of 4KiB")
     parser.add_argument("--staging", type=parse_bytes, default=parse_bytes("128MiB"), help="the store's staging_bytes")
+    parser.add_argument("--threads", type=int, default=System().threads, help="of the store, and of the raw disk")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--bound", type=float, default=0.9)
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[1] / "benchmarks" / "bench_offload.json")
@@ -106,8 +108,8 @@ def main(argv: list[str] | None = None) -> int:
     if not a.bytes:
         parser.error("--bytes: less than one --extent")
     check_disk(DiskSettings(path=a.path, budget=2 * a.bytes))
-    stored = Stored(a.path, a.bytes, a.extent, a.staging)
-    block, threads = stored.store.block_bytes, stored.store.threads
+    stored = Stored(a.path, a.bytes, a.extent, a.staging, a.threads)
+    block, threads = stored.store.block_bytes, a.threads
     raw = Raw(a.path, a.bytes, a.extent, block, threads)
     for warm_up in (raw.write, raw.read, stored.write, lambda: stored.read(compare=True)):
         warm_up()

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 from transformers.cache_utils import Cache
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -41,11 +42,13 @@ class AdaptedLayer:
         self.x, self.arguments, self.token_args, self.returns_tuple = x, arguments, {**CUT, **token_args}, returns_tuple
         self.attentions: list[tuple[nn.Module, dict[bool, Options]]] = []
         """The attention module of each call of the interface, and its options in evaluation and in training."""
+        self.chooses = False
+        """Whether it picks the largest of some scores, as routers pick experts: replays then choose as the forward pass did."""
 
     def install(self) -> Callable[[], None]:
         """Make the layer a streamable one; returns what undoes it."""
         before = self.layer.__dict__.get("forward")
-        names = ("token_args", "mixers", "example", "copy_in_float64", "difference_from_eager", "forward")
+        names = ("token_args", "chooses", "mixers", "example", "copy_in_float64", "difference_from_eager", "forward")
         for name in names:
             setattr(self.layer, name, getattr(self, name))
 
@@ -69,8 +72,9 @@ class AdaptedLayer:
                 return MaskedAttention.make(self.mask, options, draw_seed(options))(q, k, v)
 
             self.layer.train(training)
-            with torch.no_grad():
+            with torch.no_grad(), _Watch() as watch:
                 self.original(self.x, **self._with_mix(self.arguments, note))
+            self.chooses |= watch.chose
         for module, training in modes.items():
             module.training = training
         self.attentions = [(module, {False: a, True: b}) for (module, a), (_, b) in zip(seen[False], seen[True], strict=True)]
@@ -173,6 +177,14 @@ class AdaptedLayer:
                 config._attn_implementation = "longtrain"
         error = float((ours - theirs).norm() / theirs.norm())
         return None if error <= 1e-5 else f"under longtrain's attention it differs from its own eager attention by {error:.1e}"
+
+
+class _Watch(TorchFunctionMode):
+    chose = False
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.chose |= func in (torch.topk, Tensor.topk)
+        return func(*args, **(kwargs or {}))
 
 
 def _additive(mask: Mask, x: Tensor) -> Tensor:

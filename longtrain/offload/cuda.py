@@ -30,6 +30,12 @@ class CudaCopies:
         if status:
             raise RuntimeError(f"cudaHostUnregister: CUDA error {status}")
 
+    def buffer(self, nbytes: int) -> Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+
+    def reach(self, target: Tensor, nbytes: int) -> None:
+        """Never: a disk writes to the host's memory."""
+
     def mark(self) -> torch.cuda.Event:
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self._device))

@@ -19,12 +19,9 @@ from torch import Tensor
 from longtrain.offload.checksum import check, checksum
 from longtrain.offload.host import Copies
 from longtrain.offload.place import DiskSettings
-from longtrain.offload.regions import Regions
+from longtrain.offload.regions import ALIGNMENT, Regions, padded
 from longtrain.offload.system import System
 from longtrain.units import format_bytes
-
-ALIGNMENT = 4096
-"""Of memory, lengths and offsets: what every disk takes for O_DIRECT."""
 
 IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs", "hugetlbfs")
 
@@ -79,9 +76,9 @@ class DiskTier:
         """One block; the checksum of what was handed to the disk. Raises OSError."""
         slot = self._slots.get()
         try:
-            data = slot[: self.regions.padded(len(source))]
-            data[len(source) :] = 0
-            self._copies.down(data[: len(source)], source, mark)
+            data = slot[: padded(source.nbytes)]
+            data[source.nbytes :] = 0
+            self._copies.down(data[: source.nbytes], source, mark)
             written = checksum(data, extent, offset)
             self._move(self._system.pwrite, memoryview(data), offset)
             return written
@@ -89,13 +86,17 @@ class DiskTier:
             self._slots.put(slot)
 
     def read(self, offset: int, target: Tensor, mark: Any, extent: int, expected: int | None) -> None:
-        """One block. Raises OSError, ChecksumError."""
-        slot = self._slots.get()
-        try:
-            data = slot[: self.regions.padded(len(target))]
+        """One block, through the slab where the disk cannot write to `target` itself. Raises OSError, ChecksumError."""
+        if (data := self._copies.reach(target, padded(target.nbytes))) is not None:
             self._move(self._system.pread, memoryview(data), offset)
             check(data, extent, offset, expected)
-            self._copies.up(target, data[: len(target)], mark)
+            return
+        slot = self._slots.get()
+        try:
+            data = slot[: padded(target.nbytes)]
+            self._move(self._system.pread, memoryview(data), offset)
+            check(data, extent, offset, expected)
+            self._copies.up(target, data[: target.nbytes], mark)
         finally:
             self._slots.put(slot)
 

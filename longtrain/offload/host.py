@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from longtrain.offload.checksum import WORD, check, checksum
-from longtrain.offload.regions import Regions
+from longtrain.offload.regions import ALIGNMENT, Regions, padded
 from longtrain.offload.system import System
 
 
@@ -21,6 +21,12 @@ class Copies(Protocol):
         """Make `memory` fit for fast copies, for as long as it lives. Raises RuntimeError."""
 
     def unpin(self, memory: np.ndarray) -> None: ...
+
+    def buffer(self, nbytes: int) -> Tensor:
+        """``[nbytes]`` uint8 on the device, for what is fetched."""
+
+    def reach(self, target: Tensor, nbytes: int) -> np.ndarray | None:
+        """`target` and what is behind it, `nbytes` in all, where the disk can write there; None where it cannot."""
 
     def mark(self) -> Any:
         """Called where a transfer is asked for: what must have happened on the device before its copies start."""
@@ -41,6 +47,16 @@ class CpuCopies:
     def pin(self, memory: np.ndarray) -> None: ...
 
     def unpin(self, memory: np.ndarray) -> None: ...
+
+    def buffer(self, nbytes: int) -> Tensor:
+        memory = torch.empty(padded(nbytes) + ALIGNMENT, dtype=torch.uint8)
+        return memory[-memory.data_ptr() % ALIGNMENT :][:nbytes]
+
+    def reach(self, target: Tensor, nbytes: int) -> np.ndarray | None:
+        room = target.untyped_storage().nbytes() - target.storage_offset()
+        if not self._system.device_memory or target.data_ptr() % ALIGNMENT or room < nbytes:
+            return None
+        return target.as_strided((nbytes,), (1,)).numpy()
 
     def mark(self) -> None: ...
 
@@ -80,13 +96,13 @@ class HostTier:
 
     def write(self, offset: int, source: Tensor, mark: Any, extent: int) -> int:
         """One block; the checksum of what arrived."""
-        data = self._arena[offset : offset + -(-len(source) // WORD) * WORD]
-        data[len(source) :] = 0
-        self._copies.down(data[: len(source)], source, mark)
+        data = self._arena[offset : offset + padded(source.nbytes, WORD)]
+        data[source.nbytes :] = 0
+        self._copies.down(data[: source.nbytes], source, mark)
         return checksum(data, extent, offset)
 
     def read(self, offset: int, target: Tensor, mark: Any, extent: int, expected: int | None) -> None:
         """One block. Raises ChecksumError."""
-        data = self._arena[offset : offset + -(-len(target) // WORD) * WORD]
+        data = self._arena[offset : offset + padded(target.nbytes, WORD)]
         check(data, extent, offset, expected)
-        self._copies.up(target, data[: len(target)], mark)
+        self._copies.up(target, data[: target.nbytes], mark)

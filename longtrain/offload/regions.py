@@ -4,6 +4,13 @@ from __future__ import annotations
 
 from bisect import bisect_left
 
+ALIGNMENT = 4096
+"""Of memory, lengths and offsets: what every disk takes for O_DIRECT."""
+
+
+def padded(nbytes: int, alignment: int = ALIGNMENT) -> int:
+    return -(-nbytes // alignment) * alignment
+
 
 class Regions:
     """`nbytes` of room in pieces that are multiples of `alignment`: best fit, neighbours joined when they are given back."""
@@ -15,7 +22,7 @@ class Regions:
         self._free: list[tuple[int, int]] = [(0, self.nbytes)] if self.nbytes else []  # (offset, bytes), by offset
 
     def padded(self, nbytes: int) -> int:
-        return -(-nbytes // self.alignment) * self.alignment
+        return padded(nbytes, self.alignment)
 
     def take(self, nbytes: int) -> int | None:
         """The offset of `nbytes` of room, or None where no free piece is that large."""

@@ -98,7 +98,7 @@ def check_put(name: Hashable, span: Span, tensor: Tensor, extents: Iterable[Span
     """Raises ValueError where `tensor` is not `span` long, or `span` overlaps what is there."""
     if tensor.shape[TOKEN_AXIS] != len(span):
         raise ValueError(f"{name}: tensor {list(tensor.shape)} does not hold the {len(span)} tokens of {span}")
-    if clash := next((s for s in extents if len(s & span)), None):
+    if clash := next((s for s in extents if s.start < span.stop and span.start < s.stop), None):
         raise ValueError(f"{name}: {span} overlaps the extent {clash}")
 
 

@@ -42,7 +42,10 @@ class System:
     least_bandwidth = 10e6
     """A wait for n bytes ends in an error after ``grace_seconds + n / least_bandwidth``, in bytes a second: a dead disk is no hang."""
 
-    def __init__(self, threads: int = 4) -> None:
+    device_memory = True
+    """Whether a disk may write to a CPU's tensors directly; a test says no, and goes the way of a GPU."""
+
+    def __init__(self, threads: int = 8) -> None:
         self.threads = threads
         self._serial = count()
         self._jobs: queue.PriorityQueue = queue.PriorityQueue()

@@ -26,10 +26,11 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from longtrain.offload.disk import ALIGNMENT, DiskTier
+from longtrain.offload.disk import DiskTier
 from longtrain.offload.extent import NEXT, Event, Extent, Form, State, pack
 from longtrain.offload.host import HostTier, copies_for
 from longtrain.offload.place import DEVICE, DiskSettings, Place
+from longtrain.offload.regions import ALIGNMENT
 from longtrain.offload.store import check_put, covering, edited, join, version_of
 from longtrain.offload.system import WAITS, System
 from longtrain.span import Span
@@ -227,8 +228,8 @@ class TieredStore:
             return _Kept(extent, form)
         if not tiers:
             return _Kept(self._resident(label, payload), form)
-        self._wait("room", lambda: not self._writing or self._writing + len(payload) <= self.staging)
-        extent = Extent(next(self._number), label, payload, version_of(payload), len(payload))
+        self._wait("room", lambda: not self._writing or self._writing + payload.nbytes <= self.staging)
+        extent = Extent(next(self._number), label, payload, version_of(payload), payload.nbytes)
         self._writing += extent.nbytes
         self.stats.most_writing = max(self.stats.most_writing, self._writing)
         self._write(extent, [tier for tier in tiers if tier])
@@ -247,7 +248,7 @@ class TieredStore:
         if extent.state is State.READY and version_of(extent.payload) != extent.version:
             self._drop(extent)  # who was handed it before has edited it
         if extent.state is State.STORED:
-            extent.payload = torch.empty(extent.nbytes, dtype=torch.uint8, device=self.device)
+            extent.payload = self._copies.buffer(extent.nbytes)
             self._fetched += extent.nbytes
             self.stats.most_fetched = max(self.stats.most_fetched, self._fetched)
             self._move(extent, State.READING)
@@ -381,7 +382,7 @@ class TieredStore:
             block = extent.payload[start : start + size]
             checksum = None if write else extent.checksums.get(start)
             extent.pending += 1
-            self._moving += len(block)
+            self._moving += block.nbytes
             transfer = _Transfer(extent, extent.tier, extent.offset + start, start, block, mark, write, checksum)
             self._system.submit(transfer, urgent=not write)
 
@@ -389,15 +390,15 @@ class TieredStore:
         """A block that a thread has moved. What becomes of its extent is decided when all of them are back."""
         extent = done.extent
         extent.pending -= 1
-        self._moving -= len(done.block)
+        self._moving -= done.block.nbytes
         extent.error = extent.error or done.error
         if done.write:
             extent.checksums[done.start] = done.checksum
             if not done.moved and done.tier is self._disk:
-                self.stats.disk_written -= self._disk.regions.padded(len(done.block))
+                self.stats.disk_written -= self._disk.regions.padded(done.block.nbytes)
         if done.moved:
             moved = self.stats.written if done.write else self.stats.read
-            moved[done.tier.name] = moved.get(done.tier.name, 0) + len(done.block)
+            moved[done.tier.name] = moved.get(done.tier.name, 0) + done.block.nbytes
         if extent.pending and self._system.honours("blocks"):
             return
         if extent.state is State.RELEASED:
@@ -496,5 +497,5 @@ def _same_bytes(tensor: Tensor, payload: Tensor, place: Place) -> tuple | None:
         return None
     storage = StorageWeakRef(tensor.untyped_storage())
     if payload.data_ptr() == tensor.data_ptr():
-        return place, storage, version_of(tensor), payload.data_ptr(), len(payload)
+        return place, storage, version_of(tensor), payload.data_ptr(), payload.nbytes
     return place, storage, version_of(tensor), tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()

@@ -22,11 +22,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from longtrain.data.recall import key_value_halves
 from longtrain.nn import LanguageModel
 from longtrain.span import Layout
 
 MARKER, VALUE = 8, 4
-RUN_PAIRS = 4
 LARGEST_PREFIX = 64
 """At most so many tokens stand before the key, so that the sequence's beginning is not the place to look."""
 
@@ -50,33 +50,6 @@ class ProbeResult:
     chance: float
     answers: int
     examples: int
-
-
-def recall_document(tokens: int, alphabet: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """A document ``[tokens]`` to learn recall from: pairs of a key and its value, in runs of 4 pairs on average.
-
-    Half of the runs are of keys that are new, as long as there are any; the others repeat pairs from a place chosen at random. Inside such
-    a run the next key follows from the one before as well: without that half of the signal, learning takes many times as long.
-    """
-    keys, values = key_value_halves(alphabet)
-    order, value_of = random.permutation(keys), random.choice(values, len(keys))
-    pairs, used = [], 0
-    while 2 * len(pairs) < tokens:
-        run = int(random.geometric(1 / RUN_PAIRS))
-        if not used or (used < len(keys) and random.random() < 0.5):
-            pairs += range(used, min(used + run, len(keys)))
-            used = min(used + run, len(keys))
-        else:
-            start = int(random.integers(len(pairs)))
-            pairs += pairs[start : start + run]
-    return np.stack([order[pairs], value_of[pairs]], 1).reshape(-1)[:tokens]
-
-
-def key_value_halves(alphabet: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Keys and values: the lower and the upper half of the tokens in use, sorted. Raises ValueError for fewer than four."""
-    if len(alphabet) < 4:
-        raise ValueError(f"a recall probe needs at least 4 different tokens, and the data has {len(alphabet)}")
-    return alphabet[: len(alphabet) // 2], alphabet[len(alphabet) // 2 :]
 
 
 def recall(distance: int, longest: int, alphabet: np.ndarray, text: np.ndarray, random: np.random.Generator) -> Probe:

@@ -61,6 +61,7 @@ class Stepped(System):
     def __init__(self, seed: int, *, threads: int = 3, leave_out: str | None = None, faults: Faults = Faults()) -> None:
         super().__init__(threads)
         self.random, self.leave_out, self.faults = random.Random(seed), leave_out, faults
+        self.device_memory = seed % 2 == 0
         self.noise = np.random.default_rng(seed)
         self.waiting: list[tuple[float, Job]] = []
         self.under_way: list[tuple[float, _Worker]] = []
