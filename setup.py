@@ -87,6 +87,8 @@ setup(
         "trainers": ["transformers>=5.20,<6", "accelerate", "peft", "trl"],
         "gpu": ["triton"],
         "plot": ["matplotlib"],
+        "tensorboard": ["tensorboard"],
+        "wandb": ["wandb"],
         "dev": ["pytest", "hypothesis", "ninja"],
     },
     entry_points={"console_scripts": ["longtrain = longtrain.cli:main"]},

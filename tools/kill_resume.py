@@ -37,6 +37,7 @@ checkpoint: {{every_steps: 3, keep: 2}}
 metrics: {{peak_tflops: 1.0}}
 output: {{dir: {out}}}
 """
+STEP = re.compile(r"^step +(\d+)/\d+  T ", re.MULTILINE)
 REMOVED = re.compile(r"removed half-written (\S+)")
 
 
@@ -99,31 +100,32 @@ def compare(args: argparse.Namespace, directory: Path) -> int:
 
 
 def kill_once(config: Path, run: Path, log: Path, args: argparse.Namespace, chance: random.Random, kill: int) -> list[str]:
-    """Start the run and kill it: every other time while a checkpoint is being written, a fifth of the times before the first update,
-    else a random while after a random number of updates. Returns what this start left half written.
+    """Start the run and kill it: a fifth of the times while it starts, else a random while after a random update (the moments are spread
+    over the run), and of these every other time while a checkpoint is being written. Returns what this start left half written.
     """
-    began = len(log.read_text())
-    updates = chance.randrange(1, max(2, 2 * args.steps // (args.kills + 1) - 2))
-    moment = chance.uniform(0, 0.5 if kill % 10 in (4, 8) else 0.03)
+    began, starting = len(log.read_text()), kill % 10 in (4, 8)
+    target = min(args.steps - 6, round((kill + chance.uniform(-0.5, 0.5)) * args.steps / (args.kills + 1)))
+    moment = chance.uniform(0, 0.5 if starting else 0.03)
     process = start(config, log)
 
     def done() -> int:
-        return log.read_text()[began:].count("\nstep ")
+        steps = STEP.findall(log.read_text()[began:])
+        return int(steps[-1]) if steps else 0
 
     def writing() -> bool:
         return bool(half_written(run))
 
-    if kill % 10 not in (4, 8):
-        alive = wait_until(process, lambda: done() >= updates) and (kill % 2 == 0 or wait_until(process, writing))
+    if not starting:
+        alive = wait_until(process, lambda: done() >= max(target, 1)) and (kill % 2 == 0 or wait_until(process, writing))
         if not alive:
             raise SystemExit(f"the run ended before kill {kill}; raise --steps\n{log.read_text()[-2000:]}")
     time.sleep(moment)
     os.kill(process, signal.SIGKILL)
     os.waitpid(process, 0)
-    left = half_written(run) if done() else []  # before the first update, what is there is of the start before
-    steps = [r["step"] for r in records(run, "step")]
-    where = f"inside a write: {', '.join(left)} left" if left else "between writes" if done() else "while starting"
-    print(f"kill {kill:2}: after step {steps[-1] if steps else 0:3}, {where}", flush=True)
+    reached = done()
+    left = half_written(run) if reached else []  # before its first update, what is there is of the start before
+    where = f"inside a write: {', '.join(left)} left" if left else "between writes" if reached else "while starting"
+    print(f"kill {kill:2}: {f'after step {reached:3}, ' if reached else ''}{where}", flush=True)
     return left
 
 

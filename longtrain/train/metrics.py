@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -95,7 +96,7 @@ class WandB:
         import wandb
 
         written = directory / "wandb.id"
-        run_id = written.read_text().strip() if written.exists() else wandb.util.generate_id()
+        run_id = written.read_text().strip() if written.exists() else secrets.token_hex(4)
         written.write_text(run_id + "\n")
         self.run = wandb.init(project=project, dir=str(directory), id=run_id, resume="allow", config=config)
         self.run.define_metric("*", step_metric="step")

@@ -99,11 +99,10 @@ def test_wandb_gets_one_run_over_all_starts(config_file, out, monkeypatch, capsy
     made = []
     module = types.ModuleType("wandb")
     module.init = lambda **kwargs: made.append(Stand(**kwargs)) or made[-1]
-    module.util = types.SimpleNamespace(generate_id=lambda: f"id{len(made)}")
     monkeypatch.setitem(sys.modules, "wandb", module)
     arguments = ["train", str(config_file), "metrics.wandb=long"]
     assert cli.main(arguments) == 0 and cli.main([*arguments, "train.steps=6"]) == 0
-    assert [m.made[1]["id"] for m in made] == ["id0", "id0"] and made[0].made[1]["project"] == "long"
+    assert made[0].made[1]["id"] == made[1].made[1]["id"] == (out / "wandb.id").read_text().strip() and made[0].made[1]["project"] == "long"
     logged = [call[1] for call in made[1].told if call[0] == "log"]
     assert [r["step"] for r in logged if "step/loss" in r] == [5, 6] and made[1].told[-1] == ("finish",)
 
