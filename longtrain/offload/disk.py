@@ -53,7 +53,7 @@ class DiskTier:
 
     def __init__(self, settings: DiskSettings, block_bytes: int, system: System, copies: Copies) -> None:
         check_disk(settings, system)
-        self.regions, self.block_bytes = Regions(settings.budget, ALIGNMENT), block_bytes
+        self.regions = Regions(settings.budget, ALIGNMENT)
         self._system, self._copies = system, copies
         try:
             self._file: BinaryIO = system.open(settings.path, self.regions.nbytes)

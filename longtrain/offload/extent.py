@@ -12,7 +12,7 @@ from torch import Tensor
 from longtrain.offload import fp8
 
 if TYPE_CHECKING:
-    from longtrain.offload.tiered import Tier
+    from longtrain.offload.traffic import Tier
 
 
 class State(enum.Enum):

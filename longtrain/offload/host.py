@@ -83,8 +83,8 @@ class HostTier:
     name = "host"
     setting = "memory.host_budget"
 
-    def __init__(self, nbytes: int, block_bytes: int, system: System, copies: Copies) -> None:
-        self.regions, self.block_bytes = Regions(nbytes, 64), block_bytes
+    def __init__(self, nbytes: int, system: System, copies: Copies) -> None:
+        self.regions = Regions(nbytes, 64)
         try:
             self._arena = system.allocate(nbytes)
             copies.pin(self._arena)

@@ -17,82 +17,26 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Iterable
 from itertools import count
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from longtrain.offload.disk import DiskTier
 from longtrain.offload.extent import NEXT, Event, Extent, Form, State, pack
-from longtrain.offload.host import HostTier, copies_for
 from longtrain.offload.place import DEVICE, DiskSettings, Place
-from longtrain.offload.regions import ALIGNMENT
 from longtrain.offload.store import check_put, covering, edited, join, version_of
-from longtrain.offload.system import WAITS, System
+from longtrain.offload.system import System
+from longtrain.offload.traffic import Tier, Traffic
 from longtrain.span import Span
-from longtrain.units import format_bytes
-
-Tier = HostTier | DiskTier
-LARGEST_BLOCK = 4 << 20
 
 
 class _Kept(NamedTuple):
     extent: Extent
     form: Form | None
     """None: the payload is the tensor itself."""
-
-
-@dataclass(slots=True)
-class Stats:
-    """What the store has done so far; bytes are those of the extents."""
-
-    written: dict[str, int] = field(default_factory=dict)
-    read: dict[str, int] = field(default_factory=dict)
-    disk_written: int = 0
-    """Bytes that were given to the disk to write, padding included: what counts against max_written."""
-    forwarded: int = 0
-    """Gets that were answered by a source on its way."""
-    deduplicated: int = 0
-    """Puts of bytes that were there already."""
-    degraded: int = 0
-    """Extents that went to a higher tier than asked for."""
-    seconds: dict[str, float] = field(default_factory=dict)
-    """Waited, by the name of the wait (`longtrain.offload.system.WAITS`)."""
-    most_writing: int = 0
-    most_fetched: int = 0
-    """Most bytes of staging that were taken at a time by writes, and by what was fetched ahead."""
-
-
-@dataclass(slots=True, eq=False)
-class _Transfer:
-    """One block of an extent between the device and a tier: a job of `System`."""
-
-    extent: Extent
-    tier: Tier
-    offset: int
-    start: int
-    block: Tensor
-    mark: Any
-    write: bool
-    checksum: int | None = None
-    error: Exception | None = None
-    moved: bool = False
-
-    def run(self) -> None:
-        if self.extent.state is State.RELEASED:
-            return
-        self.moved = True
-        try:
-            if self.write:
-                self.checksum = self.tier.write(self.offset, self.block, self.mark, self.extent.number)
-            else:
-                self.tier.read(self.offset, self.block, self.mark, self.extent.number, self.checksum)
-        except Exception as error:  # raised, or answered by another tier, where the transfer is absorbed
-            self.error = error
 
 
 class TieredStore:
@@ -109,19 +53,13 @@ class TieredStore:
         system: System | None = None,
         events: int = 1 << 14,
     ) -> None:
+        self.device = torch.device(device)
         self._system = system or System()
-        self.device, self.threads = torch.device(device), self._system.threads
-        self._copies = copies_for(self.device, self._system)
-        block = min(LARGEST_BLOCK, staging_bytes // (4 * self._system.threads)) // ALIGNMENT * ALIGNMENT
-        self.block_bytes = block
-        if block < ALIGNMENT:
-            raise ValueError(f"staging_bytes: {staging_bytes:,} leaves {self._system.threads} threads less than a page; give 1 MiB or more")
-        self._disk = DiskTier(disk, block, self._system, self._copies) if disk else None
-        self._host = HostTier(host_bytes, block, self._system, self._copies) if host_bytes else None
-        self._may_write = disk.max_written if disk and disk.max_written is not None else float("inf")
-        self.regions = {tier.name: tier.regions for tier in (self._host, self._disk) if tier}
+        self._traffic = Traffic(self.device, host_bytes, disk, staging_bytes, self._system, self._arrived)
+        self.stats = self._traffic.stats
+        self.regions = {name: tier.regions for name, tier in self._traffic.tiers.items()}
         """How full each tier is, and ever was."""
-        self.staging = (staging_bytes - (self.threads * block if disk else 0)) // 2
+        self.block_bytes, self.staging = self._traffic.block_bytes, self._traffic.staging
         """Bytes for writes under way, and as many for what is fetched ahead; what a get waits for comes on top."""
         self._lock = threading.Lock()
         self._extents: dict[Hashable, dict[Span, _Kept]] = {}
@@ -129,12 +67,10 @@ class TieredStore:
         self._order: deque[Extent] = deque()
         self._released: deque[tuple[Hashable, Span | None]] = deque()
         self._lost: list[Extent] = []
-        self._moving = self._writing = self._fetched = self._leaving = 0
-        self._disk_failure: OSError | None = None
+        self._writing = self._fetched = 0
         self._warning: str | None = None
         self._number = count()
         self._closed = False
-        self.stats = Stats()
         self.events: deque[Event] = deque(maxlen=events)
         """The latest transitions."""
 
@@ -183,7 +119,7 @@ class TieredStore:
         """Wait until everything that is on its way has arrived."""
         with self._lock:
             self._tidy()
-            self._absorb_until("idle", lambda: not self._moving)
+            self._traffic.absorb_until("idle", lambda: not self._traffic.moving)
 
     def names(self) -> list[Hashable]:
         """The names that hold extents now; empty when every step cleaned up after itself."""
@@ -197,12 +133,8 @@ class TieredStore:
                 return
             self._released.extend((name, None) for name in self._extents)
             self._forget_released()
-            self._absorb_until("idle", lambda: not self._moving)
+            self._traffic.close()
             self._closed = True
-            self._system.stop()
-            for tier in filter(None, (self._disk, self._host)):
-                tier.close()
-            self._disk = self._host = None
 
     def __del__(self) -> None:
         if system := getattr(self, "_system", None):
@@ -211,8 +143,8 @@ class TieredStore:
     # --- calls: the lock is held ---------------------------------------------------------------------------------------------------
 
     def _keep(self, label: str, tensor: Tensor, place: Place) -> _Kept:
-        tiers = {"device": [], "host": [self._host], "disk": [self._disk, self._host]}[place.tier]
-        if tiers and tiers[0] is None:
+        below = self._traffic.tiers
+        if place.tier not in ("device", *below):
             setting = {"host": "memory.host_budget", "disk": "memory.disk"}[place.tier]
             raise ValueError(f"{label}: {place} needs a tier that this run does not have; set {setting}")
         if tensor.device.type != self.device.type:
@@ -226,13 +158,14 @@ class TieredStore:
             extent.holders += 1
             self.stats.deduplicated += 1
             return _Kept(extent, form)
-        if not tiers:
+        if place.tier == "device":
             return _Kept(self._resident(label, payload), form)
-        self._wait("room", lambda: not self._writing or self._writing + payload.nbytes <= self.staging)
+        self._traffic.wait("room", lambda: not self._writing or self._writing + payload.nbytes <= self.staging)
         extent = Extent(next(self._number), label, payload, version_of(payload), payload.nbytes)
         self._writing += extent.nbytes
         self.stats.most_writing = max(self.stats.most_writing, self._writing)
-        self._write(extent, [tier for tier in tiers if tier])
+        candidates = ("disk", "host") if place.tier == "disk" else ("host",)
+        self._write(extent, [below[name] for name in candidates if name in below])
         if key:
             extent.key = key
             self._same[key] = extent
@@ -248,16 +181,16 @@ class TieredStore:
         if extent.state is State.READY and version_of(extent.payload) != extent.version:
             self._drop(extent)  # who was handed it before has edited it
         if extent.state is State.STORED:
-            extent.payload = self._copies.buffer(extent.nbytes)
+            extent.payload = self._traffic.copies.buffer(extent.nbytes)
             self._fetched += extent.nbytes
             self.stats.most_fetched = max(self.stats.most_fetched, self._fetched)
             self._move(extent, State.READING)
-            self._submit(extent, write=False)
+            self._traffic.begin(extent, write=False)
 
     def _take(self, kept: _Kept) -> Tensor:
         extent = kept.extent
         self._fetch(extent)  # again: while others were waited for, its write may have ended, or its twin may have been taken
-        self._wait("fetched", lambda: extent.state is not State.READING)
+        self._traffic.wait("fetched", lambda: extent.state is not State.READING)
         if extent.state is State.FAILED:
             raise RuntimeError(str(extent.error)) from extent.error
         if extent.state in (State.RESIDENT, State.WRITING) and version_of(extent.payload) != extent.version:
@@ -291,8 +224,7 @@ class TieredStore:
         """What happened since the last call: transfers that are done, owners that went, errors that nobody was told of."""
         if self._closed:
             raise RuntimeError("the store is closed; make another one")
-        while (done := self._system.completed(0)) is not None:
-            self._absorb(done)
+        self._traffic.poll()
         self._forget_released()
         self._warn()
         lost, self._lost = [e for e in self._lost if e.state is State.FAILED], []
@@ -301,7 +233,7 @@ class TieredStore:
 
     def _warn(self) -> None:
         """Once in the store's life, from the caller's thread."""
-        if self._warning and self.stats.degraded:
+        if self._warning:
             text, self._warning = self._warning, ""
             warnings.warn(text, RuntimeWarning, stacklevel=4)
 
@@ -323,14 +255,7 @@ class TieredStore:
         self._same.pop(extent.key, None)
         self._move(extent, State.RELEASED)
         extent.payload = None
-        self._leaving += extent.pending > 0
-        if not extent.pending or not self._system.honours("idle"):
-            self._give_back(extent)
-
-    def _give_back(self, extent: Extent) -> None:
-        if extent.tier:
-            extent.tier.regions.give(extent.offset, extent.nbytes)
-            extent.tier = None
+        self._traffic.leave(extent)
 
     def _drop(self, extent: Extent) -> None:
         self._fetched -= extent.nbytes
@@ -343,12 +268,12 @@ class TieredStore:
         """Begin to write to the first of `tiers` that has room; on the device where none has."""
         cause = None
         for tier in tiers:
-            refused = self._take_room(tier, extent)
+            refused = self._traffic.take_room(tier, extent)
             if refused is None:
                 self._move(extent, State.WRITING)
                 if cause:
                     self._degraded(extent, cause)
-                self._submit(extent, write=True)
+                self._traffic.begin(extent, write=True)
                 if not self._system.honours("written"):
                     self._written(extent)
                 return
@@ -357,66 +282,21 @@ class TieredStore:
         self._move(extent, State.RESIDENT)
         self._degraded(extent, cause)
 
-    def _take_room(self, tier: Tier, extent: Extent) -> str | None:
-        """None where `tier` has taken it, else why not."""
-        disk = tier is self._disk
-        if disk and self._disk_failure:
-            return f"writing to memory.disk.path failed ({self._disk_failure})"
-        padded = tier.regions.padded(extent.nbytes)
-        if disk and self.stats.disk_written + padded > self._may_write:
-            return f"memory.disk.max_written ({format_bytes(self._may_write)}) is reached"
-        offset = tier.regions.take(extent.nbytes)
-        if offset is None and self._leaving:
-            self._wait("idle", lambda: not self._leaving)
-            offset = tier.regions.take(extent.nbytes)
-        if offset is None:
-            return f"{tier.setting} ({format_bytes(tier.regions.nbytes)}) has no {format_bytes(extent.nbytes)} in one piece left"
-        extent.tier, extent.offset = tier, offset
-        self.stats.disk_written += padded if disk else 0
-        return None
-
-    def _submit(self, extent: Extent, *, write: bool) -> None:
-        mark = self._copies.mark()
-        size = extent.tier.block_bytes
-        for start in range(0, extent.nbytes, size):
-            block = extent.payload[start : start + size]
-            checksum = None if write else extent.checksums.get(start)
-            extent.pending += 1
-            self._moving += block.nbytes
-            transfer = _Transfer(extent, extent.tier, extent.offset + start, start, block, mark, write, checksum)
-            self._system.submit(transfer, urgent=not write)
-
-    def _absorb(self, done: _Transfer) -> None:
-        """A block that a thread has moved. What becomes of its extent is decided when all of them are back."""
-        extent = done.extent
-        extent.pending -= 1
-        self._moving -= done.block.nbytes
-        extent.error = extent.error or done.error
-        if done.write:
-            extent.checksums[done.start] = done.checksum
-            if not done.moved and done.tier is self._disk:
-                self.stats.disk_written -= self._disk.regions.padded(done.block.nbytes)
-        if done.moved:
-            moved = self.stats.written if done.write else self.stats.read
-            moved[done.tier.name] = moved.get(done.tier.name, 0) + done.block.nbytes
-        if extent.pending and self._system.honours("blocks"):
-            return
+    def _arrived(self, extent: Extent, write: bool) -> None:
+        """All blocks of an extent are where they belong, or one has failed."""
         if extent.state is State.RELEASED:
-            self._leaving -= not extent.pending
-            self._writing -= extent.nbytes if done.write else 0
-            self._give_back(extent)
+            self._writing -= extent.nbytes if write else 0
         elif extent.state is State.WRITING:
             self._written(extent)
         elif extent.state is State.READING:
-            self._read(extent, done)
+            self._read(extent)
 
     def _written(self, extent: Extent) -> None:
         if isinstance(extent.error, OSError):
             error, extent.error = extent.error, None
-            self._disk_failure = self._disk_failure or error
-            extent.tier.regions.give(extent.offset, extent.nbytes)
-            extent.tier = None
-            self._write(extent, [tier for tier in (self._disk, self._host) if tier])
+            self._traffic.failure = self._traffic.failure or error
+            self._traffic.give_back(extent)
+            self._write(extent, list(self._traffic.tiers.values()))
             return
         self._writing -= extent.nbytes
         if extent.error or version_of(extent.payload) != extent.version:
@@ -433,7 +313,7 @@ class TieredStore:
             extent.payload = None
             self._move(extent, State.STORED)
 
-    def _read(self, extent: Extent, done: _Transfer) -> None:
+    def _read(self, extent: Extent) -> None:
         if extent.error is None:
             extent.version = version_of(extent.payload)
             self._move(extent, State.READY)
@@ -460,28 +340,6 @@ class TieredStore:
                 f"offload: {cause}, so {extent.label} is kept in {'host memory' if extent.tier else 'device memory'}, and others may be. "
                 "Results stay exact; memory may grow beyond the plan. Raise the budget named here, or plan for less"
             )
-
-    def _wait(self, wait: str, until: Callable[[], bool]) -> None:
-        if self._system.honours(wait):
-            self._absorb_until(wait, until)
-
-    def _absorb_until(self, wait: str, until: Callable[[], bool]) -> None:
-        """Raises RuntimeError where it takes longer than the slowest device that is one."""
-        if until():
-            return
-        started, moving = time.perf_counter(), self._moving
-        limit = self._system.grace_seconds + moving / self._system.least_bandwidth
-        while not until():
-            left = started + limit - time.perf_counter()
-            done = self._system.completed(max(left, 0))
-            if done is not None:
-                self._absorb(done)
-            elif left <= 0:
-                raise RuntimeError(
-                    f"offload: {moving:,} bytes are not moved after {limit:.0f} s, slower than {self._system.least_bandwidth / 1e6:g} MB/s "
-                    f"({WAITS[wait]}); look at the disk of memory.disk.path, or leave memory.disk out"
-                )
-        self.stats.seconds[wait] = self.stats.seconds.get(wait, 0.0) + time.perf_counter() - started
 
     def _move(self, extent: Extent, state: State) -> None:
         if state not in NEXT[extent.state]:

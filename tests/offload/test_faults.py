@@ -152,8 +152,8 @@ def test_a_flipped_byte_is_named_with_its_place(place):
     store.put("layer 3 input", Span(0, 16), values(16), place)
     store.settle()
     extent = store._extents["layer 3 input"][Span(0, 16)].extent
-    memory = {"disk": store._disk._file.data if place is DISK else None, "host": store._host._arena}[place.tier]
-    system.flip(memory, extent.offset, extent.offset + 4096)
+    file, _, arena = system.at_rest  # in between: the slab
+    system.flip(file if place is DISK else arena, extent.offset, extent.offset + 4096)
     for _ in range(2):
         with pytest.raises(RuntimeError, match=f"layer 3 input at .*offset {extent.offset:,} of the {place.tier} tier .*checksum.*checkpoint"):
             store.get("layer 3 input", Span(0, 16))
