@@ -11,6 +11,7 @@ The runs are forked from this process, which has imported everything and compute
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import random
 import re
@@ -21,7 +22,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch._dynamo  # noqa: F401  the optimizer imports it: once, before the forks
+import torch._dynamo  # noqa: F401  what a run imports is imported once, before the forks
 
 import longtrain.train.loop  # noqa: F401
 from longtrain import cli
@@ -38,6 +39,10 @@ metrics: {{peak_tflops: 1.0}}
 output: {{dir: {out}}}
 """
 STEP = re.compile(r"^step +(\d+)/\d+  T ", re.MULTILINE)
+if importlib.util.find_spec("matplotlib"):
+    importlib.import_module("matplotlib.backends.backend_agg")
+    importlib.import_module("matplotlib.figure")
+
 REMOVED = re.compile(r"removed half-written (\S+)")
 
 

@@ -87,29 +87,38 @@ class Trainer:
 
     def begin(self) -> None:
         """Find where to go on from, put the run into that state, open the metrics."""
-        config, setup, directory = self.config, self.setup, self.directory
-        describe(setup)
-        anew = begins_anew(config, self.where)
-        checkpoint, notes = find_checkpoint(config, self.where, anew)
+        describe(self.setup)
+        anew = begins_anew(self.config, self.where)
+        checkpoint, notes = find_checkpoint(self.config, self.where, anew)
         say("resume", notes)
         resumed = {"notes": notes}
         if checkpoint is not None:
-            facts = read_facts(checkpoint)
-            check_facts(facts, setup.loader.fingerprint, checkpoint, config, self.where)
-            try:
-                restore_state(checkpoint, setup.model, setup.optimizer)
-            except ValueError as error:
-                raise self.where.error("model", f"{error}; give the model section that it had, or begin anew elsewhere") from None
-            self.guard.restore(facts["guard"])
-            self.done, self.seconds_before = facts["step"], facts["seconds"]
-            resumed |= {"step": self.done, "checkpoint": str(checkpoint), "changed": changed_settings(checkpoint, config)}
-            say("resume", [f"going on from step {self.done}, {checkpoint}", *(f"changed since then: {c}" for c in resumed["changed"])])
+            resumed |= self.restore(checkpoint)
         self.random = random_states()
-        self.saver = Saver(directory / output.CHECKPOINTS, config.checkpoint)
-        self.saver.check_room_ahead(state_tensors(setup.model, setup.optimizer))
+        self.saver = Saver(self.directory / output.CHECKPOINTS, self.config.checkpoint)
+        self.saver.check_room_ahead(state_tensors(self.setup.model, self.setup.optimizer))
+        self.open_metrics(resumed, append=not anew)
+        if self.setup.report is not None:
+            self.setup.report.on_progress(self.span_done)
 
-        path = directory / output.METRICS
-        goes_on = checkpoint is not None and not anew and path.exists()
+    def restore(self, checkpoint: Path) -> dict:
+        """Go back to the state in `checkpoint`; returns what the metrics should hold of it."""
+        facts = read_facts(checkpoint)
+        check_facts(facts, self.setup.loader.fingerprint, checkpoint, self.config, self.where)
+        try:
+            restore_state(checkpoint, self.setup.model, self.setup.optimizer)
+        except ValueError as error:
+            raise self.where.error("model", f"{error}; give the model section that it had, or begin anew elsewhere") from None
+        self.guard.restore(facts["guard"])
+        self.done, self.seconds_before = facts["step"], facts["seconds"]
+        changed = changed_settings(checkpoint, self.config)
+        say("resume", [f"going on from step {self.done}, {checkpoint}", *(f"changed since then: {change}" for change in changed)])
+        return {"step": self.done, "checkpoint": str(checkpoint), "changed": changed}
+
+    def open_metrics(self, resumed: dict, append: bool) -> None:
+        """Write the config; go on with the metrics up to `done`, or begin them; record what runs where."""
+        config, setup, path = self.config, self.setup, self.directory / output.METRICS
+        goes_on = self.done > 0 and append and path.exists()
         if goes_on:
             kept, dropped = rewind(path, self.done)
             self.validated = max((r["step"] for r in kept if r["kind"] == "validation"), default=0)
@@ -117,8 +126,8 @@ class Trainer:
             if dropped["dropped_steps"]:
                 say("resume", ["updates {} to {} are done again, their metrics were dropped".format(*dropped["dropped_steps"])])
         self.config_text = dump_config(config)
-        write_whole(directory / output.CONFIG, lambda path: path.write_text(self.config_text, encoding="utf-8"))
-        self.metrics = Metrics(open_sinks(config, directory, self.done, append=goes_on))
+        write_whole(self.directory / output.CONFIG, lambda path: path.write_text(self.config_text, encoding="utf-8"))
+        self.metrics = Metrics(open_sinks(config, self.directory, self.done, append=goes_on))
         environment = {
             "budget_bytes": self.budget,
             "plan": dataclasses.asdict(setup.plan) if setup.plan else None,
@@ -132,10 +141,8 @@ class Trainer:
         if not goes_on:
             counted = {"unigram": setup.baselines.unigram, "bigram": setup.baselines.bigram} if setup.baselines else {}
             self.metrics.write("run", **counted, **environment)
-        if checkpoint is not None:
+        if self.done > 0:
             self.metrics.write("resume", **resumed, **environment)
-        if setup.report is not None:
-            setup.report.on_progress(self.span_done)
 
     def span_done(self, phase: str, done: int, total: int) -> None:
         """Between two spans of the streaming engine: a long step can be given up, and the state before it saved."""
@@ -210,6 +217,7 @@ class Trainer:
         setup = self.setup
         set_rotary(setup.model, stage_at(self.config, self.done - 1))
         self.evaluation = evaluate(setup.model, self.config, setup.validation, setup.rows, setup.device, self.bar)
+        self.random = random_states()
         if self.done > self.validated:
             print(f"step {self.done}/{self.config.train.steps}  {self.evaluation}", flush=True)
             self.metrics.write("validation", step=self.done, **self.evaluation.record())
@@ -249,7 +257,8 @@ class Trainer:
             self.save()
         self.note_saved(self.saver.finish())
         self.metrics.write("stopped", step=self.done, reason=str(stopped))
-        print(f"stopped ({stopped}) after step {self.done}/{self.config.train.steps}, saved; the same command goes on from there", flush=True)
+        saved = ", saved" if self.done else ""
+        print(f"stopped ({stopped}) after step {self.done}/{self.config.train.steps}{saved}; the same command goes on from there", flush=True)
 
     def conclude(self) -> None:
         """Weights, result, picture, verdict."""

@@ -16,6 +16,12 @@ from longtrain.train.optimizer import Optimizer
 from longtrain.train.output import read_metrics
 
 
+@pytest.fixture(autouse=True)
+def unless_it_is_about_the_picture(request):
+    if "plot" not in request.function.__name__:
+        request.getfixturevalue("no_picture")
+
+
 def train(file, *overrides):
     return cli.main(["train", str(file), *overrides])
 
