@@ -121,7 +121,7 @@ def test_a_long_run_is_thinned_without_losing_its_memory_peak(directory):
     assert max(y for _, y in memory["series"][0]["points"]) == 2.0 and "largest of 7 updates" in memory["note"]
 
 
-@pytest.mark.parametrize("width", [1280, 500])
+@pytest.mark.parametrize("width", [500, pytest.param(1280, marks=pytest.mark.slow)])
 def test_a_browser_draws_every_chart_without_a_complaint(width, directory, tmp_path):
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
