@@ -17,6 +17,7 @@ from longtrain.ops.attention.select import BACKENDS as ATTENTION_BACKENDS
 from longtrain.ops.attention import explain as explain_attention
 from longtrain.ops.linear_cross_entropy import linear_cross_entropy
 from longtrain.ops.long_conv import long_conv
+from gpu_check_offload import race_rows
 from step_methods import prepare, sdpa
 from step_process import StepProcess, Task, memory, seconds
 
@@ -273,6 +274,12 @@ def _fastest(call: Callable[[], object], sizes: Sizes, repeats: int = 5) -> floa
     return min(seconds(call, device) for _ in range(repeats))
 
 
-SECTIONS = {"attention": attention_rows, "ops": op_rows, "streamed": streamed_rows, "ceilings": ceiling_rows, "attn speed": attention_speed_rows,
+def offload_rows(sizes: Sizes) -> Iterator[Row]:
+    """Activation offload: races between transfers and kernels."""
+    for name, measured, expected, passed in race_rows(sizes.device):
+        yield Row(section="offload", name=name, measured=measured, expected=expected, passed=passed)
+
+
+SECTIONS = {"attention": attention_rows, "ops": op_rows, "streamed": streamed_rows, "offload": offload_rows, "ceilings": ceiling_rows, "attn speed": attention_speed_rows,
             "memory": memory_rows, "step": step_rows}
 SPEED_SECTIONS = ("ceilings", "attn speed", "memory", "step")

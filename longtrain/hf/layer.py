@@ -11,6 +11,7 @@ import copy
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from longtrain.hf.attention import MaskedAttention, Options, draw_seed, packed
 from longtrain.hf.mask import Mask
+from longtrain.hf.router import Collected
+from longtrain.span import Span
 
 CU_SEQLENS = ("cu_seq_lens_q", "cu_seq_lens_k")
 """transformers' names for the document boundaries of packed rows (`FlashAttentionKwargs`)."""
@@ -29,8 +32,9 @@ CU_SEQLENS = ("cu_seq_lens_q", "cu_seq_lens_k")
 PASSED_WHOLE = {*CU_SEQLENS, *inspect.signature(ForCausalLMLoss).parameters}
 """What may reach a layer beside its own arguments: these, and the loss's, which transformers passes everywhere and no layer reads."""
 
-CUT = {"seq_idx": 1}
-"""And what then runs along the tokens: the document of each, which comes with `CU_SEQLENS` for layers that are no attention."""
+CUT = {"seq_idx": 1, "chunk_positions": 0}
+"""And what then runs along the tokens: the document of each, which comes with `CU_SEQLENS` for layers that are no attention, and where a
+chunk is, for the collection of router logits."""
 
 
 class AdaptedLayer:
@@ -44,6 +48,10 @@ class AdaptedLayer:
         """The attention module of each call of the interface, and its options in evaluation and in training."""
         self.chooses = False
         """Whether it picks the largest of some scores, as routers pick experts: replays then choose as the forward pass did."""
+        self.routers: list[tuple[nn.Module, int]] = []
+        """The modules that give out router logits, and which of their outputs those are."""
+        self._routed: list[Tensor] | None = None
+        self._emitted: list[Tensor] = []
 
     def install(self) -> Callable[[], None]:
         """Make the layer a streamable one; returns what undoes it."""
@@ -51,8 +59,12 @@ class AdaptedLayer:
         names = ("token_args", "chooses", "mixers", "example", "copy_in_float64", "difference_from_eager", "forward")
         for name in names:
             setattr(self.layer, name, getattr(self, name))
+        for router, place in self.routers:
+            router.forward = partial(self._route, router.forward, place)
 
         def undo() -> None:
+            for router, _ in self.routers:
+                del router.forward
             for name in names:
                 self.layer.__dict__.pop(name, None)
             if before is not None:
@@ -122,8 +134,26 @@ class AdaptedLayer:
                 return mix(q, k, v)
 
             arguments = self._with_mix(arguments, mix_as_expected)
-        y = self.original(x, **arguments)
-        return y[0] if isinstance(y, tuple) else y
+        collected, positions = arguments.pop("collected", None), arguments.pop("chunk_positions", None)
+        self._routed = None if collected is None else []
+        try:
+            y = self.original(x, **arguments)
+            y = y[0] if isinstance(y, tuple) else y
+            return y if collected is None else collected.chunk(Span(int(positions[0]), int(positions[-1]) + 1), self._routed, y)
+        finally:
+            self._routed = None
+
+    def _route(self, forward: Callable[..., Any], place: int, *args: Any, **kwargs: Any) -> Any:
+        """A router's `forward`; its logits are noted where they are collected."""
+        out = forward(*args, **kwargs)
+        if self._routed is not None:
+            self._routed.append(out[place])
+        return out
+
+    def take_emitted(self) -> list[Tensor]:
+        """The router logits of the last call, once."""
+        emitted, self._emitted = self._emitted, []
+        return emitted
 
     def call(self, streamed: Callable[..., Tensor], /, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
         """The layer's `forward` while it is streamed, as the model calls it. With a KV cache (decoding) the layer runs whole."""
@@ -140,7 +170,12 @@ class AdaptedLayer:
             if unknown and x.shape[1] in value.shape and x.shape[1] > 1:
                 raise ValueError(f"the layer was given {name}, shape {list(value.shape)}, which it was not given when it was traced: "
                                  "longtrain does not know whether it runs along the tokens; leave it out")
-        y = streamed(x, **arguments)
+        if self.routers and arguments.get("output_router_logits"):
+            collected = Collected(*x.shape[:2], len(self.routers))
+            y = streamed(x, **arguments, collected=collected, chunk_positions=torch.arange(x.shape[1]))
+            self._emitted = collected.behind(y)
+        else:
+            y = streamed(x, **arguments)
         return (y,) if self.returns_tuple else y
 
     def bind(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:

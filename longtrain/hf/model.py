@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from longtrain.hf.head import lazy_forward, streamed_loss
+from longtrain.hf.router import give_out, routers_of
 from longtrain.hf.trace import Found, find_layers
 from longtrain.plan import Plan
 
@@ -43,15 +44,21 @@ def adapt(model: nn.Module, plan: Plan, tokens: int, undo: list[Callable[[], Any
                          "model.gradient_checkpointing_disable() first")
     _use_attention(pretrained, undo)
     _turn_off_cache(pretrained, undo)
-    runs = find_layers(model, partial(_run, pretrained), tokens)
+    with torch.random.fork_rng(devices={p.device for p in model.parameters() if p.device.type == "cuda"}):
+        runs = find_layers(model, partial(_run, pretrained), tokens)
+    inner = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     for run in runs:
-        for found in run:
-            if found.adapted is not None:
-                undo.append(found.adapted.install())
-    inner = {name: module for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}
-    for module in inner.values():
-        guard = module.register_forward_pre_hook(partial(_refuse, plan), with_kwargs=True)
-        undo.append(guard.remove)
+        layers = [found.adapted for found in run if found.adapted is not None]
+        for layer in layers:
+            layer.routers = routers_of(inner, layer.layer)
+            undo.append(layer.install())
+        decoder = [module for module in inner if any(run[0].module is part for part in module.modules())][-1]
+        undo.append(decoder.register_forward_hook(partial(give_out, layers), with_kwargs=True).remove)
+    # Routers of layers that could not be traced would be collected by nobody.
+    routers = sum(len(layer.routers) for run in runs for layer in (f.adapted for f in run) if layer is not None)
+    balanced = plan.segment_layers == 1 and 0 < routers == len(routers_of(inner, model))
+    for module in inner:
+        undo.append(module.register_forward_pre_hook(partial(_check_call, plan, balanced), with_kwargs=True).remove)
     return Adapted(runs, _replace_head(model, pretrained, plan, undo))
 
 
@@ -116,14 +123,11 @@ def _replace_head(model: nn.Module, pretrained: PreTrainedModel, plan: Plan, und
     return name, ""
 
 
-def _refuse(plan: Plan, module: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Before every call of the model: raise ValueError for what streaming would get wrong."""
+def _check_call(plan: Plan, balanced: bool, module: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    """Before every call of the model: raise ValueError for what streaming would get wrong, and say `output_router_logits` aloud."""
     asked = lambda name: kwargs[name] if kwargs.get(name) is not None else getattr(module.config, name, None)
     if asked("output_attentions"):
         raise ValueError("output_attentions=True: a streamed layer never holds its attention probabilities; leave it off")
-    if asked("output_router_logits"):
-        raise ValueError("output_router_logits=True: the routers of streamed layers run chunk by chunk, and the auxiliary loss needs the "
-                         "expert counts of the whole sequence; leave it off (router_aux_loss_coef has no effect without it)")
     if asked("output_hidden_states") and plan.boundaries == "stream":
         raise ValueError('output_hidden_states=True: hidden states between layers are streamed away; use Plan(boundaries="tensor")')
     if torch.is_grad_enabled() and (kwargs.get("use_cache") or kwargs.get("past_key_values") is not None):
@@ -134,3 +138,9 @@ def _refuse(plan: Plan, module: PreTrainedModel, args: tuple, kwargs: dict[str, 
         if positions.ndim == 2 and bool((joined & (positions.diff(dim=-1) != 1)).any()):
             raise ValueError("position_ids restart inside a row and attention_mask is given: transformers then lets packed documents see "
                              "each other; leave attention_mask out for packed rows")
+    if not asked("output_router_logits"):
+        return None
+    if not balanced:
+        raise ValueError("output_router_logits=True: router logits are collected with Plan(segment_layers=1) from families that record them "
+                         "by router module; leave it off (router_aux_loss_coef has no effect without it)")
+    return args, {**kwargs, "output_router_logits": True}

@@ -51,6 +51,7 @@ class CudaCopies:
         with torch.cuda.stream(stream):
             if self._system.honours("computed"):
                 stream.wait_event(mark)
+            self._system.delay()
             target.copy_(source, non_blocking=True)
             done = torch.cuda.Event()
             done.record(stream)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import weakref
 from typing import Any, Protocol
 
@@ -39,18 +40,37 @@ class Copies(Protocol):
 
 
 class CpuCopies:
-    """The device is the CPU."""
+    """The device is the CPU. Memory of what was fetched is used again, up to `keep` bytes of it: fresh pages cost more than the disk."""
 
-    def __init__(self, system: System) -> None:
-        self._system = system
+    def __init__(self, system: System, keep: int) -> None:
+        self._system, self._keep = system, keep
+        self._idle: list[np.ndarray] = []
+        self._returned: queue.SimpleQueue[np.ndarray] = queue.SimpleQueue()  # the last tensor may go in any thread, or in the midst of us
 
     def pin(self, memory: np.ndarray) -> None: ...
 
     def unpin(self, memory: np.ndarray) -> None: ...
 
     def buffer(self, nbytes: int) -> Tensor:
-        memory = torch.empty(padded(nbytes) + ALIGNMENT, dtype=torch.uint8)
-        return memory[-memory.data_ptr() % ALIGNMENT :][:nbytes]
+        size = padded(nbytes)
+        while not self._returned.empty():
+            self._idle.append(self._returned.get())
+        at = next((i for i, memory in enumerate(self._idle) if memory.nbytes == size), None)
+        if at is None:
+            memory = np.empty(size + ALIGNMENT, np.uint8)
+            memory = memory[-memory.ctypes.data % ALIGNMENT :][:size]
+        else:
+            memory = self._idle.pop(at)
+        while sum(m.nbytes for m in self._idle) > self._keep:
+            self._idle.pop(0)
+        lent = memory[:]
+        weakref.finalize(lent, self._back, memory).atexit = False
+        return torch.from_numpy(lent)[:nbytes]
+
+    def _back(self, memory: np.ndarray) -> None:
+        """The last tensor that used it is gone."""
+        if (self._returned.qsize() + 1) * memory.nbytes <= self._keep:
+            self._returned.put(memory)
 
     def reach(self, target: Tensor, nbytes: int) -> np.ndarray | None:
         room = target.untyped_storage().nbytes() - target.storage_offset()
@@ -67,9 +87,9 @@ class CpuCopies:
         self._system.copy(target.numpy(), source)
 
 
-def copies_for(device: torch.device, system: System) -> Copies:
+def copies_for(device: torch.device, system: System, staging_bytes: int) -> Copies:
     if device.type == "cpu":
-        return CpuCopies(system)
+        return CpuCopies(system, staging_bytes // 4)
     if device.type == "cuda":
         from longtrain.offload.cuda import CudaCopies
 

@@ -56,6 +56,9 @@ class System:
         """Whether a wait of `WAITS` is made. Always, but in tests."""
         return True
 
+    def delay(self) -> None:
+        """Called before each copy, on a GPU's copy stream; a test makes the copy late."""
+
     def submit(self, job: Job, urgent: bool) -> None:
         """Run `job` in a thread, urgent ones (reads, which somebody waits for) first."""
         if not self._workers:
@@ -83,6 +86,7 @@ class System:
 
     def copy(self, target: np.ndarray, source: np.ndarray) -> None:
         """One thread, without Python's lock (torch would start a team of threads in each of ours)."""
+        self.delay()
         np.copyto(target, source)
 
     def filesystem(self, path: str) -> str:

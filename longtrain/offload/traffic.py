@@ -88,7 +88,7 @@ class Traffic:
         system: System,
         arrived: Callable[[Extent, bool], None],
     ) -> None:
-        self.system, self.copies, self._arrived = system, copies_for(device, system), weakref.WeakMethod(arrived)
+        self.system, self.copies, self._arrived = system, copies_for(device, system, staging_bytes), weakref.WeakMethod(arrived)
         block = min(LARGEST_BLOCK, staging_bytes // (4 * system.threads)) // ALIGNMENT * ALIGNMENT
         if block < ALIGNMENT:
             raise ValueError(f"staging_bytes: {staging_bytes:,} leaves {system.threads} threads less than a page; give 1 MiB or more")

@@ -182,11 +182,12 @@ function hover(chart, series, figure, plot, svg, x, box) {
 
 const drawn = JSON.parse(document.getElementById("charts").textContent);
 const widths = new Map();
-const observer = new ResizeObserver(entries => {
-  for (const { target } of entries) {
-    if (widths.get(target) === target.clientWidth) continue;
-    widths.set(target, target.clientWidth);
-    draw(drawn.find(chart => chart.id === target.id), target);
+function drawAll() {
+  for (const chart of drawn) {
+    const figure = document.getElementById(chart.id);
+    if (widths.get(chart.id) !== figure.clientWidth) draw(chart, figure);
+    widths.set(chart.id, figure.clientWidth);
   }
-});
-for (const chart of drawn) observer.observe(document.getElementById(chart.id));
+}
+window.addEventListener("resize", () => requestAnimationFrame(drawAll));
+drawAll();

@@ -135,7 +135,7 @@ def event(record: dict) -> tuple[str, str, str]:
 def say(key: str, value) -> str:
     """A value of a record as a reader wants it."""
     if isinstance(value, (list, tuple)):
-        return ", ".join(say(key, v) for v in value)
+        return (" " if key == "command" else ", ").join(say(key, v) for v in value)
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         if key.endswith("bytes") or key == "predicted_peak":
             return format_bytes(value)

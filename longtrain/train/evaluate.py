@@ -92,10 +92,10 @@ def validation_text(validation: PackedDocuments) -> np.ndarray:
 
 def probe_distances(config: Config, name: str) -> tuple[int, ...]:
     """Those of the config; else a sixteenth, a quarter, half and nearly all of the sequence, even, where the probe fits."""
-    longest = config.data.seq_len
+    shortest, longest = SHORTEST[name], config.data.seq_len
     farthest = (longest - ASKED[name]) // 2 * 2
-    usual = sorted({max(longest // part // 2 * 2, SHORTEST[name]) for part in (16, 4, 2)} | {farthest})
-    return config.eval.distances or tuple(d for d in usual if d <= farthest)
+    usual = {max(longest // part // 2 * 2, shortest) for part in (16, 4, 2)} | {farthest}
+    return config.eval.distances or tuple(sorted(d for d in usual if shortest <= d <= farthest))
 
 
 def check_probes(config: Config, where: Locations) -> None:

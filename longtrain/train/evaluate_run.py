@@ -83,7 +83,8 @@ def load_checkpoint_weights(model: LanguageModel, checkpoint: Path) -> None:
         if theirs != ours:
             raise ValueError(f"{checkpoint} has {theirs} for {name}, where the model section makes {ours}; make it describe these weights")
     held = {key: torch.empty(shapes[key]) for key in stored.values()}
-    on_disk.read_tensors(checkpoint, held)
+    with on_disk.one_process():
+        on_disk.read_tensors(checkpoint, held)
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(held[stored[name]])

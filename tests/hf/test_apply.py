@@ -159,7 +159,6 @@ def test_bad_calls_are_refused_with_their_remedy():
         (dict(use_cache=True), "use_cache=False"),
         (dict(output_attentions=True), "output_attentions=True"),
         (dict(output_hidden_states=True), 'boundaries="tensor"'),
-        (dict(output_router_logits=True), "output_router_logits=True.*whole sequence"),
         (dict(attention_mask=hole), "padding inside"),
         (dict(attention_mask=torch.ones(1, 1, 29, 29)), "mask tensor of shape"),
         (dict(attention_mask=torch.ones_like(hole), position_ids=restarts), "leave attention_mask out"),

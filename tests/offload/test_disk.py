@@ -90,6 +90,21 @@ def test_staging_is_kept_to_in_what_is_fetched_ahead(tmp_path):
     store.close()
 
 
+def test_memory_is_not_used_again_while_a_tensor_has_it(tmp_path):
+    store = TieredStore("cpu", disk=DiskSettings(path=str(tmp_path), budget=1 << 24), staging_bytes=1 << 20, system=Here())
+    for i in range(12):
+        store.put("x", Span(i, i + 1), torch.full((1, 1, 5000), float(i)), DISK)
+    store.settle()
+    kept = [store.get("x", Span(i, i + 1))[:, :, 7:] for i in range(6)]
+    addresses = {tensor.data_ptr() for tensor in kept}
+    kept[1] = None
+    more = [store.get("x", Span(i, i + 1)) for i in range(6, 12)]
+    assert sum(tensor.data_ptr() + 28 in addresses for tensor in more) == 1
+    assert all((tensor == i).all() for i, tensor in enumerate([*kept, *more]) if tensor is not None)
+    store.close()
+    assert all((tensor == i).all() for i, tensor in enumerate([*kept, *more]) if tensor is not None)
+
+
 def test_equal_bytes_are_written_once(tmp_path):
     store = TieredStore("cpu", disk=DiskSettings(path=str(tmp_path), budget=1 << 24), staging_bytes=1 << 20, system=Here())
     fused = torch.randn(1, 64, 192)
