@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -64,7 +63,7 @@ class Input:
     """Which of the inputs given it belongs to."""
 
 
-def build(out: Path, inputs: Sequence[str], settings: Settings, log: TextIO = sys.stderr) -> int:
+def build(out: Path, inputs: Sequence[str], settings: Settings, log: TextIO) -> int:
     """Build, or go on building. Returns how many documents (or whole files) had to be left out, each named on `log`.
 
     Raises DataError where nothing can be built, or where `out` holds other data or cannot be written.
@@ -189,7 +188,10 @@ def write_shards(
             continue
         shard.write(part.content)
         if part.last:
-            state["empty"] += not shard.end(part.name, files[index].input)
+            if not shard.end(part.name, files[index].input):
+                state["empty"] += 1
+                progress.clear()
+                print(f"{part.name} is empty: it holds no token, and nothing of it is built", file=log)
             state["at"] = [index, part.offset, part.number]
             if shard.bytes >= settings.shard_bytes or len(shard.rows) >= MOST_DOCUMENTS:
                 shard = commit(out, state, shard)
@@ -289,5 +291,5 @@ class Progress:
 def say_built(state: dict) -> str:
     """`1,203 documents, 4,500,000 tokens by bytes in 2 shards, 3 left out, 1 empty`."""
     documents, tokens = (sum(shard[key] for shard in state["shards"]) for key in ("documents", "tokens"))
-    rest = "".join(f", {state[key]} {said}" for key, said in (("left_out", "left out"), ("empty", "empty")) if state[key])
+    rest = "".join(f", {state[key]} {said}" for key, said in (("left_out", "left out, each was named"), ("empty", "empty")) if state[key])
     return f"{documents:,} documents, {tokens:,} tokens by {say_tokenizer(state['tokenizer'])} in {len(state['shards'])} shards{rest}"

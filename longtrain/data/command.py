@@ -23,10 +23,7 @@ def run_build(args: argparse.Namespace) -> int:
         end_token=args.end_token,
         shard_bytes=args.shard_size,
     )
-    left_out = build(Path(args.out), args.inputs, settings)
-    if left_out:
-        print(f"longtrain: {left_out} documents were left out, each is named above; the rest is built", file=sys.stderr)
-    return LEFT_OUT if left_out else 0
+    return LEFT_OUT if build(Path(args.out), args.inputs, settings, sys.stderr) else 0
 
 
 def run_info(args: argparse.Namespace) -> int:

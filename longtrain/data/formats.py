@@ -200,7 +200,7 @@ def read_wav(path: Path, offset: int, number: int, options: dict) -> Iterator[Pa
             if not left:
                 yield Part(str(path), b"", True, size, 1)
             while left:
-                frames = file.readframes(min(left, BLOCK_BYTES // (width * channels)))
+                frames = file.readframes(min(left, max(1, BLOCK_BYTES // (width * channels))))
                 count = len(frames) // (width * channels)
                 if not count:
                     raise wave.Error(f"it ends {left} samples early")

@@ -29,7 +29,7 @@ def info(directories: Sequence[Path], seq_lens: Sequence[int], check: bool) -> i
     print("\ntokens in a document       documents        tokens")
     print("\n".join(histogram_lines(corpus.length_N)))
     for seq_len in seq_lens:
-        print(f"\nsequences of {seq_len:,} tokens        padding  documents cut  of a target's {seq_len:,} tokens before, it sees")
+        print(f"\n{f'in {seq_len:,} tokens':<16}{'sequences':>12}  {'padding':>8}  {'documents cut':>13}  {'tokens seen, mean':>17}")
         print("\n".join(packing_lines(corpus, seq_len)))
     damaged = [sentence for directory in directories for sentence in check_contents(directory)] if check else []
     if check:
@@ -55,12 +55,10 @@ def histogram_lines(length_N: np.ndarray) -> Iterator[str]:
 
 
 def packing_lines(corpus: Corpus, seq_len: int) -> Iterator[str]:
-    """What each packing wastes: padding, and context lost where documents are cut."""
+    """What each packing wastes: padding, and context lost where documents are cut (what a token sees before itself shrinks)."""
     for packing in ("best_fit", "concatenate", "one_document"):
         packed = PackedDocuments(corpus, seq_len, packing=packing)
-        used, held = int(packed.pieces.length_P.sum()), len(packed) * seq_len
-        pieces_N = np.bincount(packed.pieces.document_P, minlength=len(corpus))
-        context = float((packed.pieces.length_P.astype(np.float64) ** 2).sum() / 2 / used)
-        yield (
-            f"{packing:<12}  {len(packed):>10,}  {1 - used / held:>9.2%}  {(pieces_N > 1).sum() / len(corpus):>12.1%}  {context:>12,.0f}"
-        )
+        length_P, pieces_N = packed.pieces.length_P, np.bincount(packed.pieces.document_P)
+        padding = 1 - length_P.sum() / (len(packed) * seq_len)
+        seen = (length_P.astype(np.float64) ** 2).sum() / (2 * length_P.sum())
+        yield f"{packing:<16}{len(packed):>12,}  {padding:>8.2%}  {(pieces_N > 1).sum() / len(corpus):>13.1%}  {seen:>17,.0f}"
