@@ -42,6 +42,8 @@ def adapt(model: nn.Module, plan: Plan, tokens: int, undo: list[Callable[[], Any
     if getattr(pretrained, "is_activation_checkpointing", False):
         raise ValueError("gradient checkpointing is on: streaming recomputes by itself, and the two would do it twice; call "
                          "model.gradient_checkpointing_disable() first")
+    if sharded := next((name for name, p in model.named_parameters() if hasattr(p, "device_mesh")), None):
+        raise ValueError(f"{sharded} is sharded already: call lt.apply before fully_shard; tensor-parallel modules cannot be streamed yet")
     _use_attention(pretrained, undo)
     _turn_off_cache(pretrained, undo)
     with torch.random.fork_rng(devices={p.device for p in model.parameters() if p.device.type == "cuda"}):
