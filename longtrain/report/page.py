@@ -28,7 +28,7 @@ def page(found: Run) -> str:
     drawn = charts(found)
     data = json.dumps(drawn, allow_nan=False).replace("<", "\\u003c")  # no text of the run can end the script
     figures = "".join(
-        f'<figure id="{chart["id"]}"><figcaption><h2>{chart["title"]}</h2><p>{escape(chart["note"])}</p></figcaption></figure>'
+        f'<figure id="{escape(chart["id"])}"><figcaption><h2>{escape(chart["title"])}</h2><p>{escape(chart["note"])}</p></figcaption></figure>'
         for chart in drawn
     )
     return f"""<!doctype html>

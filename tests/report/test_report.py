@@ -65,7 +65,9 @@ def test_one_sentence_says_what_the_run_did(directory, capsys):
 
 
 def test_the_page_asks_no_network_and_no_text_of_the_run_becomes_markup(directory):
-    write(directory, [*RESUMED, {"kind": "stopped", "step": 6, "reason": "</script><img src=http://x>"}])
+    hostile = "</script><img src=http://x>"
+    asked = {**validation(6, 1.0)["probes"][0], "probe": hostile}
+    write(directory, [*RESUMED, {**validation(6, 1.0), "probes": [asked]}, {"kind": "stopped", "step": 6, "reason": hostile}])
     assert cli.main(["report", str(directory), "--out", str(directory / "page.html")]) == 0
     page = (directory / "page.html").read_text()
     assert set(re.findall(r"https?://[^\"'\s<&)]*", page.replace("src=http://x", ""))) == {"http://www.w3.org/2000/svg"}

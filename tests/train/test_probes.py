@@ -13,7 +13,7 @@ TEXT = np.arange(500) % 7 + 50
 
 
 class Lookup:
-    """Answers from the sequence alone: what followed where these `context` tokens stood before, in the same document."""
+    """Answers from the sequence alone: what followed where these `context` tokens first stood, in the same document."""
 
     def __init__(self, context: int, vocabulary: int = 64, right: bool = True) -> None:
         self.context, self.vocabulary, self.right = context, vocabulary, right
@@ -32,9 +32,9 @@ class Lookup:
             seen = {}
             for at in range(first + self.context - 1, stop):
                 key = tuple(ids[at - self.context + 1 : at + 1])
-                if key in seen:
-                    logits[0, at, ids[seen[key] + 1] if self.right else 40] = 1.0
-                seen[key] = at
+                before = seen.setdefault(key, at)
+                if before < at:
+                    logits[0, at, ids[before + 1] if self.right else 40] = 1.0
         return logits
 
 
