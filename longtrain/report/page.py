@@ -99,10 +99,10 @@ def tables(found: Run) -> str:
     last = found.evaluation or {}
     positions, sources, asked = last.get("positions"), last.get("sources"), last.get("probes")
     if positions:
-        rows = [(f"{p['start']:,} to {p['stop'] - 1:,}", f"{p['loss']:.4f}", f"{number(p, 'error') or 0:.4f}", f"{p['targets']:,}") for p in positions]
+        rows = [(f"{p['start']:,} to {p['stop'] - 1:,}", f"{p['loss']:.4f}", standard_error(p), f"{p['targets']:,}") for p in positions]
         parts.append(table("Loss by position", ("position", "nats a token", "standard error", "targets"), rows))
     if sources:
-        rows = [(p["source"], f"{p['loss']:.4f}", f"{number(p, 'error') or 0:.4f}", f"{p['targets']:,}") for p in sources]
+        rows = [(p["source"], f"{p['loss']:.4f}", standard_error(p), f"{p['targets']:,}") for p in sources]
         parts.append(table("Loss by source", ("source", "nats a token", "standard error", "targets"), rows))
     if asked:
         rows = [(p["probe"], f"{p['distance']:,}", f"{p['accuracy']:.1%}", f"{p['chance']:.1%}", f"{p['answers']:,}") for p in asked]
@@ -124,6 +124,10 @@ def tables(found: Run) -> str:
     if found.config_text:
         parts.append(folded("Resolved configuration", found.config_text))
     return "\n".join(parts)
+
+
+def standard_error(part: dict) -> str:
+    return f"{error:.4f}" if (error := number(part, "error")) is not None else ""
 
 
 def event(record: dict) -> tuple[str, str, str]:
