@@ -8,8 +8,8 @@ const ROLES = {
   "limit": { dash: "8 4", marker: "" },
   "reference": { dash: "1 3", marker: "square" },
 };
-const MARGIN = { top: 18, right: 14, bottom: 38, left: 58 };
-const HEIGHT = 270;
+const MARGIN = { top: 26, right: 14, bottom: 38, left: 58 };
+const HEIGHT = 278;
 
 function element(name, attributes, parent, text) {
   const made = document.createElementNS("http://www.w3.org/2000/svg", name);
