@@ -42,7 +42,8 @@ class Raw:
     """The disk without the store."""
 
     def __init__(self, path: str, nbytes: int, extent: int, block: int, threads: int) -> None:
-        self.system, self.blocks = System(threads), [(at + b, min(block, extent - b)) for at in range(0, nbytes, extent) for b in range(0, extent, block)]
+        self.system = System(threads)
+        self.blocks = [(at + b, min(block, extent - b)) for at in range(0, nbytes, extent) for b in range(0, extent, block)]
         self.file = self.system.open(path, nbytes)
         self.system.direct(self.file, True)
         self.buffers: queue.SimpleQueue = queue.SimpleQueue()
@@ -115,7 +116,8 @@ def main(argv: list[str] | None = None) -> int:
         warm_up()
     rounds = [measure(raw, stored, first=index % 2) for index in range(a.rounds)]
     rows = {what: summary([r[what] for r in rounds], a.bytes) for what in ("write", "read")}
-    print(f"{a.path}: {format_bytes(a.bytes)} in extents of {format_bytes(a.extent)}, blocks of {block >> 10} KiB, {threads} threads, O_DIRECT")
+    sizes = f"{format_bytes(a.bytes)} in extents of {format_bytes(a.extent)}, blocks of at most {block >> 10} KiB"
+    print(f"{a.path}: {sizes}, {threads} threads, O_DIRECT")
     for what, row in rows.items():
         print(f"{what:<6} raw {row['raw']:.2f} GB/s   store {row['store']:.2f} GB/s   {row['ratio']:.3f}x   "
               f"processor {row['processor']:.2f} s a GB (raw {row['raw_processor']:.2f})")
@@ -143,18 +145,18 @@ def summary(rounds: list[dict], nbytes: int) -> dict[str, float]:
     def rate(name: str, which: int) -> float:
         return statistics.median(r[name][which] for r in rounds) * 1e9 / nbytes
 
-    return {"raw": 1 / rate("raw", 0), "store": 1 / rate("store", 0), "ratio": statistics.median(r["raw"][0] / r["store"][0] for r in rounds),
-            "processor": rate("store", 1), "raw_processor": rate("raw", 1)}
+    ratio = statistics.median(r["raw"][0] / r["store"][0] for r in rounds)
+    return {"raw": 1 / rate("raw", 0), "store": 1 / rate("store", 0), "ratio": ratio, "processor": rate("store", 1), "raw_processor": rate("raw", 1)}
 
 
 def fio(path: str, block: int, threads: int, nbytes: int) -> str | None:
     """What fio reaches with as many jobs of the same blocks."""
     if shutil.which("fio") is None:
         return None
-    lines = []
+    lines, size = [], nbytes // threads // block * block or block
     for what in ("write", "read"):
         out = subprocess.run(
-            ["fio", "--name=bench", f"--directory={path}", f"--rw={what}", f"--bs={block}", f"--size={nbytes // threads // block * block or block}",
+            ["fio", "--name=bench", f"--directory={path}", f"--rw={what}", f"--bs={block}", f"--size={size}",
              f"--numjobs={threads}", "--direct=1", "--ioengine=psync", "--group_reporting", "--unlink=1", "--output-format=json"],
             check=True, capture_output=True, text=True).stdout
         lines.append(f"{what} {json.loads(out)['jobs'][0][what]['bw_bytes'] / 1e9:.2f} GB/s")

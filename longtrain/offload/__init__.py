@@ -6,4 +6,6 @@ from longtrain.offload.saved import saved_tensors
 from longtrain.offload.store import DeviceStore, Stored, TokenStore, version_of
 from longtrain.offload.tiered import TieredStore
 
-__all__ = ["DEVICE", "DeviceStore", "DiskSettings", "Place", "Stored", "TieredStore", "TokenStore", "check_disk", "saved_tensors", "version_of"]
+__all__ = [
+    "DEVICE", "DeviceStore", "DiskSettings", "Place", "Stored", "TieredStore", "TokenStore", "check_disk", "saved_tensors", "version_of",
+]

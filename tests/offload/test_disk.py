@@ -50,7 +50,8 @@ class Late(Here):
 
 def threaded_schedule(tmp_path, seed: int) -> None:
     draw = random.Random(seed)
-    store = TieredStore("cpu", host_bytes=1 << 20, disk=DiskSettings(path=str(tmp_path), budget=1 << 22), staging_bytes=1 << 17, system=Late())
+    disk = DiskSettings(path=str(tmp_path), budget=1 << 22)
+    store = TieredStore("cpu", host_bytes=1 << 20, disk=disk, staging_bytes=1 << 18, system=Late())
     schedule = Schedule(store, draw, layers=3, tokens=40, chunk=8)
     schedule.soup(60)
     schedule.training_step()
@@ -143,9 +144,10 @@ from tests.offload.test_disk import Here
 """
 
 
-def python(code: str, *arguments: str, **options) -> subprocess.Popen:
+def python(code: str, *arguments: str) -> subprocess.Popen:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen([sys.executable, "-c", RUN + textwrap.dedent(code), *arguments], stdout=subprocess.PIPE, text=True, env=environment, **options)
+    command = [sys.executable, "-c", RUN + textwrap.dedent(code), *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
 
 
 def test_a_killed_process_leaves_nothing_behind(tmp_path):

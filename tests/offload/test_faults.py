@@ -115,7 +115,7 @@ def test_what_was_written_before_the_disk_failed_is_still_read():
 
 @pytest.mark.parametrize("tier, budget", [("disk", "memory.disk.budget"), ("host", "memory.host_budget")])
 def test_a_full_tier_names_its_budget(tier, budget):
-    store = TieredStore("cpu", host_bytes=8192 if tier == "host" else 0, disk=DiskSettings(path="/", budget=8192), staging_bytes=1 << 18, system=stepped())
+    store = open_store(stepped(), host=8192 if tier == "host" else 0, disk=8192)
     with pytest.warns(RuntimeWarning, match=budget):
         for i in range(3):
             store.put(i, Span(0, 16), values(16, seed=i), Place(tier=tier))
@@ -155,7 +155,7 @@ def test_a_flipped_byte_is_named_with_its_place(place):
     file, _, arena = system.at_rest  # in between: the slab
     system.flip(file if place is DISK else arena, extent.offset, extent.offset + 4096)
     for _ in range(2):
-        with pytest.raises(RuntimeError, match=f"layer 3 input at .*offset {extent.offset:,} of the {place.tier} tier .*checksum.*checkpoint"):
+        with pytest.raises(RuntimeError, match=f"layer 3 input at .*offset {extent.offset:,} of the {place.tier} tier .*checksum"):
             store.get("layer 3 input", Span(0, 16))
     store.close()
 
@@ -242,7 +242,9 @@ def test_an_edit_of_what_was_fetched_does_not_reach_the_next_use():
 
 
 @pytest.mark.parametrize("path, found, filesystem", [
-    ("{tmp}/missing", "does not exist", "ext4"), ("{tmp}/file", "is not a directory", "ext4"), ("{tmp}", "is tmpfs, which is memory", "tmpfs"),
+    ("{tmp}/missing", "does not exist", "ext4"),
+    ("{tmp}/file", "is not a directory", "ext4"),
+    ("{tmp}", "is tmpfs, which is memory", "tmpfs"),
 ])
 def test_a_path_that_cannot_work_is_named(tmp_path, path, found, filesystem):
     (tmp_path / "file").touch()
@@ -277,3 +279,40 @@ def test_extents_end_released():
     store.close()
     with pytest.raises(RuntimeError, match="closed"):
         store.get("x", Span(0, 16))
+
+
+class LateRefusal(Stepped):
+    """O_DIRECT can be switched on, but transfers with it are refused, after others have begun."""
+
+    on = False
+
+    def direct(self, file, on):
+        self.on = on
+
+    def pwrite(self, file, data, offset):
+        refused = self.on
+        self._pause()
+        if refused:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return super().pwrite(file, data, offset)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_disk_without_direct_access_is_used_through_the_page_cache(seed):
+    store = open_store(LateRefusal(seed))
+    for i in range(6):
+        store.put(i, Span(0, 8), values(8, seed=i), DISK)
+    store.settle()
+    assert store.stats.degraded == 0
+    assert all(torch.equal(store.get(i, Span(0, 8)), values(8, seed=i)) for i in range(6))
+    store.close()
+
+
+def test_an_expanded_tensor_takes_the_room_of_what_it_repeats():
+    store = open_store(stepped())
+    x = values(1).expand(1, 500, 64)
+    store.put("x", Span(0, 500), x, DISK)
+    store.settle()
+    assert store.regions["disk"].used == 4096
+    assert torch.equal(store.get("x", Span(3, 77)), x[:, 3:77])
+    store.close()

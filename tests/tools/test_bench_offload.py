@@ -18,7 +18,8 @@ from longtrain.offload.system import System
 def small(tmp_path):
     if System().filesystem(str(tmp_path)) in IN_MEMORY:
         pytest.skip("temporary files are in memory here")
-    return ["--path", str(tmp_path), "--bytes", "4MiB", "--extent", "512KiB", "--staging", "4MiB", "--rounds", "2", "--out", str(tmp_path / "out.json")]
+    sizes = ["--bytes", "4MiB", "--extent", "512KiB", "--staging", "4MiB", "--rounds", "2"]
+    return ["--path", str(tmp_path), *sizes, "--out", str(tmp_path / "out.json")]
 
 
 def test_both_directions_are_measured(small, capsys, tmp_path):
