@@ -40,6 +40,7 @@ FAMILIES: dict[str, dict] = {
     "smollm3": {}, "nemotron": {}, "helium": {}, "exaone4": dict(sliding_window=7, sliding_window_pattern=2), "seed_oss": {}, "arcee": {},
     "apertus": {}, "ernie4_5": {}, "hunyuan_v1_dense": {}, "persimmon": {}, "gpt2": dict(n_embd=32, n_head=4, n_layer=3, n_positions=64),
     "opt": dict(ffn_dim=48, word_embed_proj_dim=32), "biogpt": {}, "gpt_bigcode": dict(n_embd=32, n_head=4, n_layer=3, n_positions=64),
+    "vaultgemma": {}, "ministral3": {}, "gemma4_text": dict(sliding_window=7, vocab_size_per_layer_input=VOCAB, hidden_size_per_layer_input=8),
     # mixture of experts
     "mixtral": EXPERTS, "qwen2_moe": dict(EXPERTS, shared_expert_intermediate_size=24), "qwen3_moe": EXPERTS, "olmoe": EXPERTS,
     "gpt_oss": dict(EXPERTS, sliding_window=7), "granitemoe": EXPERTS, "phimoe": EXPERTS,
@@ -48,12 +49,13 @@ FAMILIES: dict[str, dict] = {
     "deepseek_v3": dict(EXPERTS, kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, n_group=1, topk_group=1,
                         num_key_value_heads=4, first_k_dense_replace=1),
     "llama4_text": dict(EXPERTS, attention_chunk_size=9, intermediate_size_mlp=48, num_experts_per_tok=1, layer_types=["chunked_attention"] * 2 + ["full_attention"]),
+    "glm4_moe": EXPERTS, "ernie4_5_moe": EXPERTS, "flex_olmo": EXPERTS,
     # with layers that are no attention
     "lfm2": dict(layer_types=["conv", "full_attention", "conv"]),
     "qwen3_next": dict(EXPERTS, layer_types=["linear_attention", "full_attention", "linear_attention"], linear_num_value_heads=4,
                        linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8, shared_expert_intermediate_size=24),
     "jamba": dict(EXPERTS, attn_layer_period=2, attn_layer_offset=1, mamba_d_state=4, mamba_dt_rank=4, use_mamba_kernels=False),
-    "diffllama": {}, "bloom": dict(n_head=4, n_layer=3), "gptj": dict(n_embd=32, n_head=4, n_layer=3, rotary_dim=4), "mamba": {},
+    "minimax": EXPERTS, "diffllama": {}, "doge": {}, "bloom": dict(n_head=4, n_layer=3), "gptj": dict(n_embd=32, n_head=4, n_layer=3, rotary_dim=4), "mamba": {},
 }
 
 

@@ -58,7 +58,7 @@ def longtrain_attention(
         what = "a position bias" if position_bias is not None else f"a mask tensor of shape {list(attention_mask.shape)}"
         raise ValueError(f'{type(module).__name__} calls attention with {what}, which attn_implementation="longtrain" cannot honour; '
                          "give attention_mask as [batch, tokens], or use another implementation")
-    q_BTHD, k_BSKD, v_BSKD = (x.transpose(1, 2) for x in (query, key, value))
+    q_BTHD, k_BSKD, v_BSKD = (_autocast(x).transpose(1, 2) for x in (query, key, value))
     options = Options(scale=scaling, softcap=softcap, dropout=dropout, sinks=s_aux is not None)
     if options.sinks:
         q_BTHD = with_sinks(q_BTHD, s_aux)
@@ -73,6 +73,12 @@ def longtrain_attention(
     mask = packed(attention_mask, cu_seq_lens_q, cu_seq_lens_k)
     mixer = MaskedAttention.make(mask, options, draw_seed(options))
     return mixer.attend(mask.queries, mask.keys, q_BTHD, k_BSKD, v_BSKD)[0], None
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """As autocast hands it to torch's own attention: rotary positions come in float32, values in a half type."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) and x.dtype != torch.float64 else x
 
 
 def packed(mask: Mask, cu_q: Tensor | None, cu_k: Tensor | None) -> Mask:

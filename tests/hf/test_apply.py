@@ -240,3 +240,20 @@ def test_one_step_of_training_in_bfloat16():
     assert hf_families.difference(streamed, own) <= 0.03
     assert all(torch.isfinite(g).all() for g in streamed.values())
     assert F.cosine_similarity(streamed["lm_head.weight"].flatten().float(), own["lm_head.weight"].flatten().float(), dim=0) > 0.999
+
+
+def test_autocast_is_that_of_the_forward_pass():
+    model, batch = hf_families.build("llama").float(), one_row()
+
+    def outcome():
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(**batch, use_cache=False).loss
+        loss.backward()
+        return {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters()}}
+
+    own = outcome()
+    lt.apply(model, PLAN)
+    streamed = outcome()
+    assert hf_families.difference(streamed, own) <= 0.03  # bfloat16 on both sides: 8 bits
+    assert hf_families.difference(streamed, hf_families.gradients(model, batch)) > 1e-4, "autocast had no effect"
