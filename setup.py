@@ -87,6 +87,8 @@ setup(
         "trainers": ["transformers>=5.20,<6", "accelerate", "peft", "trl"],
         "gpu": ["triton"],
         "plot": ["matplotlib"],
+        "tokenizers": ["tokenizers"],
+        "parquet": ["pyarrow"],
         "tensorboard": ["tensorboard"],
         "wandb": ["wandb"],
         "dev": ["pytest", "hypothesis", "ninja"],

@@ -11,14 +11,14 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import TextIO
 
 import numpy as np
 
 from longtrain.data import formats
-from longtrain.data.built import BUILDING, FORMAT, INPUTS, MANIFEST, PARTS, read_json, token_dtype, write_json
+from longtrain.data.built import BUILDING, FORMAT, INPUTS, MANIFEST, read_json, token_dtype, write_json
 from longtrain.data.corpus import say_tokenizer
 from longtrain.data.formats import LeftOut, Part
 from longtrain.data.shard import ShardWriter
@@ -70,6 +70,7 @@ def build(out: Path, inputs: Sequence[str], settings: Settings, log: TextIO) -> 
     """
     files = list_files(inputs, out)
     kinds = [formats.format_of(Path(f.path)) if settings.format == "auto" else settings.format for f in files]
+    check_settings(settings, kinds)
     tokenizer = choose_tokenizer(settings, kinds, files)
     wanted = {
         "format": FORMAT,
@@ -84,6 +85,7 @@ def build(out: Path, inputs: Sequence[str], settings: Settings, log: TextIO) -> 
         with locked(out):
             state, finished = read_state(out, wanted, files)
             if finished:
+                (out / BUILDING).unlink(missing_ok=True)
                 print(f"{out} is built already: {say_built(state)}", file=log)
                 return state["left_out"]
             return write_shards(out, state, files, kinds, settings, tokenizer, log)
@@ -103,6 +105,20 @@ def list_files(inputs: Sequence[str], out: Path) -> list[Input]:
                 about = path.stat()
                 files.setdefault(str(path), Input(str(path), about.st_size, about.st_mtime_ns, index))
     return list(files.values())
+
+
+def check_settings(settings: Settings, kinds: Sequence[str]) -> None:
+    """Raise DataError for an option that would have no effect, or none that makes sense."""
+    for option, given, useful in (
+        ("--field", settings.field != Settings().field, {"jsonl", "parquet"} & set(kinds)),
+        ("--case", settings.case != Settings().case, "fasta" in kinds),
+        ("--special-tokens", settings.special_tokens, settings.tokenizer),
+    ):
+        if given and not useful:
+            needs = {"--field": "JSONL or parquet", "--case": "FASTA", "--special-tokens": "--tokenizer"}[option]
+            raise DataError(f"{option} has no effect without {needs}; leave it out, or correct the inputs")
+    if settings.end_token is not None and not 0 <= settings.end_token < 2**32:
+        raise DataError(f"--end-token {settings.end_token} is no token id; give one from 0 to {2**32 - 1}")
 
 
 def choose_tokenizer(settings: Settings, kinds: Sequence[str], files: Sequence[Input]) -> Tokenizer:
@@ -154,7 +170,7 @@ def read_state(out: Path, wanted: dict, files: Sequence[Input]) -> tuple[dict, b
             what = "a finished build" if name == MANIFEST else "an unfinished build"
             raise DataError(f"{out} holds {what} that differs ({'; '.join(other)}); name another directory, or remove it to build anew")
         return state, name == MANIFEST
-    strange = sorted(p.name for p in out.iterdir() if not p.name.startswith(f".{INPUTS}") and p.name != INPUTS)
+    strange = sorted(p.name for p in out.iterdir() if p.name != INPUTS and p.suffix != ".partial")
     if strange:
         raise DataError(f"{out} is not empty (it holds {strange[0]}) and no build was begun there; name another directory")
     write_json(out / INPUTS, [astuple(f) for f in files])
@@ -167,15 +183,11 @@ def write_shards(
     out: Path, state: dict, files: Sequence[Input], kinds: Sequence[str], settings: Settings, tokenizer: Tokenizer, log: TextIO
 ) -> int:
     """Read on from ``state["at"]`` to the end, and put the manifest in place."""
-    kept = {shard["name"] for shard in state["shards"]}
-    for path in out.iterdir():
-        if path.suffix.removeprefix(".") in PARTS and path.stem not in kept:
-            path.unlink()
     if state["shards"]:
-        print(f"going on behind {len(kept)} shards: {say_built(state)}", file=log)
+        print(f"going on behind {len(state['shards'])} shards: {say_built(state)}", file=log)
     options = {"field": settings.field, "case": settings.case, "rate": tokenizer.identity.get("rate")}
     dtype = token_dtype(tokenizer.vocabulary)
-    shard = ShardWriter(out, len(kept), dtype, settings.end_token)
+    shard = ShardWriter(out, len(state["shards"]), dtype, settings.end_token)
     progress = Progress(log, files, state["at"])
     events = read_parts(files, kinds, state["at"], options)
     for index, part in events if tokenizer.encode is None else encode_documents(events, tokenizer.encode):
@@ -196,6 +208,7 @@ def write_shards(
             if shard.bytes >= settings.shard_bytes or len(shard.rows) >= MOST_DOCUMENTS:
                 shard = commit(out, state, shard)
     progress.clear()
+    state["at"] = [len(files), 0, 0]
     shard = commit(out, state, shard)
     shard.remove()
     if not state["shards"]:
@@ -232,7 +245,7 @@ def encode_documents(events: Iterator[tuple[int, Part | LeftOut]], encode: Encod
     def encoded() -> Iterator[tuple[int, Part | LeftOut]]:
         tokens = iter(encode([part.content.decode("utf-8") for _, part in waiting if isinstance(part, Part)]))
         for index, part in waiting:
-            yield index, replace(part, content=next(tokens)) if isinstance(part, Part) else part
+            yield index, part._replace(content=next(tokens)) if isinstance(part, Part) else part
 
     for index, part in events:
         if isinstance(part, Part):
@@ -240,7 +253,7 @@ def encode_documents(events: Iterator[tuple[int, Part | LeftOut]], encode: Encod
             size += len(part.content)
             if not part.last:
                 continue
-            part = replace(part, content=b"".join(parts))
+            part = part._replace(content=b"".join(parts))
         parts.clear()
         waiting.append((index, part))
         if size >= BATCH_BYTES or len(waiting) >= BATCH_DOCUMENTS:
@@ -271,8 +284,8 @@ class Progress:
         self.began = self.drawn_at = time.monotonic()
 
     def show(self, file: int, offset: int) -> None:
-        self.done, now = self.before[file] + offset, time.monotonic()
-        if self.shown and now - self.drawn_at >= REDRAW_SECONDS:
+        self.done = self.before[file] + offset
+        if self.shown and (now := time.monotonic()) - self.drawn_at >= REDRAW_SECONDS:
             self.drawn_at = now
             left = (self.before[-1] - self.done) * (now - self.began) / max(1, self.done - self.first)
             amount = f"{format_bytes(self.done)} of {format_bytes(self.before[-1])}"

@@ -11,8 +11,8 @@ import importlib
 import json
 import wave
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,8 +21,7 @@ from longtrain.data.sources import DataError
 BLOCK_BYTES = 2**20
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(NamedTuple):
     """Some of a document: the next bytes (text is UTF-8) or tokens, and whether they are its last ones."""
 
     name: str
@@ -34,8 +33,7 @@ class Part:
     """... and records."""
 
 
-@dataclass(frozen=True, slots=True)
-class LeftOut:
+class LeftOut(NamedTuple):
     """A document, or a whole file, that cannot be read; parts of it that came before are to be forgotten."""
 
     why: str
@@ -84,7 +82,7 @@ def read_bytes(path: Path, offset: int, number: int, options: dict) -> Iterator[
 
 def read_jsonl(path: Path, offset: int, number: int, options: dict) -> Iterator[Part | LeftOut]:
     """A JSON object a line; its `field` is a document, named `file:line`."""
-    field = options["field"]
+    field, decode = options["field"], json.JSONDecoder().decode
     with open(path, "rb") as file:
         file.seek(offset)
         for line in file:
@@ -92,7 +90,7 @@ def read_jsonl(path: Path, offset: int, number: int, options: dict) -> Iterator[
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
+                record = decode(line.decode("utf-8"))
                 text = record[field] if isinstance(record, dict) else None
                 if not isinstance(text, str):
                     raise TypeError

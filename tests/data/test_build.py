@@ -96,23 +96,21 @@ def test_an_interrupted_build_goes_on_to_the_same_bytes(with_tokenizer, texts, m
             raise Killed
         return function(*args)
 
-    sharding_write = real[sharding]
+    sharding_write = real[sharding]  # with half of what it was given, when it is the end
     monkeypatch.setattr(sharding, "write_all", lambda *args: dying(sharding_write, *args))
     monkeypatch.setattr(os, "replace", lambda *args: dying(real[os], *args))
     kills = 0
     while True:
-        left = 15 + kills % 4
+        left = 15 + kills % 4 if kills else 1  # the first time before building.json is there
         try:
             build(texts / "cut", inputs(texts), settings, io.StringIO())
             break
         except Killed:
             kills += 1
-            if (texts / "cut" / "manifest.json").exists():
-                break
             with pytest.raises(DataError, match="half built|holds no built data"):
                 open_built(texts / "cut")
     assert kills > 4
-    (texts / "cut" / "building.json").unlink(missing_ok=True)
+    build(texts / "cut", inputs(texts), settings, io.StringIO())
     cut = {name: content for name, content in contents(texts / "cut").items() if not name.endswith(".partial")}
     assert cut == contents(texts / "whole")
 
@@ -126,7 +124,7 @@ def test_a_killed_build_goes_on_to_the_same_bytes(texts):
     build(texts / "whole", names, Settings(shard_bytes=4000), io.StringIO())
     began = time.monotonic()
     subprocess.run([*command, texts / "timed", *names], check=False, capture_output=True)
-    takes, chance, kills = time.monotonic() - began, random.Random(1), 0
+    takes, chance, kills, inside = time.monotonic() - began, random.Random(1), 0, 0
     while True:
         process = subprocess.Popen([*command, texts / "cut", *names], stderr=subprocess.DEVNULL)
         try:
@@ -136,9 +134,11 @@ def test_a_killed_build_goes_on_to_the_same_bytes(texts):
             process.send_signal(signal.SIGKILL)
             process.wait()
             kills += 1
+            inside += (texts / "cut" / "building.json").exists()
             if kills == 12:
                 assert subprocess.run([*command, texts / "cut", *names], capture_output=True).returncode == 3
                 break
+    assert inside > 1
     assert contents(texts / "cut") == contents(texts / "whole")
 
 
@@ -184,6 +184,17 @@ def test_other_data_is_not_built_into_the_same_directory(change, texts):
     said = {"settings": "end_token", "inputs": "inputs: ", "grown": "03.txt was added, removed or changed"}.get(change, "03.txt was added")
     with pytest.raises(DataError, match=f"holds a finished build that differs .*{said}.*; name another directory, or remove it"):
         build(texts / "out", names, settings, io.StringIO())
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [({"field": "body"}, "--field has no effect without JSONL"), ({"case": "upper"}, "--case has no effect without FASTA"),
+     ({"special_tokens": True}, "--special-tokens has no effect"), ({"end_token": -1}, "--end-token -1 is no token id; give one from 0")],
+)  # fmt: skip
+def test_options_without_effect_are_refused(settings, said, texts):
+    with pytest.raises(DataError, match=said):
+        build(texts / "out", inputs(texts)[:1], Settings(**settings), io.StringIO())
+    assert not (texts / "out").exists()
 
 
 def test_a_directory_with_other_things_is_refused(texts):

@@ -100,6 +100,8 @@ def test_weights_are_shares_of_the_sequences_whatever_the_sizes():
     assert all(len(set(mixture.batch(i).sources)) == 1 for i in range(200))
     read_b = [mixture.batch(i).documents for i in range(280 + 12) if mixture.batch(i).sources[0] == "b"]
     assert len(set(read_b[:70])) == 70  # all of it before any of it again
+    of_b = [documents for documents in (mixture.batch(i).documents for i in range(PERIOD - 40, PERIOD + 40)) if documents[0][0] == "b"]
+    assert of_b == [mixture.packed[1].batch(i).documents for i in range(1014, 1034)]  # the next period goes on where the last one ended
     natural = DataConfig(source="tokens", tokens=(TokenSource(path="a"), TokenSource(path="b")), seq_len=64)
     assert {s for i in range(30) for s in Mixture(both, 64, natural).batch(i).sources} == {"a", "b"}
 
