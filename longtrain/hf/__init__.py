@@ -21,13 +21,17 @@ from longtrain.hf.mask import longtrain_mask
 OLDEST, FIRST_UNTRIED = (5, 20), (6, 0)
 """transformers from 5.20 on; the interfaces used here changed before, and may with 6."""
 
-_version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-if not OLDEST <= _version < FIRST_UNTRIED:
-    raise ImportError(
-        f"longtrain.hf works with transformers >= {'.'.join(map(str, OLDEST))}, < {FIRST_UNTRIED[0]}; found {transformers.__version__}: "
-        'pip install "longtrain[hf]"'
-    )
 
+def check_version(version: str) -> None:
+    """Raise ImportError for a transformers outside the range that is known to work."""
+    if not OLDEST <= tuple(int(part) for part in version.split(".")[:2]) < FIRST_UNTRIED:
+        raise ImportError(
+            f"longtrain.hf works with transformers >= {'.'.join(map(str, OLDEST))}, < {FIRST_UNTRIED[0]}; found {version}: "
+            'pip install "longtrain[hf]"'
+        )
+
+
+check_version(transformers.__version__)
 AttentionInterface.register("longtrain", longtrain_attention)
 AttentionMaskInterface.register("longtrain", longtrain_mask)
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import longtrain as lt
+from longtrain.hf import check_version
 from longtrain.hf.mask import Mask
 from tests.hf.test_families import EXACT, UPCASTS
 
@@ -190,6 +191,15 @@ def test_bad_models_are_refused_with_their_remedy():
 def more_than_it_says(self, *args, attention_mask, **kwargs):
     self.scaling = 0.1 if isinstance(attention_mask, Mask) else 0.2
     return super(type(self), self).forward(*args, attention_mask=attention_mask, **kwargs)
+
+
+@pytest.mark.parametrize("version, fits", [("4.57.1", False), ("5.19.2", False), ("5.20.0", True), ("5.23.0", True), ("6.0.0.dev0", False)])
+def test_the_range_of_transformers(version, fits):
+    if fits:
+        check_version(version)
+        return
+    with pytest.raises(ImportError, match=r"5.20, < 6; found .*longtrain\[hf\]"):
+        check_version(version)
 
 
 def test_attention_that_does_more_than_it_says_is_refused():

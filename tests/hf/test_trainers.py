@@ -47,6 +47,7 @@ def assert_same(with_longtrain, without, steps):
     assert with_longtrain == pytest.approx(without, rel=CLOSE, abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_the_trainer_of_transformers(tmp_path, accumulate):
     pytest.importorskip("accelerate")
