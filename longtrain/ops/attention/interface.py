@@ -234,12 +234,13 @@ def _backward_op(
         sink_tokens, block, stride, max_seqlen_q, max_seqlen_k, softcap, scale, dropout_p, dropout_seed, head_offset,
         deterministic, has_dlse=dlse is not None, partials=partials,
     )
-    delta = _row_delta(call, dout, out, dlse)
+    chosen = select(call, backend, kernel_fallback)
+    delta = getattr(chosen, "row_delta", _row_delta)(call, dout, out, dlse)
     if dsink is not None:
         # dsink_h = -sum_bt exp(sink_h - lse_bth) delta_bth: the sink's probability times (0 - delta).
         weight = torch.exp(sink_logits.to(call.wide) - lse)
         dsink -= (weight * delta).sum((0, 1))
-    return select(call, backend, kernel_fallback).backward(call, dout, q, k, v, out, lse, delta, dk, dv)
+    return chosen.backward(call, dout, q, k, v, out, lse, delta, dk, dv)
 
 
 @_backward_op.register_fake

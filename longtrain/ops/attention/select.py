@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from longtrain.ops.attention import cpp, cudnn, flash, flash_attn, reference, sdpa, tiled
+from longtrain.ops.attention import cpp, cudnn, flash, flash_attn, reference, sdpa, tiled, triton
 from longtrain.ops.attention.call import AttentionCall, wrong
 
 BACKENDS: dict[str, Any] = {
@@ -24,6 +24,8 @@ BACKENDS: dict[str, Any] = {
     "cudnn": cudnn,
     "flash": flash,
     "flash_attn_2": flash_attn.BACKENDS["flash_attn_2"],
+    "triton": triton,
+    "triton": triton,
     "sdpa": sdpa,
     "tiled": tiled,
     "reference": reference,

@@ -31,10 +31,12 @@ def interpreted() -> bool:
 
 def refuse(call: AttentionCall) -> str | None:
     """Why the call cannot be served, or None."""
-    if MISSING is not None:
-        return MISSING
     if call.device.type != "cuda" and not (call.device.type == "cpu" and interpreted()):
         return f"GPU kernels: the tensors are on {call.device.type}"
+    if MISSING is not None:
+        return MISSING
+    if call.device.type == "cuda" and not torch.cuda.is_available():
+        return "no GPU on this machine"
     if call.device.type == "cuda" and torch.cuda.get_device_capability(call.device) < (8, 0):
         return "the GPU is older than sm_80"
     if call.dtype == torch.float64:
@@ -128,13 +130,18 @@ def _arguments(call: AttentionCall, q, k, v) -> dict[str, Any]:
         "GROUP": call.group, "DIM": call.head_dim, "VALUE_DIM": call.value_dim, "PACKED": call.packed,
         "SOFTCAP": cap is not None, "DROPOUT": call.dropout_p > 0,
         "BLOCK": call.block, "PERIOD": call.block * call.stride,
-        "PRECISION": "tf32x3" if call.dtype == torch.float32 else "ieee",
         "BLOCK_DIM": _padded(call.head_dim), "BLOCK_VALUE": _padded(call.value_dim),
+        # Three tf32 products are as exact as float32's own and faster, but wide heads leave no registers for them.
+        "PRECISION": "tf32x3" if call.dtype == torch.float32 and _widest(call) <= 128 else "ieee",
     }
 
 
 def _padded(dim: int) -> int:
     return max(16, 1 << (dim - 1).bit_length())
+
+
+def _widest(call: AttentionCall) -> int:
+    return max(_padded(call.head_dim), _padded(call.value_dim))
 
 
 def _specials(call: AttentionCall) -> bool:
@@ -154,7 +161,7 @@ def _key_boxes(call: AttentionCall, tiles: Tiles, k, v) -> dict[str, Any]:
     }
 
 
-def forward_launch(call: AttentionCall, tiles, q, k, v, sink_logits, out, lse) -> Launch:
+def forward_launch(call: AttentionCall, tiles: Tiles, q, k, v, sink_logits, out, lse) -> Launch:
     from longtrain.kernels.attention_forward import attention_forward
 
     arguments = _arguments(call, q, k, v) | _documents(call)
@@ -168,14 +175,14 @@ def forward_launch(call: AttentionCall, tiles, q, k, v, sink_logits, out, lse) -
     return Launch(kernel=attention_forward, grid=grid, arguments=arguments, tiles=tiles)
 
 
-def _backward_arguments(call: AttentionCall, tiles, q, k, v, dout, lse_BHT, delta_BHT) -> dict[str, Any]:
+def _backward_arguments(call: AttentionCall, tiles: Tiles, q, k, v, dout, lse_BHT, delta_BHT) -> dict[str, Any]:
     return _arguments(call, q, k, v) | _documents(call) | {
         "dout": dout, "dout_strides": dout.stride(), "lse": lse_BHT, "delta": delta_BHT, "scale": call.scale,
         "BLOCK_Q": tiles.block_q, "BLOCK_K": tiles.block_k,
     }
 
 
-def dq_launch(call: AttentionCall, tiles, q, k, v, dout, lse_BHT, delta_BHT, dq) -> Launch:
+def dq_launch(call: AttentionCall, tiles: Tiles, q, k, v, dout, lse_BHT, delta_BHT, dq) -> Launch:
     from longtrain.kernels.attention_backward import attention_dq
 
     arguments = _backward_arguments(call, tiles, q, k, v, dout, lse_BHT, delta_BHT) | {"dq": dq, "SPECIALS": _specials(call)}
@@ -184,7 +191,7 @@ def dq_launch(call: AttentionCall, tiles, q, k, v, dout, lse_BHT, delta_BHT, dq)
     return Launch(kernel=attention_dq, grid=grid, arguments=arguments, tiles=tiles)
 
 
-def dk_dv_launches(call: AttentionCall, tiles, q, k, v, dout, lse_BHT, delta_BHT, dk, dv) -> Iterator[Launch]:
+def dk_dv_launches(call: AttentionCall, tiles: Tiles, q, k, v, dout, lse_BHT, delta_BHT, dk, dv) -> Iterator[Launch]:
     from longtrain.kernels.attention_backward import attention_dk_dv
 
     arguments = _backward_arguments(call, tiles, q, k, v, dout, lse_BHT, delta_BHT)
@@ -209,13 +216,13 @@ def _count_specials(call: AttentionCall, doc: Document) -> int:
     return min(keys, call.sink_tokens) + ((keys // period + 2) * call.block if period else 0)
 
 
-def tiles_of(kernel: str, call: AttentionCall) -> tuple:
+def tiles_of(kernel: str, call: AttentionCall) -> tuple[Tiles, ...]:
     """The sets of tiles to choose from for a call, the default first."""
     capability = torch.cuda.get_device_capability(call.device) if call.device.type == "cuda" else (0, 0)
-    return candidates(kernel, capability, max(_padded(call.head_dim), _padded(call.value_dim)), call.dtype.itemsize)
+    return candidates(kernel, capability, _widest(call), call.dtype.itemsize)
 
 
-def _tiles(kernel: str, call: AttentionCall):
+def _tiles(kernel: str, call: AttentionCall) -> Tiles:
     """The default where results must not depend on timing, else the fastest on a sample with this call's options."""
     choices = tiles_of(kernel, call)
     if call.deterministic or len(choices) == 1 or interpreted():
@@ -230,7 +237,7 @@ def _tiles(kernel: str, call: AttentionCall):
 
 
 @functools.lru_cache(maxsize=None)
-def _fastest(kernel: str, call: AttentionCall):
+def _fastest(kernel: str, call: AttentionCall) -> Tiles:
     from triton.runtime.errors import OutOfResources
     from triton.testing import do_bench
 
@@ -256,12 +263,12 @@ def _fastest(kernel: str, call: AttentionCall):
     return min(seconds, key=seconds.get)
 
 
-def forward(call: AttentionCall, q, k, v, sink_logits):
+def forward(call: AttentionCall, q, k, v, sink_logits, tiles: Tiles | None = None):
     """q [B, T, H, D], k [B, S, K, D], v [B, S, K, Dv] -> out [B, T, H, Dv] in q's dtype, lse [B, T, H] float32."""
     out = torch.empty(call.batch, call.queries, call.heads, call.value_dim, dtype=q.dtype, device=q.device)
     lse = torch.empty(call.batch, call.queries, call.heads, dtype=call.wide, device=q.device)
     with torch.cuda.device_of(q):
-        forward_launch(call, _tiles("forward", call), q, k, v, sink_logits, out, lse).run()
+        forward_launch(call, tiles or _tiles("forward", call), q, k, v, sink_logits, out, lse).run()
     return out, lse
 
 
@@ -281,12 +288,12 @@ def row_delta(call: AttentionCall, dout, out, dlse):
     return delta_BHT.transpose(1, 2)
 
 
-def backward(call: AttentionCall, dout, q, k, v, out, lse, delta, dk, dv):
+def backward(call: AttentionCall, dout, q, k, v, out, lse, delta, dk, dv, tiles: Tiles | None = None):
     """Adds into dk [B, S, K, D] and dv [B, S, K, Dv] (float32), returns dq. delta [B, T, H] as in `reference.py`."""
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse_BHT, delta_BHT = lse.transpose(1, 2).contiguous(), delta.transpose(1, 2).contiguous()
     with torch.cuda.device_of(q):
-        for launch in dk_dv_launches(call, _tiles("dk_dv", call), q, k, v, dout, lse_BHT, delta_BHT, dk, dv):
+        for launch in dk_dv_launches(call, tiles or _tiles("dk_dv", call), q, k, v, dout, lse_BHT, delta_BHT, dk, dv):
             launch.run()
-        dq_launch(call, _tiles("dq", call), q, k, v, dout, lse_BHT, delta_BHT, dq).run()
+        dq_launch(call, tiles or _tiles("dq", call), q, k, v, dout, lse_BHT, delta_BHT, dq).run()
     return dq
