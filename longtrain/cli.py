@@ -7,6 +7,7 @@ Exit codes: 0 well, 1 the work failed, 2 the request is wrong; 75 a run that end
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -18,7 +19,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from longtrain.train.output import RunError
 
     try:
-        return args.command(args)
+        status = args.command(args)
+        sys.stdout.flush()
+        return status
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
@@ -28,6 +31,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("longtrain: interrupted; what was saved before stands", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        try:
+            print(flush=True)
+        except BrokenPipeError:  # the reader went away, as in `| head`: what is still buffered has nowhere to go
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
+        raise
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -80,6 +80,10 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; `auto` takes the GPU where there is one."""
 
+    kernel_fallback: Literal["error", "warn"] = "error"
+    """What happens without fast attention kernels (on a CPU the C++ extension was not built, on a GPU no kernel serves the model):
+    `error` refuses the run, `warn` says so and computes attention in plain torch, many times slower."""
+
     seed: int = 0
     """Draws the initial weights (and dropout)."""
 

@@ -17,6 +17,7 @@ from longtrain.data.corpus import check_vocabulary
 from longtrain.data.loader import Loader, open_data, pack, validation_rows
 from longtrain.data.packing import PackedDocuments
 from longtrain.nn import LanguageModel
+from longtrain.nn.attention import Attention
 from longtrain.nn.rotary import RotaryEmbedding
 from longtrain.train.flops import RULE, measure_rate
 from longtrain.train.optimizer import Optimizer
@@ -57,6 +58,7 @@ def prepare(config: Config, where: Locations) -> Setup:
     rows = validation_rows(validation, config.train.validation_tokens)
 
     model = LanguageModel(config.model).to(device)
+    settle_fallback(model, device, config, where)
     if config.train.init is not None:
         try:
             load_weights(model, Path(config.train.init))
@@ -84,6 +86,15 @@ def choose_device(config: Config, where: Locations) -> torch.device:
     if config.train.device == "cuda" and not torch.cuda.is_available():
         raise where.error("train.device", "no GPU is visible to PyTorch; set auto or cpu, or install a CUDA build of torch")
     return torch.device("cuda" if config.train.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def settle_fallback(model: LanguageModel, device: torch.device, config: Config, where: Locations) -> None:
+    """Refuse a CPU run without kernels unless `train.kernel_fallback` allows it; on a GPU each attention call decides by it."""
+    if config.train.kernel_fallback == "error" and device.type == "cpu" and MISSING is not None:
+        raise where.error("train.kernel_fallback", f"{MISSING}; or set warn, to run on torch alone, several times slower")
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.kernel_fallback = config.train.kernel_fallback
 
 
 def make_plan(model: LanguageModel, config: Config, where: Locations) -> lt.Plan | None:

@@ -136,6 +136,14 @@ def test_packed_documents_are_one_call_unless_one_is_not_aligned():
     assert first == Piece(slice(20, 30), slice(0, 10), CAUSAL) and second.cu_q == (0, 30, 70)
 
 
+def test_documents_whose_queries_are_not_the_last_are_not_packed():
+    options = {"cu_seqlens_q": torch.tensor([0, 30, 60]), "q_offset": -5}
+    x = {name: torch.randn(1, 60, h, 8, dtype=torch.float64) for name, h in (("q", 2), ("k", 1), ("v", 1), ("dout", 2))} | {"sink_logits": None}
+    call = checked_call(x["q"], x["k"], x["v"], causal=True, **options)
+    assert all(piece.cu_q is None for piece in pieces.pieces(call, LIBRARIES["like flash"]))
+    assert_close(run(call, LIBRARIES["like flash"], x, torch.zeros_like(x["k"]), torch.zeros_like(x["v"])), of_reference(call, x), 1e-12)
+
+
 def test_partial_outputs_are_merged_in_float32_and_rounded_once():
     x = {name: torch.randn(1, n, 2, 16) for name, n in (("q", 64), ("k", 640), ("v", 640))}
     call = checked_call(**{n: t.bfloat16() for n, t in x.items()}, causal=True)

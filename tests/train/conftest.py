@@ -26,6 +26,7 @@ train:
   steps: 4
   lr: 1e-2
   device: cpu
+  kernel_fallback: warn
   validate_every: 2
 metrics:
   peak_tflops: 1.0
