@@ -25,7 +25,6 @@ BACKENDS: dict[str, Any] = {
     "flash": flash,
     "flash_attn_2": flash_attn.BACKENDS["flash_attn_2"],
     "triton": triton,
-    "triton": triton,
     "sdpa": sdpa,
     "tiled": tiled,
     "reference": reference,
