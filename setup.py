@@ -83,8 +83,8 @@ setup(
     install_requires=["torch>=2.11", "numpy", "einops", "pyyaml", "safetensors"],
     extras_require={
         "flash": ["flash-attn"],
-        "hf": ["transformers>=5.20,<6"],
-        "trainers": ["transformers>=5.20,<6", "accelerate", "peft", "trl"],
+        "hf": ["transformers>=5.21,<6"],
+        "trainers": ["transformers>=5.21,<6", "accelerate", "peft", "trl"],
         "gpu": ["triton"],
         "plot": ["matplotlib"],
         "tokenizers": ["tokenizers"],

@@ -18,8 +18,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from longtrain.hf.attention import longtrain_attention
 from longtrain.hf.mask import longtrain_mask
 
-OLDEST, FIRST_UNTRIED = (5, 20), (6, 0)
-"""transformers from 5.20 on; the interfaces used here changed before, and may with 6."""
+OLDEST, FIRST_UNTRIED = (5, 21), (6, 0)
+"""Tried with 5.21, 5.22 and 5.23. Before, `sdpa` attention ignored softcaps without a word; with 6 the interfaces may change."""
 
 
 def check_version(version: str) -> None:

@@ -39,7 +39,7 @@ def adapt(model: nn.Module, plan: Plan, tokens: int, undo: list[Callable[[], Any
     Raises ValueError, naming the remedy, for a model that cannot use longtrain's attention, or cannot be run on `tokens` tokens.
     """
     pretrained = pretrained_of(model)
-    if getattr(pretrained, "is_activation_checkpointing", False):
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         raise ValueError("gradient checkpointing is on: streaming recomputes by itself, and the two would do it twice; call "
                          "model.gradient_checkpointing_disable() first")
     if sharded := next((name for name, p in model.named_parameters() if hasattr(p, "device_mesh")), None):
