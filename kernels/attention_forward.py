@@ -74,7 +74,9 @@ def attention_forward(
     i = first + rows
     kv_head = head // GROUP
     k, v = head_of(k, batch, kv_head, k_strides), head_of(v, batch, kv_head, v_strides)
-    q_tile = load_tile(None, head_of(q, batch, head, q_strides), batch, head, first, rows, q_strides[1], q_strides[3], i < q_stop, DIM, BLOCK_DIM)
+    q_tile = load_tile(
+        None, head_of(q, batch, head, q_strides), batch, head, first, rows, q_strides[1], q_strides[3], i < q_stop, DIM, BLOCK_DIM
+    )
     if SIGN != 1:
         q_tile = (q_tile * SIGN).to(q_tile.dtype)
     hash_a, hash_b = i, i

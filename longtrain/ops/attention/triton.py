@@ -132,7 +132,7 @@ def _arguments(call: AttentionCall, q, k, v) -> dict[str, Any]:
         "BLOCK": call.block, "PERIOD": call.block * call.stride,
         "BLOCK_DIM": _padded(call.head_dim), "BLOCK_VALUE": _padded(call.value_dim),
         # Three tf32 products are as exact as float32's own and faster, but wide heads leave no registers for them.
-        "PRECISION": "tf32x3" if call.dtype == torch.float32 and _widest(call) <= 128 else "ieee",
+        "PRECISION": "tf32x3" if call.dtype == torch.float32 and widest(call) <= 128 else "ieee",
     }
 
 
@@ -140,7 +140,8 @@ def _padded(dim: int) -> int:
     return max(16, 1 << (dim - 1).bit_length())
 
 
-def _widest(call: AttentionCall) -> int:
+def widest(call: AttentionCall) -> int:
+    """The wider head dim as the kernels pad it."""
     return max(_padded(call.head_dim), _padded(call.value_dim))
 
 
@@ -168,7 +169,8 @@ def forward_launch(call: AttentionCall, tiles: Tiles, q, k, v, sink_logits, out,
     sign = -1 if arguments["rate"] < 0 else 1
     arguments["rate"] *= sign
     arguments |= {
-        "out": out, "lse": lse, "sink_logits": sink_logits, "SIGN": sign, "SINK_LOGITS": sink_logits is not None,
+        "out": out, "lse": lse, "sink_logits": None if sink_logits is None else sink_logits.contiguous(),
+        "SIGN": sign, "SINK_LOGITS": sink_logits is not None,
         "SPECIALS": _specials(call), "BLOCK_Q": tiles.block_q, "BLOCK_K": tiles.block_k,
     } | _key_boxes(call, tiles, k, v)
     grid = (_grid(call.queries, tiles.block_q, call), call.heads, call.batch)
@@ -219,7 +221,7 @@ def _count_specials(call: AttentionCall, doc: Document) -> int:
 def tiles_of(kernel: str, call: AttentionCall) -> tuple[Tiles, ...]:
     """The sets of tiles to choose from for a call, the default first."""
     capability = torch.cuda.get_device_capability(call.device) if call.device.type == "cuda" else (0, 0)
-    return candidates(kernel, capability, _widest(call), call.dtype.itemsize)
+    return candidates(kernel, capability, widest(call), call.dtype.itemsize)
 
 
 def _tiles(kernel: str, call: AttentionCall) -> Tiles:
