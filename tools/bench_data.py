@@ -102,7 +102,12 @@ def time_pipeline(command: str) -> tuple[float, float]:
 def load_rows(built: Path, updates: int) -> None:
     data = DataConfig(source="tokens", tokens=(TokenSource(path=str(built)),), seq_len=32_768)
     stages = (LengthStage(from_step=0, seq_len=32_768, tokens_per_update=262_144),)
-    for name, step in (("no step", lambda batches: None), ("steps that only read", lambda batches: [np.bincount(b.input_ids_BT[0]) for b in batches])):
+    steps = {
+        "no step": lambda batches: None,
+        "steps that only read": lambda batches: [np.bincount(b.input_ids_BT[0]) for b in batches],
+        "steps of 20 ms": lambda batches: time.sleep(0.02),
+    }
+    for name, step in steps.items():
         loader = Loader(stages, data, open_data(data)[0], updates + 1)
         loader.update(0)
         waits, began = [], time.monotonic()
@@ -114,7 +119,7 @@ def load_rows(built: Path, updates: int) -> None:
         loader.close()
         print(
             f"load, {name:<21} {updates * 262_144 / seconds / 1e6:6.1f} million tokens/s, waiting {sum(waits) / seconds:.0%} of the time, "
-            f"longest {max(waits) * 1e3:.1f} ms of {seconds / updates * 1e3:.1f} ms an update",
+            f"longest {max(waits) * 1e3:.1f} ms; an update {seconds / updates * 1e3:.1f} ms",
             flush=True,
         )
 
