@@ -85,7 +85,8 @@ def build_rows(directory: Path, mib: int) -> None:
         printed = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
         wall, processor, memory = map(float, printed.split())
         print(
-            f"build {inputs:<12} {size:>5} MiB   processor {processor:6.2f} s, cat | wc {wc[1]:6.2f} s: {wc[1] / processor:4.2f} times its speed   "
+            f"build {inputs:<12} {size:>5} MiB   "
+            f"processor {processor:6.2f} s, cat | wc {wc[1]:6.2f} s: {wc[1] / processor:4.2f} times its speed   "
             f"wall {wall:6.2f} s, cat | wc {wc[0]:6.2f} s: {wc[0] / wall:4.2f}   memory {memory / 2**20:.0f} MiB",
             flush=True,
         )
@@ -127,12 +128,12 @@ def load_rows(built: Path, updates: int) -> None:
 def pack_rows(documents: int) -> None:
     lengths = np.maximum(2, np.random.default_rng(0).lognormal(7, 1.5, documents).astype(np.int64))
     for seq_len in (8192, 131_072):
-        for name, pack in (("best_fit", lambda: best_fit(cut(lengths, seq_len), seq_len)), ("concatenate", lambda: concatenate(lengths, seq_len, 0, 0))):
+        for name in ("best_fit", "concatenate"):
             began = time.process_time()
-            packed = pack()
-            rows = int(packed.row_P[-1]) + 1
+            packed = best_fit(cut(lengths, seq_len), seq_len) if name == "best_fit" else concatenate(lengths, seq_len, 0, 0)
+            seconds, rows = time.process_time() - began, int(packed.row_P[-1]) + 1
             print(
-                f"pack {name:<12} {documents:,} documents into {rows:,} sequences of {seq_len:,}: {time.process_time() - began:.2f} processor seconds, "
+                f"pack {name:<12} {documents:,} documents into {rows:,} sequences of {seq_len:,}: {seconds:.2f} processor seconds, "
                 f"{1 - lengths.sum() / rows / seq_len:.3%} padding",
                 flush=True,
             )

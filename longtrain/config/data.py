@@ -68,7 +68,8 @@ class DataConfig:
     """Draws the validation documents and the order of the sequences."""
 
     def __post_init__(self) -> None:
-        for key, source, what in (("files", "text", "files, directories or globs"), ("tokens", "tokens", "directories, {path: built/books}")):
+        what_of = {"files": ("text", "files, directories or globs"), "tokens": ("tokens", "directories, {path: built/books}")}
+        for key, (source, what) in what_of.items():
             given = getattr(self, key)
             if self.source == source and not given:
                 raise ValueError(f"data.{key}: is missing, and source: {source} reads nothing else; list {what}")

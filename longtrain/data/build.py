@@ -215,8 +215,8 @@ def write_shards(
         for name in (BUILDING, INPUTS):
             (out / name).unlink()
         raise DataError(
-            f"nothing to build: {len(files)} files hold no document that can be read ({state['left_out']} left out, {state['empty']} empty); "
-            "name files with data"
+            f"nothing to build: {len(files)} files hold no document that can be read "
+            f"({state['left_out']} left out, {state['empty']} empty); name files with data"
         )
     write_json(out / MANIFEST, {key: value for key, value in state.items() if key != "at"})
     (out / BUILDING).unlink()

@@ -61,8 +61,8 @@ def read_manifest(directory: Path) -> dict:
     if not (directory / MANIFEST).exists():
         if (directory / BUILDING).exists():
             done = read_json(directory / BUILDING)["shards"]
-            raise DataError(f"{directory} is half built ({len(done)} shards so far); run its `longtrain data build` again, it goes on from there")
-        raise DataError(f"{directory} holds no built data ({MANIFEST} is missing); name a directory that `longtrain data build` has written")
+            raise DataError(f"{directory} is half built ({len(done)} shards so far); run its `longtrain data build` again: it goes on")
+        raise DataError(f"{directory} holds no built data ({MANIFEST} is missing); name a directory that `longtrain data build` wrote")
     manifest = read_json(directory / MANIFEST)
     if manifest.get("format") != FORMAT:
         raise DataError(f"{directory} has format {manifest.get('format')}, this version reads {FORMAT}; build the data again")
@@ -79,9 +79,8 @@ def open_built(directory: str | Path, source: str | None = None) -> Corpus:
             if not path.exists():
                 raise DataError(f"{path} is missing; restore it, or remove {directory} and build the data again")
             if path.stat().st_size != expected:
-                raise DataError(
-                    f"{path} has {path.stat().st_size} bytes and was built with {expected}; restore it, or remove {directory} and build the data again"
-                )
+                found = f"{path} has {path.stat().st_size} bytes and was built with {expected}"
+                raise DataError(f"{found}; restore it, or remove {directory} and build the data again")
     dtype = token_dtype(manifest["vocabulary"])
     names = [directory / shard["name"] for shard in manifest["shards"]]
     mapped = tuple(_map(path.with_suffix(".tokens")) for path in names)
@@ -126,8 +125,8 @@ def check_contents(directory: Path) -> Iterator[str]:
             with open(path, "rb") as file:
                 while block := file.read(BLOCK_BYTES):
                     crc = zlib.crc32(block, crc)
-            if crc != shard["crc32"][part]:
-                yield f"{path} is damaged: its checksum is {crc:08x} and was {shard['crc32'][part]:08x}; restore it, or build the data again"
+            if crc != (built := shard["crc32"][part]):
+                yield f"{path} is damaged: its checksum is {crc:08x} and was {built:08x}; restore it, or build the data again"
 
 
 def _map(path: Path) -> mmap.mmap:

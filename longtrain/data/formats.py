@@ -59,7 +59,8 @@ def read_text(path: Path, offset: int, number: int, options: dict) -> Iterator[P
             except UnicodeDecodeError as error:
                 at = f"byte {read - pending + error.start} is not UTF-8"
         if at is not None:
-            yield LeftOut(f"{path} is binary, not text ({at}); leave it out, or build from it with --format bytes", part.offset, part.number)
+            why = f"{path} is binary, not text ({at}); leave it out, or build from it with --format bytes"
+            yield LeftOut(why, part.offset, part.number)
             return
         read += len(part.content)
         yield part
@@ -140,7 +141,8 @@ def read_parquet(path: Path, offset: int, number: int, options: dict) -> Iterato
                     if isinstance(content, bytes):
                         yield Part(f"{path}:{first - 1}", content, True, offset, first)
                     else:
-                        yield LeftOut(f"{path}:{first - 1} holds no text in {field!r} ({type(text).__name__}); correct the row", offset, first)
+                        why = f"{path}:{first - 1} holds no text in {field!r} ({type(text).__name__}); correct the row"
+                        yield LeftOut(why, offset, first)
     except (pyarrow.ArrowInvalid, OSError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         yield LeftOut(f"{path} is no readable parquet file ({reason}); restore it, or leave it out", size, number)
@@ -153,7 +155,8 @@ def read_fasta(path: Path, offset: int, number: int, options: dict) -> Iterator[
         file.seek(offset)
         data, at, line_begins = file.read(BLOCK_BYTES), 0, True
         if data and data[:1] != b">":
-            yield LeftOut(f"{path} is no FASTA (it begins with {data[:1]!r}, not b'>'); leave it out, or name its --format", len(data), number)
+            why = f"{path} is no FASTA (it begins with {data[:1]!r}, not b'>'); leave it out, or name its --format"
+            yield LeftOut(why, len(data), number)
             return
         name, state = "", "ended"
         while data:

@@ -51,7 +51,8 @@ def histogram_lines(length_N: np.ndarray) -> Iterator[str]:
     for bucket in range(int(bucket_N.min()), len(documents)):
         share = tokens[bucket] / tokens.sum()
         bar = "#" * round(share * BAR_WIDTH)
-        yield f"{2**bucket:>9,} to {2 ** (bucket + 1) - 1:>10,}  {documents[bucket]:>9,}  {int(tokens[bucket]):>12,}  {share:>6.1%} {bar}".rstrip()
+        numbers = f"{documents[bucket]:>9,}  {int(tokens[bucket]):>12,}  {share:>6.1%}"
+        yield f"{2**bucket:>9,} to {2 ** (bucket + 1) - 1:>10,}  {numbers} {bar}".rstrip()
 
 
 def packing_lines(corpus: Corpus, seq_len: int) -> Iterator[str]:

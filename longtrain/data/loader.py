@@ -37,8 +37,8 @@ def open_data(data: DataConfig) -> tuple[Corpus, Corpus]:
     longest = int(corpus.length_N.argmax())
     if data.long_documents == "refuse" and corpus.length_N[longest] > data.seq_len:
         raise DataError(
-            f"{corpus.name(longest)} has {corpus.length_N[longest]} tokens, and data.long_documents: refuse allows no more than data.seq_len "
-            f"({data.seq_len}); raise seq_len, or set long_documents: split"
+            f"{corpus.name(longest)} has {corpus.length_N[longest]} tokens, and data.long_documents: refuse allows no more than "
+            f"data.seq_len ({data.seq_len}); raise seq_len, or set long_documents: split"
         )
     return split(corpus, data.validation_fraction, data.seed)
 
@@ -100,7 +100,8 @@ def weighted_parts(corpus: Corpus, data: DataConfig) -> list[tuple[np.ndarray, f
     for source, weight in enumerate(weights):
         mine_N = usable_N & (corpus.source_N == source)
         if not mine_N.any():
-            raise DataError(f"{corpus.sources[source]} has no training document of enough tokens; lower data.min_document_tokens, or remove it")
+            name = corpus.sources[source]
+            raise DataError(f"{name} has no training document of enough tokens; lower data.min_document_tokens, or remove it")
         share = float(corpus.length_N[mine_N].sum()) if weight is None else weight
         sizes = [(mine_N & ~long_N, 1.0), (mine_N & long_N, data.long_weight)]
         sizes = [(np.flatnonzero(some_N), float(corpus.length_N[some_N].sum()) * factor) for some_N, factor in sizes if some_N.any()]

@@ -316,8 +316,8 @@ def test_damaged_files_are_named(part, damage, texts, capsys):
         assert cli.main(["data", "info", str(texts / "out"), "--check"]) == 1
         assert f"{path} is damaged: its checksum is " in capsys.readouterr().out
         return
-    said = "is missing; restore it" if damage == "missing" else f"has {len(content) - 1} bytes and was built with {len(content)}; restore it"
-    with pytest.raises(DataError, match=f"00001.{part} {said}, or remove .* and build the data again"):
+    said = "is missing" if damage == "missing" else f"has {len(content) - 1} bytes and was built with {len(content)}"
+    with pytest.raises(DataError, match=f"00001.{part} {said}; restore it, or remove .* and build the data again"):
         open_built(texts / "out")
 
 

@@ -78,7 +78,9 @@ def test_reading_goes_on_behind_any_document(kind, inputs, tmp_path):
         assert list(documents.items()) == list(expected.items())[done:] and not left_out
 
 
-@pytest.mark.parametrize("content, at", [(b"abc\0def", "byte 3 is 0"), (b"ab\xffc", "byte 2 is not UTF-8"), ("aé".encode()[:-1], "byte 1 is not")])
+@pytest.mark.parametrize(
+    "content, at", [(b"abc\0def", "byte 3 is 0"), (b"ab\xffc", "byte 2 is not UTF-8"), ("aé".encode()[:-1], "byte 1 is not UTF-8")]
+)
 def test_binary_is_no_text_and_the_byte_is_named(content, at, tmp_path, block):
     (tmp_path / "x").write_bytes(content)
     documents, left_out, _ = read("text", tmp_path / "x")
@@ -130,8 +132,15 @@ def test_what_is_no_sequence_is_named_and_the_next_one_read(tmp_path, block):
     assert "is no FASTA (it begins with b'A'" in read("fasta", tmp_path / "y.fa")[1][0]
 
 
-@pytest.mark.parametrize("width, packed", [(1, bytes([128, 192, 0])), (2, struct.pack("<3h", 0, 2**14, -(2**15))),
-                                           (3, bytes([0, 0, 0, 0, 0, 64, 0, 0, 128])), (4, struct.pack("<3i", 0, 2**30, -(2**31)))])  # fmt: skip
+@pytest.mark.parametrize(
+    "width, packed",
+    [
+        (1, bytes([128, 192, 0])),
+        (2, struct.pack("<3h", 0, 2**14, -(2**15))),
+        (3, bytes([0, 0, 0, 0, 0, 64, 0, 0, 128])),
+        (4, struct.pack("<3i", 0, 2**30, -(2**31))),
+    ],
+)
 def test_every_sample_width_means_the_same(width, packed, tmp_path):
     write_wav(tmp_path / "x.wav", packed, width=width)
     assert read("wav", tmp_path / "x.wav")[0][""] == mu_law(np.array([0, 0.5, -1])).tobytes()

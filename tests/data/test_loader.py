@@ -24,7 +24,8 @@ STAGES = (LengthStage(from_step=0, seq_len=16, tokens_per_update=32), LengthStag
 
 def corpus(*lengths, source="documents", seed=0):
     generator = np.random.default_rng(seed)
-    return corpus_in_memory([Document(f"{source}{i}", generator.integers(1, 256, n, dtype=np.uint8)) for i, n in enumerate(lengths)], source)
+    tokens = [generator.integers(1, 256, n, dtype=np.uint8) for n in lengths]
+    return corpus_in_memory([Document(f"{source}{i}", t) for i, t in enumerate(tokens)], source)
 
 
 def read(loader, steps):
@@ -128,9 +129,9 @@ def test_the_fingerprint_is_that_of_data_and_settings():
     assert fingerprint(corpus(10, 20, 30), replace(DATA, files=("elsewhere",), seq_len=64)) == same
     assert same.startswith("3 documents, 60 tokens, ")
     others = [fingerprint(corpus(10, 20, 30, seed=1), DATA), fingerprint(documents.take(np.arange(2)), DATA)]
-    others += [fingerprint(documents, replace(DATA, **change)) for change in (
-        {"seed": 1}, {"packing": "concatenate"}, {"isolate": False}, {"min_document_tokens": 5}, {"long_from_tokens": 20, "long_weight": 2.0}
-    )]  # fmt: skip
+    changes = [{"seed": 1}, {"packing": "concatenate"}, {"isolate": False}, {"min_document_tokens": 5}, {"validation_fraction": 0.1}]
+    changes += [{"long_from_tokens": 20, "long_weight": 2.0}]
+    others += [fingerprint(documents, replace(DATA, **change)) for change in changes]
     assert len({same, *others}) == len(others) + 1
 
 
