@@ -5,10 +5,11 @@ import pytest
 import torch
 
 import longtrain.hf as hf
-from longtrain.hf.attention import MaskedAttention, Options, longtrain_attention, with_sinks
+from longtrain.hf.attention import MaskedAttention, MaskedCarry, Options, longtrain_attention, with_sinks
 from longtrain.hf.mask import Mask, longtrain_mask
 from longtrain.ops import attention
 from longtrain.span import Span
+from longtrain.stream.protocol import KVBlock
 from tests.hf.test_mask import FUNCTIONS, padding
 
 ids = lambda *shape: torch.randint(3, hf_families.VOCAB, shape, generator=torch.Generator().manual_seed(1))
@@ -45,9 +46,21 @@ def qkv(batch=2, tokens=23, heads=4, kv_heads=2, dim=8):
     return make(heads), make(kv_heads), make(kv_heads)
 
 
+class TwoBlocks(MaskedCarry):
+    """Keys in two blocks, as slower tiers and other ranks will yield them."""
+
+    def blocks(self, span):
+        (block,) = super().blocks(span)
+        halves = block.span.split((block.span.start + block.span.stop) // 2)
+        cut = lambda x, half: None if x is None else x[:, half.slice(block.span.start)]
+        tensors = (block.k_BSKD, block.v_BSKD, block.dk_BSKD, block.dv_BSKD)
+        return [KVBlock(half, *(cut(x, half) for x in tensors)) for half in halves]
+
+
 @pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize("name", ["causal", "window", "chunked after padding"])
-def test_a_streamed_mask_is_the_whole_mask(name, sinks):
+@pytest.mark.parametrize("carry_of", [MaskedCarry, TwoBlocks])
+def test_a_streamed_mask_is_the_whole_mask(name, sinks, carry_of):
     """The carry of rows that differ, span by span and backwards, against autograd through dense attention."""
     mask = longtrain_mask(2, 23, 23, mask_function=FUNCTIONS[name], attention_mask=padding((0, 20), (4, 23)))
     q, k, v = qkv()
@@ -64,7 +77,7 @@ def test_a_streamed_mask_is_the_whole_mask(name, sinks):
 
     query = with_sinks(q, sink).detach() if sinks else q.detach()
     mixer = MaskedAttention.make(mask, Options(scale=0.4, softcap=None, dropout=0.0, sinks=sinks), None)
-    carry, spans = mixer.make_carry(23), [Span(0, 9), Span(9, 18), Span(18, 23)]
+    carry, spans = carry_of(mixer, 23), [Span(0, 9), Span(9, 18), Span(18, 23)]
     outs = []
     for span in spans:
         carry.append(span, k.detach()[:, span.slice()], v.detach()[:, span.slice()])
