@@ -89,6 +89,8 @@ class Candidate:
     """Why it cannot be, where that is known before its proof."""
     call: Callable[..., Any] | None = None
     """``call(streamed, *args, **kwargs)``: how the model calls the layer, where that is not by the protocol."""
+    leave: Callable[[], None] | None = None
+    """What has to be done where it is not streamed."""
     kind: Hashable | None = None
     """Layers of the same kind have the same proof; None is a kind of its own."""
     starts: bool = False
@@ -136,7 +138,7 @@ def _apply(model: nn.Module, report: Report) -> None:
         for candidate in run:
             refusal = candidate.refusal
             if not candidate.counts and (candidate.starts or not chains[-1]):
-                report.entries.append(Entry(candidate.name, "left as it is", "the layer before it is not streamed"))
+                _leave(report, candidate, "the layer before it is not streamed")
                 continue
             if refusal is None:
                 kind = id(candidate) if candidate.kind is None else candidate.kind
@@ -148,7 +150,7 @@ def _apply(model: nn.Module, report: Report) -> None:
             elif plan.layer_fallback == "error":
                 raise ValueError(f'{candidate.name} cannot be streamed: {refusal}; Plan(layer_fallback="unstreamed") leaves it as it is')
             else:
-                report.entries.append(Entry(candidate.name, "left as it is", refusal))
+                _leave(report, candidate, refusal)
                 chains.append([])
             index += candidate.counts
     if not any(candidate.counts for chain in chains for _, candidate in chain):
@@ -161,6 +163,12 @@ def _apply(model: nn.Module, report: Report) -> None:
             report.entries.append(Entry(name, "streamed loss"))
     places = {name: place for place, (name, _) in enumerate(model.named_modules())}
     report.entries.sort(key=lambda entry: places[entry.name])
+
+
+def _leave(report: Report, candidate: Candidate, why: str) -> None:
+    if candidate.leave is not None:
+        candidate.leave()
+    report.entries.append(Entry(candidate.name, "left as it is", why))
 
 
 def _is_streamed(module: nn.Module) -> bool:
@@ -221,6 +229,7 @@ def _find_transformers_layers(model: nn.Module, report: Report) -> list[list[Can
                 found.module,
                 found.refusal,
                 call=None if found.adapted is None else found.adapted.call,
+                leave=None if found.adapted is None else found.adapted.uninstall,
                 kind=None if found.adapted is None else found.adapted.kind,
                 starts=not found.follows,
                 counts=found.is_layer,

@@ -51,26 +51,27 @@ class AdaptedLayer:
         self.routers: list[tuple[nn.Module, int]] = []
         """The modules that give out router logits, and which of their outputs those are."""
         self._routed: list[Tensor] | None = None
+        self._before: dict[str, Any] = {}
         self._emitted: list[Tensor] = []
 
-    def install(self) -> Callable[[], None]:
-        """Make the layer a streamable one; returns what undoes it."""
-        before = self.layer.__dict__.get("forward")
-        names = ("token_args", "chooses", "mixers", "example", "copy_in_float64", "difference_from_eager", "forward")
-        for name in names:
+    def install(self) -> None:
+        """Make the layer a streamable one, until `uninstall`."""
+        for name in ("token_args", "chooses", "mixers", "example", "copy_in_float64", "difference_from_eager", "forward"):
+            self._before[name] = self.layer.__dict__.get(name)
             setattr(self.layer, name, getattr(self, name))
         for router, place in self.routers:
             router.forward = partial(self._route, router.forward, place)
 
-        def undo() -> None:
-            for router, _ in self.routers:
-                del router.forward
-            for name in names:
-                self.layer.__dict__.pop(name, None)
-            if before is not None:
-                self.layer.forward = before
-
-        return undo
+    def uninstall(self) -> None:
+        """Make the layer what it was; no harm if it is already."""
+        for name, before in self._before.items():
+            if before is None:
+                delattr(self.layer, name)
+            else:
+                setattr(self.layer, name, before)
+        for router, _ in self.routers if self._before else ():
+            del router.forward
+        self._before.clear()
 
     def observe(self) -> None:
         """Run the layer once in evaluation and once in training and note each call of the attention interface."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,14 +18,13 @@ from longtrain.hf.trace import Found, find_layers
 from longtrain.plan import Plan
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Adapted:
     """What was found in a model and done to it."""
 
     runs: list[list[Found]]
     head: tuple[str, str] | None
     """Name of the output projection, and why it was left as it is ("" where it was not)."""
-    undo: list[Callable[[], Any]] = field(default_factory=list)
 
 
 def pretrained_of(model: nn.Module) -> PreTrainedModel | None:
@@ -53,11 +52,12 @@ def adapt(model: nn.Module, plan: Plan, tokens: int, undo: list[Callable[[], Any
         layers = [found.adapted for found in run if found.adapted is not None]
         for layer in layers:
             layer.routers = routers_of(inner, layer.layer)
-            undo.append(layer.install())
+            undo.append(layer.uninstall)
+            layer.install()
         decoder = [module for module in inner if any(run[0].module is part for part in module.modules())][-1]
         undo.append(decoder.register_forward_hook(partial(give_out, layers), with_kwargs=True).remove)
-    # Routers of layers that could not be traced would be collected by nobody.
-    routers = sum(len(layer.routers) for run in runs for layer in (f.adapted for f in run) if layer is not None)
+    # Routers outside of streamed layers would be collected by nobody.
+    routers = sum(len(found.adapted.routers) for run in runs for found in run if found.adapted is not None)
     balanced = plan.segment_layers == 1 and 0 < routers == len(routers_of(inner, model))
     for module in inner:
         undo.append(module.register_forward_pre_hook(partial(_check_call, plan, balanced), with_kwargs=True).remove)

@@ -85,6 +85,6 @@ def give_out(layers: list[Any], module: nn.Module, args: tuple, kwargs: dict[str
         return None  # with a cache the layers ran whole
     emitted = [logits for layer in layers for logits in layer.take_emitted()]
     if len(emitted) != sum(len(layer.routers) for layer in layers):
-        raise ValueError("output_router_logits=True, and not every layer was told: this family's layers are not given it; leave it off")
+        raise ValueError("output_router_logits=True, and not every layer with experts is streamed and given that argument; leave it off")
     output["router_logits"] = tuple(emitted)
     return output

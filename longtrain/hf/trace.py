@@ -7,9 +7,10 @@ final norm) is token-local in every family, and is streamed as one more layer if
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,8 +18,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from longtrain.hf.layer import AdaptedLayer, bind
-
-import inspect
 
 
 @dataclass(slots=True, eq=False)
@@ -53,8 +52,9 @@ def find_layers(model: nn.Module, run: Callable[[int], Any], tokens: int) -> lis
     """The runs of layers of `model`, where ``run(tokens)`` calls it on a row of so many tokens."""
     long, short = _trace(model, run, tokens), _trace(model, run, tokens - 2)
     runs = []
-    for name, modules in model.named_modules():
-        if not isinstance(modules, nn.ModuleList) or any(name.startswith(f"{other}.") for other in _lists(model)):
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    for name, modules in lists.items():
+        if any(name.startswith(f"{other}.") for other in lists):  # experts and other lists inside layers
             continue
         called = [long[m] for m in modules if m in long]
         if not called or not all(_is_layer(seen, tokens) for seen in called):
@@ -65,10 +65,6 @@ def find_layers(model: nn.Module, run: Callable[[int], Any], tokens: int) -> lis
             run_of.append(_found(after, short[after.module], tokens, called[-1], is_layer=False))
         runs.append(run_of)
     return runs
-
-
-def _lists(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
 
 
 def _is_layer(seen: Seen, tokens: int) -> bool:

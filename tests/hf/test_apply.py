@@ -38,6 +38,7 @@ def test_the_report_and_its_undo():
     assert "left as it is: its output in chunks of 5 differs" in lines[0]
     assert "the layer before it is not streamed" in lines[3]
     assert list(model.state_dict()) == names
+    assert [("forward" in layer.__dict__) for layer in model.model.layers] == [False, True, False]
     report.undo()
     for module, attributes in before.items():
         assert {k: v for k, v in module.__dict__.items() if v is not attributes.get(k)}.keys() <= {"_forward_pre_hooks", "_forward_hooks"}
