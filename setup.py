@@ -85,7 +85,7 @@ setup(
         "flash": ["flash-attn"],
         "hf": ["transformers>=5.21,<6"],
         "trainers": ["transformers>=5.21,<6", "accelerate", "peft", "trl"],
-        "gpu": ["triton"],
+        "gpu": ["triton>=3.6; sys_platform == 'linux' and platform_machine == 'x86_64'"],
         "plot": ["matplotlib"],
         "tokenizers": ["tokenizers"],
         "parquet": ["pyarrow"],
