@@ -32,24 +32,50 @@ def through_kernels(tensors: dict, options: dict, tiles: Tiles) -> dict:
     return {"out": out, "lse": lse, "dq": dq, "dk": dk - 0.5, "dv": dv - 0.5}
 
 
-def drawn_case_equals_the_reference(number: int) -> None:
-    dtype = torch.float16 if number % 3 == 0 else torch.float32
-    drawn, options = drawn_case(number, dtype, longest=130)
-    expected = forward_backward({name: None if x is None else x.double() for name, x in drawn.items()}, options, "reference")
+def check_against_reference(tensors: dict, options: dict, tiles: Tiles) -> None:
+    dtype = tensors["q"].dtype
+    expected = forward_backward({name: None if x is None else x.double() for name, x in tensors.items()}, options, "reference")
     expected.pop("dsink", None)  # made of lse and delta, outside the kernels
     try:
-        assert_close(through_kernels(drawn, options, TILES[number % len(TILES)]), expected, TOLERANCE[dtype])
+        assert_close(through_kernels(tensors, options, tiles), expected, TOLERANCE[dtype])
     except AssertionError as error:
-        raise AssertionError(f"case {number}, {dtype}: {options}") from error
+        raise AssertionError(f"{dtype}, {tiles}, {options}: {error}") from error
+
+
+def drawn_case_equals_the_reference(number: int) -> None:
+    drawn, options = drawn_case(number, torch.float16 if number % 3 == 0 else torch.float32, longest=130)
+    check_against_reference(drawn, options, TILES[number % len(TILES)])
+
+
+def tensors_of(T: int, S: int, heads: int = 1) -> dict:
+    q, k, v, dout = (torch.randn(1, n, h, 16) for n, h in ((T, heads), (S, 1), (S, 1), (T, heads)))
+    return {"q": q, "k": k, "v": v, "dout": dout, "sink_logits": None, "dlse": None}
+
+
+def every_alignment_of_mask_and_tiles() -> None:
+    for offset in range(4):
+        for options in ({"q_offset": 30 + offset}, {"q_offset": 30, "window_size": (13 + offset, 0)}):
+            check_against_reference(tensors_of(32, 64), {"causal": True, **options}, Tiles(16, 16, 4, 1))
+
+
+def sinks_and_kept_blocks_outside_the_window() -> None:
+    edges = torch.tensor([0, 31, 70])
+    for options in (
+        {"causal": True, "window_size": (9, 0)},
+        {"causal": True, "window_size": (9, 0), "cu_seqlens_q": edges, "cu_seqlens_k": edges},
+        {"causal": False, "window_size": (9, 5), "k_offset": -3, "q_offset": 10},
+    ):
+        for special in ({"sink_tokens": 10}, {"block_stride": (8, 3)}, {"sink_tokens": 10, "block_stride": (4, 2)}):
+            check_against_reference(tensors_of(70, 70), options | special, Tiles(32, 32, 4, 1))
 
 
 def nan_reaches_only_rows_that_see_it() -> None:
     T, at, window = 100, 41, 20
     rows = torch.arange(T)
     for name in ("q", "k", "v", "dout"):
-        tensors = {n: torch.randn(1, T, heads, 16) for n, heads in (("q", 2), ("k", 1), ("v", 1), ("dout", 2))}
+        tensors = tensors_of(T, T, heads=2)
         tensors[name][0, at] = float("nan")
-        found = through_kernels(tensors | {"sink_logits": None, "dlse": None}, {"causal": True, "window_size": (window, 0)}, TILES[0])
+        found = through_kernels(tensors, {"causal": True, "window_size": (window, 0)}, TILES[0])
         hit = {name: ~x[0].isfinite().all(-1).all(-1) for name, x in found.items() if name != "lse"}
         itself, after, before = rows == at, (rows >= at) & (rows <= at + window), (rows <= at) & (rows >= at - window)
         near = (rows >= at - window) & (rows <= at + window)
@@ -81,8 +107,7 @@ def autograd_and_the_functional_pair_agree() -> None:
 
 def no_query_or_no_key() -> None:
     for T, S in ((0, 5), (5, 0), (0, 0)):
-        tensors = {n: torch.randn(1, tokens, 2, 16) for n, tokens in (("q", T), ("k", S), ("v", S), ("dout", T))}
-        found = through_kernels(tensors | {"sink_logits": None, "dlse": None}, {"causal": True}, TILES[0])
+        found = through_kernels(tensors_of(T, S), {"causal": True}, TILES[0])
         assert all(not found[name].any() for name in ("out", "dq", "dk", "dv")) and found["lse"].isneginf().all()
 
 
