@@ -6,13 +6,14 @@ an extent is what was put for one span of it, the unit that moves between tiers.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from longtrain.offload.place import DEVICE, Place
 from longtrain.span import Span
 
 TOKEN_AXIS = 1
@@ -22,17 +23,23 @@ TOKEN_AXIS = 1
 class TokenStore(Protocol):
     """Where tensors of the sequence live between their uses."""
 
-    def put(self, name: Hashable, span: Span, tensor: Tensor) -> None:
+    def put(self, name: Hashable, span: Span, tensor: Tensor, place: Place = DEVICE) -> None:
         """Keep `tensor` ``[B, len(span), ...]`` as the extent of `name` at `span`. Spans of one name do not overlap."""
 
     def get(self, name: Hashable, span: Span) -> Tensor:
-        """The tokens of `span`, from one extent or joined from several. Raises KeyError when a token was never put."""
+        """The tokens of `span` on the device, from one extent or joined from several. Raises KeyError when a token was never put."""
 
     def prefetch(self, order: Iterable[tuple[Hashable, Span]]) -> None:
-        """What will be asked for next, in order: slower tiers begin to fetch."""
+        """What will be asked for after all that was announced before, in order: slower tiers fetch ahead as staging allows.
+
+        Extents that are unknown or on the device are skipped, and a get out of order is answered all the same.
+        """
 
     def release(self, name: Hashable, span: Span | None = None) -> None:
         """Forget the extents of `name` that lie within `span`, or all of them. Unknown names are no error."""
+
+    def close(self) -> None:
+        """Forget everything and give back files, threads and arenas. The store is not used again."""
 
 
 @dataclass(slots=True)
@@ -51,7 +58,10 @@ class DeviceStore:
     def __init__(self) -> None:
         self._extents: dict[Hashable, dict[Span, _Extent]] = {}
 
-    def put(self, name: Hashable, span: Span, tensor: Tensor) -> None:
+    def put(self, name: Hashable, span: Span, tensor: Tensor, place: Place = DEVICE) -> None:
+        if place != DEVICE:
+            setting = {"host": "memory.host_budget", "disk": "memory.disk"}.get(place.tier, "memory.host_budget or memory.disk")
+            raise ValueError(f"{name}: {place} needs slower tiers, and this run has the device's memory alone; set {setting}")
         if tensor.shape[TOKEN_AXIS] != len(span):
             raise ValueError(f"{name}: tensor {list(tensor.shape)} does not hold the {len(span)} tokens of {span}")
         extents = self._extents.setdefault(name, {})
@@ -85,6 +95,9 @@ class DeviceStore:
         if not extents:
             self._extents.pop(name, None)
 
+    def close(self) -> None:
+        self._extents.clear()
+
     def names(self) -> list[Hashable]:
         """The names that hold extents now; empty when every step cleaned up after itself."""
         return list(self._extents)
@@ -117,11 +130,12 @@ class _Name:
 class Stored:
     """One tensor of the sequence in a store, owned: its extents are released when the owner goes."""
 
-    def __init__(self, store: TokenStore, label: str) -> None:
-        self.store, self.name = store, _Name(label)
+    def __init__(self, store: TokenStore, label: str, place: Callable[[Span], Place] | None = None) -> None:
+        """`place` says where each span goes; the device where it is not given."""
+        self.store, self.name, self.place = store, _Name(label), place
 
     def put(self, span: Span, tensor: Tensor) -> None:
-        self.store.put(self.name, span, tensor)
+        self.store.put(self.name, span, tensor, self.place(span) if self.place else DEVICE)
 
     def get(self, span: Span) -> Tensor:
         return self.store.get(self.name, span)

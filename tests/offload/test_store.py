@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from longtrain.offload import DeviceStore, Stored
+from longtrain.offload import DeviceStore, Place, Stored
 from longtrain.span import Span
 
 
@@ -67,3 +67,16 @@ def test_two_owners_of_one_label_do_not_meet(store):
     a.put(Span(0, 2), tokens(0, 2))
     b.put(Span(0, 2), tokens(5, 7))
     assert torch.equal(a.get(Span(0, 2)), tokens(0, 2))
+
+
+def test_a_place_decides_per_span(store):
+    places = []
+    x = Stored(store, "x", lambda span: places.append(span) or Place())
+    x.put(Span(0, 2), tokens(0, 2))
+    assert places == [Span(0, 2)] and torch.equal(x.get(Span(0, 2)), tokens(0, 2))
+
+
+@pytest.mark.parametrize("place, setting", [(Place(tier="host"), "memory.host_budget"), (Place(tier="disk"), "memory.disk"), (Place(compress=True), "memory")])
+def test_tiers_that_are_not_set_up_are_refused_with_the_setting(store, place, setting):
+    with pytest.raises(ValueError, match=setting):
+        store.put("x", Span(0, 2), tokens(0, 2), place)
