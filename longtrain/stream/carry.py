@@ -31,15 +31,15 @@ class KVCarry:
     """Keys and values that a chunk's queries can see, on the device, in one buffer each, so that a chunk is one call of the kernel.
 
     Where no chunk sees the whole sequence (windows, packed documents) the carry `slides`: its buffers hold the longest stretch that one
-    does, and in the backward pass it asks for what is `missing` as it goes. Several blocks, where a subclass yields them, are merged by
+    does, and in the backward pass it is given the keys chunk by chunk, the last first. Several blocks, where a subclass yields them, are merged by
     their LSE.
     """
 
     def __init__(self, mixer: AttentionMixer, spans: Sequence[Span]) -> None:
         self.mixer, tokens = mixer, spans[-1].stop if spans else 0
         starts = [span.start for span in spans]
-        self._first = {span.stop: starts[bisect_right(starts, mixer.keys_for(span).start) - 1] for span in spans}
-        reach = max((stop - first for stop, first in self._first.items()), default=0)
+        self._first_needed = {span.stop: starts[bisect_right(starts, mixer.keys_for(span).start) - 1] for span in spans}
+        reach = max((stop - first for stop, first in self._first_needed.items()), default=0)
         self.slides = reach < tokens
         self._k_BSKD, self._v_BSKD, self._dk_BSKD, self._dv_BSKD = (Sliding(reach, tokens) for _ in range(4))
 
@@ -50,12 +50,11 @@ class KVCarry:
 
     def append(self, span: Span, k_BCKD: Tensor, v_BCKD: Tensor) -> None:
         for buffer, part in ((self._k_BSKD, k_BCKD), (self._v_BSKD, v_BCKD)):
-            buffer.append(span, part, needed_from=self._first.get(span.stop, 0))
+            buffer.append(span, part, needed_from=self._first_needed.get(span.stop, 0))
 
-    def missing(self, span: Span) -> Span:
-        """In the backward pass of a carry that slides: the keys that the queries of `span` see, from the first chunk's start on, that are not held."""
-        held, first = self._k_BSKD.held, self._first[span.stop]
-        return Span(first, span.stop if held is None else max(first, held.start))
+    def first_needed(self, span: Span) -> int:
+        """Start of the first chunk that the queries of `span` see."""
+        return self._first_needed[span.stop]
 
     def prepend(self, span: Span, k_BCKD: Tensor, v_BCKD: Tensor, *, queries: Span) -> None:
         """Take keys that are missing, the last ones first; those behind `queries` are done with."""
