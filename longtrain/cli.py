@@ -37,13 +37,27 @@ def build_parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=help_text, description=help_text)
         sub.add_argument("config", metavar="CONFIG", help="YAML file, such as configs/quickstart.yaml")
         sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace those of the file")
+        if name == "train":
+            sub.add_argument("--eval", action="store_true", help="evaluate the weights instead; CONFIG may be a run's directory")
         sub.set_defaults(command=command)
+    sub = commands.add_parser("report", help="make one HTML page of what a run did")
+    sub.add_argument("run", metavar="RUN", help="directory of the run, such as out/quickstart")
+    sub.add_argument("--out", metavar="FILE", help="where to write the page (report.html in the run's directory)")
+    sub.set_defaults(command=report)
+    config = commands.add_parser("config", help="explain the settings").add_subparsers(required=True, metavar="COMMAND")
+    sub = config.add_parser("explain", help="type, default, meaning and example of a setting, or of all in a section")
+    sub.add_argument("key", nargs="?", default="", metavar="KEY", help="such as train.lr, or train.length_schedule.seq_len, or train")
+    sub.set_defaults(command=explain)
     sub = commands.add_parser("doctor", help="show this machine, which backend serves which op, and run a self-test")
     sub.set_defaults(command=doctor)
     return parser
 
 
 def train(args: argparse.Namespace) -> int:
+    if args.eval:
+        from longtrain.train import evaluate_run
+
+        return evaluate_run.run(args.config, args.overrides)
     from longtrain.config import load_config
     from longtrain.train import run
 
@@ -61,6 +75,18 @@ def plan(args: argparse.Namespace) -> int:
     from longtrain.planner import command
 
     return command.run(args.config, args.overrides)
+
+
+def report(args: argparse.Namespace) -> int:
+    from longtrain import report
+
+    return report.run(args.run, args.out)
+
+
+def explain(args: argparse.Namespace) -> int:
+    from longtrain.config import explain
+
+    return explain.run(args.key)
 
 
 def doctor(args: argparse.Namespace) -> int:

@@ -225,6 +225,35 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EvalConfig:
+    """What a validation looks at beside the mean loss: does the model use its context, does it find what stood far back."""
+
+    first_bucket: int = 64
+    """The loss is told by position in the document: below this many tokens, then in buckets that double, up to `data.seq_len`."""
+
+    probes: tuple[Literal["recall", "needle"], ...] = ()
+    """Questions made on the spot at every validation. `recall`: the value of a key that was given before among others. `needle`: the
+    value of a random marker hidden in validation text. Example: [recall, needle]."""
+
+    distances: tuple[int, ...] = ()
+    """How many tokens back the answers of the probes stand. Empty: a sixteenth, a quarter, half and nearly all of `data.seq_len`.
+    Example: [1024, 16000]."""
+
+    examples: int = 64
+    """Sequences that each probe asks at each distance."""
+
+    def __post_init__(self) -> None:
+        _at_least("eval.first_bucket", self.first_bucket, 1)
+        _at_least("eval.examples", self.examples, 1)
+        if self.distances and not self.probes:
+            raise ValueError("eval.distances: has no effect without eval.probes; name probes, such as [recall], or remove it")
+        for index, distance in enumerate(self.distances):
+            _at_least(f"eval.distances[{index}]", distance, 2)
+        if len(set(self.probes)) < len(self.probes):
+            raise ValueError("eval.probes: names a probe twice; keep one of them")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OutputConfig:
     """Where the run writes."""
 
@@ -254,6 +283,9 @@ class Config:
 
     train: TrainConfig
     """The optimisation."""
+
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    """What a validation looks at beside the mean loss."""
 
     output: OutputConfig
     """Where the run writes."""

@@ -25,6 +25,7 @@ from longtrain.data.sources import VOCABULARY, Document, check_vocabulary, read_
 from longtrain.nn import LanguageModel, count_targets
 from longtrain.train import output
 from longtrain.train.console import StepBar, step_line, verdict
+from longtrain.train.evaluate import check_probes, evaluate
 from longtrain.train.optimizer import Optimizer
 from longtrain.train.output import Metrics, RunError, said_plainly, write_whole
 from longtrain.train.peak_memory import read_peak, reset_peak
@@ -39,14 +40,14 @@ def run(config: Config, where: Locations) -> None:
     directory = Path(config.output.dir)
     if output.holds_run(directory) and not config.output.overwrite:
         raise where.error("output.dir", f"{directory} already holds a run; name another, or set output.overwrite=true")
+    check_probes(config, where)
     device = choose_device(config, where)
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     torch.manual_seed(config.train.seed)
 
-    documents = read_stdlib() if config.data.source == "stdlib" else read_text(config.data.files)
-    check_vocabulary(documents, config.model.vocab_size)
-    train_documents, validation_documents = split_documents(documents, config.data.validation_fraction, config.data.seed)
+    train_documents, validation_documents = read_documents(config)
+    check_vocabulary([*train_documents, *validation_documents], config.model.vocab_size)
     packed = {s.seq_len: pack(train_documents, s.seq_len, config.data) for s in config.stages()}
     validation = pack(validation_documents, config.data.seq_len, config.data)
     rows = validation_rows(validation, config.train.validation_tokens)
@@ -102,17 +103,17 @@ def run(config: Config, where: Locations) -> None:
 
         last = step + 1 == config.train.steps
         if last or (config.train.validate_every and (step + 1) % config.train.validate_every == 0):
-            validation_loss, validation_targets = validate(model, validation, rows, device, bar)
-            print(f"step {step + 1}/{config.train.steps}  validation loss {validation_loss:.4f} over {validation_targets:,} targets", flush=True)
-            metrics.write("validation", step=step + 1, loss=validation_loss, targets=validation_targets)
+            evaluation = evaluate(model, config, validation, rows, device, bar)
+            print(f"step {step + 1}/{config.train.steps}  {evaluation}", flush=True)
+            metrics.write("validation", step=step + 1, **evaluation.record())
         if last or (config.train.save_every and (step + 1) % config.train.save_every == 0):
             write_whole(directory / output.WEIGHTS, model.save_safetensors)
 
     seconds = time.monotonic() - began
     metrics.write(
         "result",
-        validation_loss=validation_loss,
-        bits_per_byte=validation_loss / math.log(2),
+        validation_loss=evaluation.loss,
+        bits_per_byte=evaluation.loss / math.log(2),
         **dataclasses.asdict(baselines),
         seconds=seconds,
     )
@@ -123,7 +124,8 @@ def run(config: Config, where: Locations) -> None:
         written.append(output.PLOT)
     except ImportError:
         print("no plot: matplotlib is not installed; get it with: pip install longtrain[plot]")
-    print(verdict(validation_loss, validation_targets, baselines))
+    print(evaluation.table())
+    print(verdict(evaluation.loss, evaluation.targets, baselines))
     print(f"{format_time(seconds)} in all; {directory} holds {', '.join(written)}")
 
 
@@ -131,6 +133,12 @@ def choose_device(config: Config, where: Locations) -> torch.device:
     if config.train.device == "cuda" and not torch.cuda.is_available():
         raise where.error("train.device", "no GPU is visible to PyTorch; set auto or cpu, or install a CUDA build of torch")
     return torch.device("cuda" if config.train.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def read_documents(config: Config) -> tuple[list[Document], list[Document]]:
+    """Training and validation documents."""
+    documents = read_stdlib() if config.data.source == "stdlib" else read_text(config.data.files)
+    return split_documents(documents, config.data.validation_fraction, config.data.seed)
 
 
 def pack(documents: Sequence[Document], seq_len: int, data: DataConfig) -> PackedDocuments:
@@ -223,24 +231,3 @@ def not_finite(what: str, value: float, step: int, batches: Sequence[Batch]) -> 
         f"step {step}: the {what} is {value}, on {shown}; stopped before the update, and weights saved before are untouched; "
         "lower train.lr, raise train.warmup_steps, or look at these documents"
     )
-
-
-@torch.no_grad()
-def validate(
-    model: LanguageModel, validation: PackedDocuments, rows: Sequence[int], device: torch.device, bar: StepBar
-) -> tuple[float, int]:
-    """Nats per target over `rows`, documents isolated, and the number of targets."""
-    model.eval()
-    bar.begin("validation", -validation.seq_len, len(rows))
-    total, targets = 0.0, 0
-    for row in rows:
-        batch = validation.read_row(row)
-        check_ids(batch, model.config.vocab_size)
-        count = count_targets(batch.labels_BT, batch.cu_seqlens)
-        batch = batch.to(device)
-        loss = model(batch.input_ids_BT, labels=batch.labels_BT, cu_seqlens=batch.cu_seqlens, normalizer=count).loss
-        total += float(loss) * count
-        targets += count
-        bar.sequence_done()
-    bar.clear()
-    return total / targets, targets

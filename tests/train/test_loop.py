@@ -45,16 +45,6 @@ def test_accumulation_is_the_mean_over_all_targets_of_the_update(config_file):
         torch.testing.assert_close(ours, parameter.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_validation_is_the_mean_over_targets_whatever_the_rows(config_file):
-    config, _ = load_config(config_file, ["data.packing=one_document", "model.attention_dropout=0.5"])
-    packed = loop.pack(read_text(config.data.files), 64, config.data)
-    model, bar, cpu = LanguageModel(config.model), StepBar(io.StringIO()), torch.device("cpu")
-    whole, count = loop.validate(model, packed, range(len(packed)), cpu, bar)
-    parts = [loop.validate(model, packed, [row], cpu, bar) for row in range(len(packed))]
-    assert count == sum(n for _, n in parts)
-    assert whole == pytest.approx(sum(loss * n for loss, n in parts) / count, rel=1e-6)
-
-
 def test_updates_read_each_sequence_once_before_any_twice(config_file):
     config, _ = load_config(config_file, ["train.steps=50", "train.tokens_per_update=128"])
     packed = {64: loop.pack(read_text(config.data.files), 64, config.data)}

@@ -1,0 +1,156 @@
+"""Evaluation: the loss on held-out documents, by position and by source, and probes of what the model finds far back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+
+import numpy as np
+import torch
+
+from longtrain.config import Config, Locations
+from longtrain.config.schema import EvalConfig
+from longtrain.data.packing import PackedDocuments, check_ids
+from longtrain.nn import LanguageModel
+from longtrain.span import IGNORE_INDEX, Layout
+from longtrain.train.console import StepBar
+from longtrain.train.probes import ASKED, SHORTEST, ProbeResult, check_distance, run_probe
+
+TEXT_TOKENS = 65_536
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """What one evaluation found; `asdict` of it is its metrics record."""
+
+    loss: float
+    targets: int
+    positions: list[dict]
+    """``{"start", "stop", "loss", "targets"}`` a bucket: its targets are predicted at these positions of their own document."""
+    probes: list[ProbeResult] = field(default_factory=list)
+
+    def record(self) -> dict:
+        """As the metrics file holds it: plain values, and no part that is empty."""
+        return {key: value for key, value in asdict(self).items() if value != []}
+
+    def __str__(self) -> str:
+        """One line."""
+        probes = "".join(f"  {p.probe} {p.distance:,} back {p.accuracy:.0%} (chance {p.chance:.1%})" for p in self.probes)
+        return f"validation loss {self.loss:.4f} over {self.targets:,} targets{probes}"
+
+    def table(self) -> str:
+        """Loss by position and the probes, a line each."""
+        lines = ["position in the document    loss       targets"]
+        lines += [f"{p['start']:>10,} to {p['stop'] - 1:>10,}  {p['loss']:>6.4f}  {p['targets']:>12,}" for p in self.positions]
+        if self.probes:
+            lines.append("probe     tokens back  right  chance  answers")
+            lines += [f"{p.probe:<8}  {p.distance:>11,}  {p.accuracy:>5.1%}  {p.chance:>6.1%}  {p.answers:>7,}" for p in self.probes]
+        return "\n".join(lines)
+
+
+def evaluate(
+    model: LanguageModel, config: Config, validation: PackedDocuments, rows: Sequence[int], device: torch.device, bar: StepBar
+) -> Evaluation:
+    """Loss and probes, as the config says."""
+    found = validate(model, validation, rows, device, bar, config.eval)
+    return replace(found, probes=run_probes(model, config, validation, device))
+
+
+def run_probes(model: LanguageModel, config: Config, validation: PackedDocuments, device: torch.device) -> list[ProbeResult]:
+    """Every probe at every distance. Needles hide in validation text; the tokens in use are those of that text."""
+    if not config.eval.probes:
+        return []
+    text = validation_text(validation)
+    asked = {"longest": validation.seq_len, "alphabet": np.unique(text), "text": text, "seed": config.data.seed, "device": device}
+    return [
+        run_probe(model, name, distance, examples=config.eval.examples, **asked)
+        for name in config.eval.probes
+        for distance in probe_distances(config, name)
+    ]
+
+
+def validation_text(validation: PackedDocuments) -> np.ndarray:
+    """The tokens of the first validation sequences, without padding: 65,536 or one sequence, or all there are."""
+    parts: list[np.ndarray] = []
+    for row in range(len(validation)):
+        batch = validation.read_row(row)
+        parts.append(batch.input_ids_BT[batch.labels_BT != IGNORE_INDEX].numpy())
+        if sum(map(len, parts)) >= TEXT_TOKENS:
+            break
+    return np.concatenate(parts)
+
+
+def probe_distances(config: Config, name: str) -> tuple[int, ...]:
+    """Those of the config; else a sixteenth, a quarter, half and nearly all of the sequence, even, where the probe fits."""
+    longest = config.data.seq_len
+    farthest = (longest - ASKED[name]) // 2 * 2
+    usual = sorted({max(longest // part // 2 * 2, SHORTEST[name]) for part in (16, 4, 2)} | {farthest})
+    return config.eval.distances or tuple(d for d in usual if d <= farthest)
+
+
+def check_probes(config: Config, where: Locations) -> None:
+    """Raise ConfigError for a distance at which a probe of the config cannot ask."""
+    for name in config.eval.probes:
+        if not probe_distances(config, name):
+            raise where.error("eval.probes", f"{name} needs longer sequences than data.seq_len ({config.data.seq_len}); remove it")
+        for index, distance in enumerate(config.eval.distances):
+            try:
+                check_distance(name, distance, config.data.seq_len)
+            except ValueError as error:
+                raise where.error(f"eval.distances[{index}]", str(error)) from None
+
+
+def position_edges(first: int, tokens: int) -> list[int]:
+    """Bucket edges ``0, first, 2 first, 4 first, ... tokens``: each bucket holds as much context again as all before it."""
+    edges = [0, min(first, tokens)]
+    while edges[-1] < tokens:
+        edges.append(min(2 * edges[-1], tokens))
+    return edges
+
+
+@torch.no_grad()
+def validate(
+    model: LanguageModel,
+    validation: PackedDocuments,
+    rows: Sequence[int],
+    device: torch.device,
+    bar: StepBar,
+    settings: EvalConfig = EvalConfig(),
+) -> Evaluation:
+    """The loss over `rows`, documents isolated; a target's position is that of the token before it in its document (or piece of one)."""
+    model.eval()
+    bar.begin("validation", -validation.seq_len, len(rows))
+    edges = position_edges(settings.first_bucket, validation.seq_len)
+    by_position = _Sums(len(edges) - 1)
+    for row in rows:
+        batch = validation.read_row(row)
+        check_ids(batch, model.config.vocab_size)
+        layout = Layout.make(validation.seq_len, batch.cu_seqlens)
+        scored_T = (layout.next_token_targets(batch.labels_BT)[0] != IGNORE_INDEX).numpy()
+        bucket_T = np.searchsorted(edges, layout.positions().numpy(), side="right") - 1
+        batch = batch.to(device)
+        losses_BT = model(batch.input_ids_BT, labels=batch.labels_BT, cu_seqlens=batch.cu_seqlens, reduction="none").loss
+        loss_T = losses_BT[0].double().cpu().numpy()
+        by_position.add(bucket_T[scored_T], loss_T[scored_T])
+        bar.sequence_done()
+    bar.clear()
+    return Evaluation(
+        loss=float(by_position.loss.sum() / by_position.targets.sum()),
+        targets=int(by_position.targets.sum()),
+        positions=[
+            {"start": a, "stop": b, "loss": loss / targets, "targets": targets}
+            for a, b, loss, targets in zip(edges[:-1], edges[1:], by_position.loss.tolist(), by_position.targets.tolist(), strict=True)
+            if targets
+        ],
+    )
+
+
+class _Sums:
+    """Summed losses and numbers of targets, one pair a bucket."""
+
+    def __init__(self, buckets: int) -> None:
+        self.loss, self.targets = np.zeros(buckets), np.zeros(buckets, dtype=np.int64)
+
+    def add(self, bucket_N: np.ndarray, loss_N: np.ndarray) -> None:
+        self.loss += np.bincount(bucket_N, loss_N, minlength=len(self.loss))
+        self.targets += np.bincount(bucket_N, minlength=len(self.loss))
