@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from longtrain.nn.loss import TokenLoss
+from longtrain.nn.ends import TokenEmbed, TokenLoss
 from longtrain.offload import DeviceStore
 from longtrain.plan import Plan
+from longtrain.stream.embed import streamed_token_embed
 from longtrain.stream.loss import streamed_token_loss
 from longtrain.stream.protocol import StreamableLayer
 from longtrain.stream.segment import Chain, Progress, Segment
@@ -117,12 +118,18 @@ def apply(model: nn.Module, plan: Plan) -> Report:
             index += 1
     if not any(chains):
         raise ValueError(f"no layer of {type(model).__name__} can be streamed:\n{report}")
+    ends = {kind: [(name, m) for name, m in model.named_modules() if isinstance(m, kind)] for kind in (TokenEmbed, TokenLoss)}
+    streams = plan.boundaries == "stream" and len(chains) == 1 and len(ends[TokenEmbed]) == len(ends[TokenLoss]) == 1
     for chain in filter(None, chains):
         _stream_chain(report, chain)
-    for name, module in model.named_modules():
-        if isinstance(module, TokenLoss):
-            report._replace(module, partial(streamed_token_loss, chunk_tokens=plan.loss_chunk_tokens))
-            report.entries.append(Entry(name, "streamed loss"))
+    chain = report._chains[0] if streams else None
+    if streams:
+        (name, module), = ends[TokenEmbed]
+        report._replace(module, partial(streamed_token_embed, chain=chain))
+        report.entries.append(Entry(name, "streamed embedding"))
+    for name, module in ends[TokenLoss]:
+        report._replace(module, partial(streamed_token_loss, chunk_tokens=plan.loss_chunk_tokens, chain=chain))
+        report.entries.append(Entry(name, "streamed loss"))
     return report
 
 

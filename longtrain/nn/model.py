@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from longtrain.nn.config import ModelConfig
 from longtrain.nn.decoder import Decoder
-from longtrain.nn.loss import TokenLoss
+from longtrain.nn.ends import TokenLoss
 from longtrain.ops.linear_cross_entropy import LossOptions
 from longtrain.span import Layout
 
@@ -70,7 +70,7 @@ class LanguageModel(nn.Module):
             dropout_seed = int(torch.randint(2**62, ()))
         hidden_BTE = self.model(input_ids, documents, dropout_seed)
         if labels is None:
-            return ModelOutput(logits=self.lm_head(self.model.norm(hidden_BTE)))
+            return ModelOutput(logits=self.token_loss(hidden_BTE, self.model.norm, self.lm_head, None))
         weights_BT = None
         if token_weights is not None:
             weights_BT = torch.zeros_like(token_weights)

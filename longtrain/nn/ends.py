@@ -1,4 +1,8 @@
-"""The language-model head: final norm, projection to the vocabulary, next-token loss."""
+"""The two ends of a language model as modules: token ids in, loss out. Their parameters stay where they are and are passed in.
+
+`lt.apply` replaces their `forward` on the instance: hidden states then stream from the embedding through the layers into the loss, and
+neither end ever holds those of the whole sequence.
+"""
 
 from __future__ import annotations
 
@@ -8,25 +12,35 @@ from longtrain.ops.linear_cross_entropy import LossOptions, linear_cross_entropy
 from longtrain.span import IGNORE_INDEX, Layout
 
 
-class TokenLoss(nn.Module):
-    """Loss of ``head(norm(hidden))`` against targets. Parameters stay where they are and are passed in: this module has none.
+class TokenEmbed(nn.Module):
+    """Embeds token ids; what it gives goes into the first layer as it is."""
 
-    `lt.apply` replaces its `forward` on the instance by the streamed loss, which never forms more than a chunk of logits.
-    """
+    def forward(self, input_ids_BT: Tensor, embedding: nn.Embedding) -> Tensor:
+        """Hidden states ``[B, T, E]``."""
+        return embedding(input_ids_BT)
+
+
+class TokenLoss(nn.Module):
+    """Loss of ``head(norm(hidden))`` against targets; `hidden` comes from the last layer as it is."""
 
     def forward(
         self,
         hidden_BTE: Tensor,
         norm: nn.Module,
         head: nn.Linear,
-        targets_BT: Tensor,
+        targets_BT: Tensor | None,
         *,
         normalizer: float | Tensor | None = None,
         token_weights_BT: Tensor | None = None,
         reduction: str = "mean",
         options: LossOptions = LossOptions(),
     ) -> Tensor:
-        """Scalar, or ``[B, T]`` for reduction "none". `targets_BT` are already moved: target[t] is what token t predicts."""
+        """Scalar, or ``[B, T]`` for reduction "none". `targets_BT` are already moved: target[t] is what token t predicts.
+
+        Without targets, the logits ``[B, T, V]``.
+        """
+        if targets_BT is None:
+            return head(norm(hidden_BTE))
         return linear_cross_entropy(
             norm(hidden_BTE),
             head.weight,
