@@ -4,17 +4,19 @@
     print(report)
     report.undo()
 
-Layers are found by structure: an `nn.ModuleList` whose members satisfy `longtrain.stream.protocol.StreamableLayer`. `forward` is
-replaced on the layer instances (nothing is wrapped, parameter names stay), and only after the layer has been proved: run whole and in
-chunks on its own `example`, with gradients, the two must agree.
+Layers are found by structure: an `nn.ModuleList` whose members satisfy `longtrain.stream.protocol.StreamableLayer`; in a transformers
+model, those of `longtrain.hf`. `forward` is replaced on the layer instances (nothing is wrapped, parameter names stay), and only after
+the layer has been proved: run whole and in chunks on its own `example`, with gradients, the two must agree.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,16 +52,12 @@ class Report:
     plan: Plan
     entries: list[Entry] = field(default_factory=list)
     _chains: list[Chain] = field(default_factory=list, repr=False)
-    _replaced: list[tuple[nn.Module, Callable | None]] = field(default_factory=list, repr=False)
+    _undo: list[Callable[[], Any]] = field(default_factory=list, repr=False)
 
     def undo(self) -> None:
-        """Give every module the `forward` it had before."""
-        for module, before in reversed(self._replaced):
-            if before is None:
-                del module.__dict__["forward"]
-            else:
-                module.forward = before
-        self._replaced.clear()
+        """Give every module the `forward` it had before, and a transformers model its attention and loss."""
+        while self._undo:
+            self._undo.pop()()
 
     def on_progress(self, callback: Progress | None) -> None:
         """Call ``callback(phase, spans done, spans in all)`` after every span of every segment; None stops that."""
@@ -72,7 +70,8 @@ class Report:
             chain.check_replay = check
 
     def _replace(self, module: nn.Module, forward: Callable) -> None:
-        self._replaced.append((module, module.__dict__.get("forward")))
+        before = module.__dict__.get("forward")
+        self._undo.append(partial(delattr, module, "forward") if before is None else partial(setattr, module, "forward", before))
         module.forward = forward
 
     def __str__(self) -> str:
@@ -81,83 +80,169 @@ class Report:
         return "\n".join(lines)
 
 
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A module that might be streamed."""
+
+    name: str
+    layer: nn.Module
+    refusal: str | None = None
+    """Why it cannot be, where that is known before its proof."""
+    call: Callable[..., Any] | None = None
+    """``call(streamed, *args, **kwargs)``: how the model calls the layer, where that is not by the protocol."""
+    leave: Callable[[], None] | None = None
+    """What has to be done where it is not streamed."""
+    kind: Hashable | None = None
+    """Layers of the same kind have the same proof; None is a kind of its own."""
+    starts: bool = False
+    """Whether it is given something else than what the layer before it gave out."""
+    counts: bool = True
+    """Whether it is a layer of the model, and not the norm behind them."""
+
+
 def apply(model: nn.Module, plan: Plan) -> Report:
     """Stream `model`'s layers and head by `plan`, in place.
 
     Returns a printable report. Raises ValueError, with the model left as it was, when no layer can be streamed, when a layer fails its
     proof (unless ``plan.layer_fallback == "unstreamed"``), when one layer stands in two places, and when the model was applied already.
     """
-    runs = _find_layers(model)
-    layers = [(name, layer) for run in runs for name, layer in run]
+    report = Report(plan)
+    try:
+        _apply(model, report)
+    except BaseException:
+        report.undo()
+        raise
+    return report
+
+
+def _apply(model: nn.Module, report: Report) -> None:
+    plan = report.plan
+    if any(_is_streamed(module) for module in model.modules()):
+        raise ValueError("lt.apply was called on this model already: call undo() of its report first")
+    runs = _find_layers(model) + _find_transformers_layers(model, report)
+    layers = [candidate for run in runs for candidate in run]
     if not layers:
         raise ValueError(
             f"{type(model).__name__} has no nn.ModuleList of layers with token_args, mixers(), example() and forward(x, *, mix=None, ...): "
             "see longtrain.stream.protocol.StreamableLayer"
         )
-    if any(_is_streamed(layer) for _, layer in layers):
-        raise ValueError("lt.apply was called on this model already: call undo() of its report first")
     first_names: dict[int, str] = {}
-    for name, layer in layers:
-        if (other := first_names.setdefault(id(layer), name)) != name:
-            raise ValueError(f"{name} is the same module as {other}: a layer that is used twice cannot be streamed; copy it")
-    plan.check_layers(len(layers))
+    for candidate in layers:
+        if (other := first_names.setdefault(id(candidate.layer), candidate.name)) != candidate.name:
+            raise ValueError(f"{candidate.name} is the same module as {other}: a layer that is used twice cannot be streamed; copy it")
+    plan.check_layers(sum(candidate.counts for candidate in layers))
 
-    report, index = Report(plan), 0
-    chains: list[list[tuple[int, str, nn.Module]]] = []
+    index, proved = 0, {}
+    chains: list[list[tuple[int, Candidate]]] = []
     for run in runs:
         chains.append([])
-        for name, layer in run:
-            refusal = prove(layer)
+        for candidate in run:
+            refusal = candidate.refusal
+            if not candidate.counts and (candidate.starts or not chains[-1]):
+                _leave(report, candidate, "the layer before it is not streamed")
+                continue
             if refusal is None:
-                chains[-1].append((index, name, layer))
-            elif plan.layer_fallback == "error":
-                raise ValueError(f'{name} cannot be streamed: {refusal}; Plan(layer_fallback="unstreamed") leaves it as it is')
-            else:
-                report.entries.append(Entry(name, "left as it is", refusal))
+                kind = id(candidate) if candidate.kind is None else candidate.kind
+                refusal = proved[kind] = proved[kind] if kind in proved else prove(candidate.layer)
+            if candidate.starts:
                 chains.append([])
-            index += 1
-    if not any(chains):
+            if refusal is None:
+                chains[-1].append((index, candidate))
+            elif plan.layer_fallback == "error":
+                raise ValueError(f'{candidate.name} cannot be streamed: {refusal}; Plan(layer_fallback="unstreamed") leaves it as it is')
+            else:
+                _leave(report, candidate, refusal)
+                chains.append([])
+            index += candidate.counts
+    if not any(candidate.counts for chain in chains for _, candidate in chain):
         raise ValueError(f"no layer of {type(model).__name__} can be streamed:\n{report}")
-    ends = {kind: [(name, m) for name, m in model.named_modules() if isinstance(m, kind)] for kind in (TokenEmbed, TokenLoss)}
-    streams = plan.boundaries == "stream" and len(chains) == 1 and len(ends[TokenEmbed]) == len(ends[TokenLoss]) == 1
     for chain in filter(None, chains):
         _stream_chain(report, chain)
-    chain = report._chains[0] if streams else None
-    if streams:
-        (name, module), = ends[TokenEmbed]
+    ends = {kind: [(name, m) for name, m in model.named_modules() if isinstance(m, kind)] for kind in (TokenEmbed, TokenLoss)}
+    streams = plan.boundaries == "stream" and len(report._chains) == len(ends[TokenEmbed]) == len(ends[TokenLoss]) == 1
+    chain = report._chains[0] if streams and all(entry.why == "" for entry in report.entries) else None
+    for name, module in ends[TokenEmbed] if chain else ():
         report._replace(module, partial(streamed_token_embed, chain=chain))
         report.entries.append(Entry(name, "streamed embedding"))
     for name, module in ends[TokenLoss]:
         report._replace(module, partial(streamed_token_loss, chunk_tokens=plan.loss_chunk_tokens, chain=chain))
         report.entries.append(Entry(name, "streamed loss"))
-    return report
+    places = {name: place for place, (name, _) in enumerate(model.named_modules())}
+    report.entries.sort(key=lambda entry: places[entry.name])
 
 
-def _is_streamed(layer: nn.Module) -> bool:
-    forward = layer.__dict__.get("forward")
-    return isinstance(getattr(getattr(forward, "func", forward), "__self__", None), Segment)
+def _leave(report: Report, candidate: Candidate, why: str) -> None:
+    if candidate.leave is not None:
+        candidate.leave()
+    report.entries.append(Entry(candidate.name, "left as it is", why))
 
 
-def _stream_chain(report: Report, layers: Sequence[tuple[int, str, nn.Module]]) -> None:
+def _is_streamed(module: nn.Module) -> bool:
+    forward = module.__dict__.get("forward")
+    while isinstance(forward, partial):
+        forward = next((part for part in forward.args if callable(part)), forward.func)
+    return isinstance(getattr(forward, "__self__", None), Segment)
+
+
+def _stream_chain(report: Report, candidates: Sequence[tuple[int, Candidate]]) -> None:
     """Replace the forwards of layers that follow each other."""
     chain, k = Chain(report.plan, DeviceStore()), report.plan.segment_layers
     report._chains.append(chain)
-    for at in range(0, len(layers), k):
-        members = layers[at : at + k]
+    layers = [entry for entry in candidates if entry[1].counts]
+    groups = [layers[at : at + k] for at in range(0, len(layers), k)] + [[entry] for entry in candidates if not entry[1].counts]
+    for members in groups:
         segment = Segment(
-            chain, [layer for *_, layer in members], [i for i, *_ in members], first=at == 0, last=at + k >= len(layers)
+            chain, [c.layer for _, c in members], [i for i, _ in members], first=members is groups[0], last=members is groups[-1]
         )
-        for position, (_, name, layer) in enumerate(members):
-            report._replace(layer, partial(segment.pass_through, position) if position else segment.forward)
+        for position, (_, candidate) in enumerate(members):
+            streamed = partial(segment.pass_through, position) if position else segment.forward
+            if not candidate.counts:
+                streamed = partial(_after_layers, chain, candidate.layer.forward, streamed)
+            report._replace(candidate.layer, streamed if candidate.call is None else partial(candidate.call, streamed))
             place = f", segment of {len(members)}" if len(members) > 1 else ""
-            report.entries.append(Entry(name, f"streamed{place}"))
+            report.entries.append(Entry(candidate.name, f"streamed{place}"))
 
 
-def _find_layers(model: nn.Module) -> list[list[tuple[str, nn.Module]]]:
+def _after_layers(chain: Chain, whole: Callable[[Tensor], Tensor], streamed: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The norm behind the layers: streamed with them, whole where they ran whole (decoding)."""
+    return whole(x) if chain.plan.boundaries == "stream" and chain.boundary is None else streamed(x)
+
+
+def _find_layers(model: nn.Module) -> list[list[Candidate]]:
     return [
-        [(f"{name}.{i}" if name else str(i), layer) for i, layer in enumerate(module)]
+        [Candidate(f"{name}.{i}" if name else str(i), layer) for i, layer in enumerate(module)]
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) and all(isinstance(layer, StreamableLayer) for layer in module)
+    ]
+
+
+def _find_transformers_layers(model: nn.Module, report: Report) -> list[list[Candidate]]:
+    """Those of a transformers model, which is prepared on the way; none where transformers was never imported."""
+    if "transformers" not in sys.modules:
+        return []
+    from longtrain import hf  # an extra: only for models that cannot exist without it
+
+    if hf.pretrained_of(model) is None:
+        return []
+    adapted = hf.adapt(model, report.plan, PROOF_TOKENS, report._undo)
+    if adapted.head is not None:
+        name, why = adapted.head
+        report.entries.append(Entry(name, "left as it is" if why else "streamed loss", why))
+    return [
+        [
+            Candidate(
+                found.name,
+                found.module,
+                found.refusal,
+                call=None if found.adapted is None else found.adapted.call,
+                leave=None if found.adapted is None else found.adapted.uninstall,
+                kind=None if found.adapted is None else found.adapted.kind,
+                starts=not found.follows,
+                counts=found.is_layer,
+            )
+            for found in run
+        ]
+        for run in adapted.runs
     ]
 
 
@@ -170,7 +255,9 @@ def prove(layer: nn.Module) -> str | None:
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(0)
         try:
-            return _difference_in_chunks(copy.deepcopy(layer).double().eval())
+            copied = layer.copy_in_float64() if hasattr(layer, "copy_in_float64") else copy.deepcopy(layer).double().eval()
+            own = copied.difference_from_eager() if hasattr(copied, "difference_from_eager") else None
+            return own or _difference_in_chunks(copied)
         except Exception as error:  # whatever it is, it is the reason: reported by name, never dropped
             return f"{type(error).__name__}: {error}"
 

@@ -2,6 +2,8 @@
 
     print(*longtrain.backends.explain(), sep="\\n")                                       # typical calls
     print(*longtrain.backends.explain("attention", q=q, k=k, v=v, causal=True, softcap=30.0))   # this call
+    print(*longtrain.backends.explain("attention", q=(1, 8192, 32, 128), k=(1, 131072, 8, 128), v=(1, 131072, 8, 128), causal=True,
+                                      dtype=torch.bfloat16, device="cuda"))                    # a call of these shapes
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from longtrain.ops.attention import explain as explain_attention
 from longtrain.ops.linear_cross_entropy import explain as explain_linear_cross_entropy
@@ -26,25 +29,31 @@ class Served:
     backend: str
     refusals: dict[str, str]
     """Backend name -> why it cannot serve the call."""
+    notes: tuple[str, ...] = ()
+    """What else there is to say: a fall to plain torch, who differentiates the LSE."""
 
     def __str__(self) -> str:
         lines = [f"{self.op:<21} {self.case:<38} {self.backend}"]
+        lines += [f"{'':<21}   {note}" for note in self.notes]
         lines += [f"{'':<21}   not {name}: {reason}" for name, reason in self.refusals.items()]
         return "\n".join(lines)
 
 
-def explain(op: str | None = None, *, device: str | torch.device | None = None, **call: Any) -> list[Served]:
-    """Backends of one call of `op` (its arguments in `call`; tensors are only looked at), or of typical calls of one op or of all.
+def explain(
+    op: str | None = None, *, device: str | torch.device | None = None, dtype: torch.dtype = torch.float32, **call: Any
+) -> list[Served]:
+    """Backends of one call of `op` (its arguments in `call`), or of typical calls of one op or of all.
 
-    `device`: where typical calls have their tensors; the GPU if there is one. Raises ValueError for an unknown op, and what the op
-    raises for a call that does not fit together.
+    Tensors are only looked at; the shapes of attention's q, k, v will do, with `dtype` and `device`. `device` is also where typical
+    calls have their tensors: the GPU if there is one. Raises ValueError for an unknown op, and what the op raises for a call that
+    does not fit together.
     """
     if op is not None and op not in _EXPLAIN:
         raise ValueError(f"explain: op must be one of {', '.join(_EXPLAIN)}, not {op!r}")
     if call:
         if op is None:
             raise ValueError("explain: a call needs its op, as in explain('attention', q=q, k=k, v=v, causal=True)")
-        return [_served(op, "this call", call)]
+        return [_served(op, "this call", _of_shapes(call, dtype, device))]
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return [_served(name, case, arguments) for name, case, arguments in typical_calls(device) if op in (None, name)]
 
@@ -73,18 +82,30 @@ def typical_calls(device: torch.device) -> Iterator[tuple[str, str, dict[str, An
         yield "long_conv", f"{name} two-sided", dict(u=u, k=k, causal=False)
 
 
+def _of_shapes(call: dict[str, Any], dtype: torch.dtype, device: str | torch.device | None) -> dict[str, Any]:
+    """The call with tensors for the shapes of q, k, v: fake ones, of any length and on devices that this machine does not have."""
+
+    def empty(shape: tuple[int, ...]) -> torch.Tensor:
+        with FakeTensorMode():
+            return torch.empty(shape, dtype=dtype, device=device or "cpu")
+
+    return {name: empty(x) if name in "qkv" and isinstance(x, (tuple, list, torch.Size)) else x for name, x in call.items()}
+
+
 def _served(op: str, case: str, call: dict[str, Any]) -> Served:
-    chosen, refusals = _EXPLAIN[op](**call)
-    return Served(op=op, case=case, backend=chosen, refusals=refusals)
+    chosen, refusals, notes = _EXPLAIN[op](**call)
+    return Served(op=op, case=case, backend=chosen, refusals=refusals, notes=notes)
 
 
-def _attention(**call: Any) -> tuple[str, dict[str, str]]:
+def _attention(**call: Any) -> tuple[str, dict[str, str], tuple[str, ...]]:
     found = explain_attention(**call)
-    return found.chosen, found.refusals
+    notes = (found.fallback, f"gradient of the LSE: {found.lse_gradient}")
+    return found.chosen, found.refusals, tuple(filter(None, notes))
 
 
-def _by_reason(reasons: dict[str, str | None]) -> tuple[str, dict[str, str]]:
-    return next(name for name, why in reasons.items() if why is None), {name: why for name, why in reasons.items() if why is not None}
+def _by_reason(reasons: dict[str, str | None]) -> tuple[str, dict[str, str], tuple[str, ...]]:
+    refusals = {name: why for name, why in reasons.items() if why is not None}
+    return next(name for name in reasons if name not in refusals), refusals, ()
 
 
 _EXPLAIN = {

@@ -1,8 +1,13 @@
-"""The `longtrain` command: reads its arguments and hands over. Exit codes: 0 well, 1 the work failed, 2 the request is wrong."""
+"""The `longtrain` command: reads its arguments and hands over.
+
+Exit codes: 0 well, 1 the work failed, 2 the request is wrong; 75 a run that ended at --stop-after, 128 + n one that ended on signal n
+(both saved: the same command goes on).
+"""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -14,7 +19,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from longtrain.train.output import RunError
 
     try:
-        return args.command(args)
+        status = args.command(args)
+        sys.stdout.flush()
+        return status
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
@@ -24,6 +31,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("longtrain: interrupted; what was saved before stands", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        try:
+            print(flush=True)
+        except BrokenPipeError:  # the reader went away, as in `| head`: what is still buffered has nowhere to go
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
+        raise
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -39,15 +53,41 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace those of the file")
         if name == "train":
             sub.add_argument("--eval", action="store_true", help="evaluate the weights instead; CONFIG may be a run's directory")
+            sub.add_argument("--stop-after", metavar="TIME", type=seconds, help="save and end before so much time, such as 11h50m; exit code 75")
         sub.set_defaults(command=command)
     sub = commands.add_parser("report", help="make one HTML page of what a run did")
     sub.add_argument("run", metavar="RUN", help="directory of the run, such as out/quickstart")
     sub.add_argument("--out", metavar="FILE", help="where to write the page (report.html in the run's directory)")
     sub.set_defaults(command=report)
+    sub = commands.add_parser("export", help="write a run's weights as a Hugging Face directory of sharded safetensors")
+    sub.add_argument("run", metavar="RUN", help="directory of the run, or one of its checkpoints")
+    sub.add_argument("out", metavar="OUT", help="directory to write, empty or not there")
+    sub.add_argument("--dtype", choices=("trained", "float32", "bfloat16", "float16"), default="trained", help="the run's, by default")
+    sub.add_argument("--shard", default="5GB", metavar="SIZE", help="bytes of a file at most (5GB)")
+    sub.set_defaults(command=export)
     config = commands.add_parser("config", help="explain the settings").add_subparsers(required=True, metavar="COMMAND")
     sub = config.add_parser("explain", help="type, default, meaning and example of a setting, or of all in a section")
     sub.add_argument("key", nargs="?", default="", metavar="KEY", help="such as train.lr, or train.length_schedule.seq_len, or train")
     sub.set_defaults(command=explain)
+    data = commands.add_parser("data", help="tokens on disk, for runs that read more than fits in memory")
+    data = data.add_subparsers(required=True, metavar="COMMAND")
+    sub = data.add_parser("build", help="make them from text, JSONL, parquet, FASTA or WAV; run it again to go on after an interruption")
+    sub.add_argument("out", metavar="OUT", help="directory to write")
+    sub.add_argument("inputs", nargs="+", metavar="INPUT", help="file, directory or glob pattern")
+    formats = ("auto", "text", "bytes", "jsonl", "parquet", "fasta", "wav")
+    sub.add_argument("--format", choices=formats, default="auto", help="of the inputs; auto: what their names say, text otherwise")
+    sub.add_argument("--field", default="text", metavar="NAME", help="field (JSONL) or column (parquet) that holds the text (text)")
+    sub.add_argument("--case", choices=("keep", "upper", "lower"), default="keep", help="of FASTA letters (keep)")
+    sub.add_argument("--tokenizer", metavar="FILE", help="a local tokenizer.json; bytes are the tokens by default")
+    sub.add_argument("--special-tokens", action="store_true", help="with --tokenizer: let it add its special tokens to every document")
+    sub.add_argument("--end-token", type=int, metavar="ID", help="put this token behind every document")
+    sub.add_argument("--shard-size", type=memory, default="256MiB", metavar="SIZE", help="tokens of a file, in bytes (256MiB)")
+    sub.set_defaults(command=data_build)
+    sub = data.add_parser("info", help="lengths of the documents, where they come from, what each packing wastes")
+    sub.add_argument("paths", nargs="+", metavar="PATH", help="directory that `longtrain data build` has written")
+    sub.add_argument("--seq-len", nargs="+", type=int, default=[], metavar="T", help="show what packing into such sequences wastes")
+    sub.add_argument("--check", action="store_true", help="read everything and compare the checksums")
+    sub.set_defaults(command=data_info)
     sub = commands.add_parser("doctor", help="show this machine, which backend serves which op, and run a self-test")
     sub.set_defaults(command=doctor)
     return parser
@@ -61,8 +101,13 @@ def train(args: argparse.Namespace) -> int:
     from longtrain.config import load_config
     from longtrain.train import run
 
-    run(*load_config(args.config, args.overrides))
-    return 0
+    return run(*load_config(args.config, args.overrides), stop_after=args.stop_after)
+
+
+def export(args: argparse.Namespace) -> int:
+    from longtrain.train import weights
+
+    return weights.run(args.run, args.out, args.dtype, args.shard)
 
 
 def verify(args: argparse.Namespace) -> int:
@@ -89,10 +134,40 @@ def explain(args: argparse.Namespace) -> int:
     return explain.run(args.key)
 
 
+def data_build(args: argparse.Namespace) -> int:
+    from longtrain.data import command
+
+    return command.run_build(args)
+
+
+def data_info(args: argparse.Namespace) -> int:
+    from longtrain.data import command
+
+    return command.run_info(args)
+
+
 def doctor(args: argparse.Namespace) -> int:
     from longtrain import doctor
 
     return doctor.run()
+
+
+def memory(text: str) -> int:
+    from longtrain.units import parse_bytes
+
+    try:
+        return parse_bytes(text, "SIZE")
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def seconds(text: str) -> float:
+    from longtrain.units import parse_time
+
+    try:
+        return parse_time(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 if __name__ == "__main__":

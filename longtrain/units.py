@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
@@ -33,3 +34,12 @@ def format_time(seconds: float) -> str:
     if whole >= 3600:
         return f"{whole // 3600}h{whole % 3600 // 60:02}m"
     return f"{whole // 60}m{whole % 60:02}s"
+
+
+def parse_time(text: str) -> float:
+    """Seconds of `11h50m`, `90s`, `2d`, `1h30m20s`. Raises ValueError."""
+    match = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text.strip())
+    seconds = sum(int(n or 0) * unit for n, unit in zip(match.groups(), (86400, 3600, 60, 1), strict=True)) if match else 0
+    if seconds < 1:
+        raise ValueError(f"{text!r} is not a time; write one such as 11h50m, 90s or 2d")
+    return float(seconds)

@@ -1,5 +1,6 @@
 """The command line hands over what it was given, and returns what it was told."""
 
+import subprocess
 import sys
 import types
 
@@ -40,3 +41,12 @@ def test_interruption_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cli, "train", interrupted)
     assert cli.main(["train", "a.yaml"]) == 130
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    command = "import sys; from longtrain import cli; cli.doctor = lambda args: print('line\\n' * 100000) or 0; sys.exit(cli.main(['doctor']))"
+    process = subprocess.Popen([sys.executable, "-c", command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 141
+    process.stderr.close()

@@ -54,3 +54,12 @@ def test_unknown_ops_and_calls_without_an_op_are_refused():
         backends.explain("conv")
     with pytest.raises(ValueError, match="needs its op"):
         backends.explain(causal=True)
+
+
+def test_shapes_will_do_for_a_device_that_is_not_here():
+    shapes = dict(q=(1, 8192, 32, 128), k=(1, 131072, 8, 128), v=(1, 131072, 8, 128))
+    found, = backends.explain("attention", **shapes, causal=True, dtype=torch.bfloat16, device="cuda")
+    text = str(found)
+    assert "cpu" not in found.refusals["flash"] and "tensors are on cuda" in text and "gradient of the LSE" in text
+    if not torch.cuda.is_available():
+        assert found.backend == "tiled" and "more than ten times slower" in text

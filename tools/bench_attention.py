@@ -3,6 +3,7 @@
     python tools/bench_attention.py                       # every case but `window`, about two minutes on two cores
     python tools/bench_attention.py --cases fp32-8k chunk --rounds 9
     python tools/bench_attention.py --clock cpu           # on a machine with other work: time on the CPU, not on the wall
+    python tools/bench_attention.py --bounds              # every bound of attention_bounds.py, PASS or FAIL, about six minutes
 
 Each case is first compared with the float64 reference on a shorter sequence. GFLOP/s count the visible (query, key)
 pairs only: 4 D a pair and head forward, 10 D backward. Every round times all contenders once, in turn; rates are of the
@@ -12,16 +13,19 @@ median round, ratios the median of the rounds' ratios (above 1: ours is faster).
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads OpenMP: threads that wait do not spin
+
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 from longtrain.ops.attention import attention, explain
 
 MATMUL = 1536
@@ -124,35 +128,49 @@ def sdpa(case: Case):
     return step
 
 
-def timed(step, clock) -> float:
-    start = clock()
-    step()
-    return clock() - start
+def interleaved(steps: dict, rounds: int, clock) -> dict[str, list[float]]:
+    """Seconds of every step, one round after the other; a round before that warms up, unless there is but one."""
+    seconds: dict[str, list[float]] = {key: [] for key in steps}
+    for number in range(rounds + 1 if rounds > 1 else 1):
+        for key, step in steps.items():
+            start = clock()
+            step()
+            if number or rounds == 1:
+                seconds[key].append(clock() - start)
+    return seconds
 
 
-def measure(name: str, case: Case, rounds: int, clock) -> str:
-    """One line of the table."""
-    other = CASES.get(case.against)
-    square = torch.randn(MATMUL, MATMUL)
-    contenders = {
-        "ours": (ours(case), 14 * case.D * case.H * case.pairs()),
-        "other": (sdpa(case), 14 * case.D * case.H * case.pairs()) if other is None
-        else (ours(other), 14 * other.D * other.H * other.pairs()),
-        "matmul": (lambda: square @ square, 2 * MATMUL**3),
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """GFLOP/s of the median round; `faster`: median over the rounds of the contender's time over ours."""
+
+    ours: float
+    other: float
+    matmul: float
+    faster: float
+    work: float
+    """Our arithmetic over the contender's."""
+
+
+def measure(case: Case, rounds: int, clock) -> Measured:
+    other, square = CASES.get(case.against), torch.randn(MATMUL, MATMUL)
+    flop = {
+        "ours": 14 * case.D * case.H * case.pairs(),
+        "other": 14 * case.D * case.H * case.pairs() if other is None else 14 * other.D * other.H * other.pairs(),
+        "matmul": 2 * MATMUL**3,
     }
-    seconds: dict[str, list[float]] = {key: [] for key in contenders}
-    for number in range(rounds + 1):
-        for key, (step, _) in contenders.items():
-            elapsed = timed(step, clock)
-            if number or case.rounds == 1:  # the first round warms up
-                seconds[key].append(elapsed)
-    rate = {key: flop / statistics.median(seconds[key]) / 1e9 for key, (_, flop) in contenders.items()}
-    time_ratio = statistics.median(b / a for a, b in zip(seconds["ours"], seconds["other"]))
-    work = contenders["ours"][1] / contenders["other"][1]
-    against = "SDPA" if other is None else case.against
+    steps = {"ours": ours(case), "other": sdpa(case) if other is None else ours(other), "matmul": lambda: square @ square}
+    seconds = interleaved(steps, min(rounds, case.rounds or rounds), clock)
+    rate = {key: flop[key] / statistics.median(seconds[key]) / 1e9 for key in flop}
+    faster = statistics.median(b / a for a, b in zip(seconds["ours"], seconds["other"]))
+    return Measured(**rate, faster=faster, work=flop["ours"] / flop["other"])
+
+
+def line(name: str, case: Case, m: Measured) -> str:
+    against = case.against if case.against in CASES else "SDPA"
     return (
-        f"{name:9s} {rate['ours']:8.1f} {rate['other']:8.1f} {rate['matmul']:8.1f} "
-        f"{time_ratio:9.2f} {time_ratio * work:9.2f} {rate['ours'] / rate['matmul']:9.2f}   {against:9s} {case.about}"
+        f"{name:9s} {m.ours:8.1f} {m.other:8.1f} {m.matmul:8.1f} {m.faster:9.2f} {m.faster * m.work:9.2f} "
+        f"{m.ours / m.matmul:9.2f}   {against:9s} {case.about}"
     )
 
 
@@ -162,6 +180,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="rounds of a short case (long ones have fewer); default 7")
     parser.add_argument("--threads", type=int, help="torch threads; default torch's own")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: seconds of CPU over all threads")
+    parser.add_argument("--bounds", action="store_true", help="check the bounds of attention_bounds.py instead; status 1 if one is missed")
+    parser.add_argument("--small", action="store_true", help="with --bounds: tiny sizes that exercise the code; verdicts mean nothing")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -169,11 +189,15 @@ def main() -> None:
     qkv, _ = inputs(CASES["fp32-2k"], 8, 8)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments.clock} clock, forward + backward")
     print(explain(*qkv, causal=True))
+    if arguments.bounds:
+        from attention_bounds import check_bounds
+
+        sys.exit(check_bounds(arguments.rounds, clock, arguments.small))
     print("GFLOP/s       ours    other   matmul  x faster  x GFLOP/s  of matmul  other")
     for name in arguments.cases:
         case = CASES[name]
         check(name, case)
-        print(measure(name, case, min(arguments.rounds, case.rounds or arguments.rounds), clock), flush=True)
+        print(line(name, case, measure(case, arguments.rounds, clock)), flush=True)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,53 +16,12 @@ from longtrain.ops.attention.select import BACKENDS as ATTENTION_BACKENDS
 from longtrain.ops.attention import explain as explain_attention
 from longtrain.ops.linear_cross_entropy import linear_cross_entropy
 from longtrain.ops.long_conv import long_conv
-from step_methods import prepare, sdpa
-from step_process import StepProcess, Task, memory, seconds
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """One thing checked. `passed`: None where nothing was judged."""
-
-    section: str
-    name: str
-    measured: str = ""
-    expected: str = ""
-    passed: bool | None = None
-    note: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sizes:
-    """How large everything is: a GPU's, or tiny ones that exercise the code on a CPU."""
-
-    device: str
-    judge_speed: bool
-    matmul: int
-    copy_bytes: int
-    tokens: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    chunk: int
-    offset: int
-    step: dict = field(default_factory=dict)
-    budget: str = "40GiB"
-
-    @classmethod
-    def gpu(cls) -> Sizes:
-        return cls(device="cuda", judge_speed=True, matmul=8192, copy_bytes=4 << 30, tokens=2048, heads=32, kv_heads=8, head_dim=128, chunk=16384,
-                   offset=114688, step=dict(layers=2, hidden=4096, ffn=14336, vocab=32768, heads=32, kv_heads=8, tokens=65536, chunk=8192))
-
-    @classmethod
-    def tiny_cpu(cls) -> Sizes:
-        return cls(device="cpu", judge_speed=False, matmul=64, copy_bytes=1 << 16, tokens=160, heads=4, kv_heads=2, head_dim=16, chunk=64, offset=192,
-                   step=dict(layers=2, hidden=32, ffn=64, vocab=64, heads=4, kv_heads=2, tokens=256, chunk=64), budget="1GiB")
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    error = ((a.double() - b.double()).norm() / b.double().norm()).item()
-    return error if error == error else float("inf")
+from gpu_check_attention import attention_speed_rows, ceiling_rows
+from gpu_check_layers import layer_rows, long_layer_rows, model_rows
+from gpu_check_offload import race_rows
+from gpu_check_shapes import Row, Sizes, relative
+from step_methods import prepare
+from step_process import StepProcess, Task, memory
 
 
 def outcome(call: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
@@ -100,6 +58,10 @@ def attention_rows(sizes: Sizes) -> Iterator[Row]:
         "window, chunk": ({"window_size": (T // 5, 0)}, odd),
         "documents": ({"cu_seqlens_q": edges, "cu_seqlens_k": edges}, T),
         "softcap": ({"softcap": 3.0}, T),
+        "queries that are not the last": ({"q_offset": T // 7}, odd),
+        "strided blocks and window": ({"block_stride": (16, 4), "window_size": (T // 8, 0)}, T),
+        "sink logits": ({"sink_logits": torch.randn(sizes.heads, generator=g).to(device)}, T),
+        "partials fp32": ({"partials": "fp32"}, odd),
         "sink tokens and window": ({"sink_tokens": 4, "window_size": (T // 5, 0)}, T),
         "dropout": ({"dropout_p": 0.2, "dropout_seed": 7}, T),
         "deterministic": ({"deterministic": True}, T),
@@ -182,40 +144,29 @@ def _whole(ours: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
     return relative(torch.cat([ours[n].flatten().double() for n in exact]), torch.cat([g.flatten().double() for g in exact.values()]))
 
 
+def replay_rows(sizes: Sizes) -> Iterator[Row]:
+    """What the backward pass computes again is, bit for bit, what the forward pass had."""
+    config = ModelConfig(vocab_size=8 * sizes.head_dim, num_layers=2, hidden_size=4 * sizes.head_dim, intermediate_size=8 * sizes.head_dim, num_heads=4, num_kv_heads=2)
+    T, compiler = sizes.tokens + 5, "inductor" if sizes.device == "cuda" else "aot_eager"
+    ids = torch.randint(0, config.vocab_size, (1, T), generator=torch.Generator().manual_seed(1)).to(sizes.device)
+    for how in ("eager", "compiled"):
+        torch.manual_seed(0)
+        model = lt.nn.LanguageModel(config).to(sizes.device, torch.bfloat16)
+        if how == "compiled":  # the parts between the carry's operations
+            for layer in model.model.layers:
+                for part in (layer.input_layernorm, layer.post_attention_layernorm, layer.mlp):
+                    part.compile(backend=compiler, dynamic=False)
+        report = lt.apply(model, lt.Plan(chunk_tokens=T // 4, store_outputs=0.5, segment_layers=2))
+        report.check_replay()
+        try:
+            model(input_ids=ids, labels=ids).loss.backward()
+        except RuntimeError as error:
+            yield Row(section="replay", name=f"bfloat16, {how}", measured=str(error).splitlines()[0][:90], expected="bitwise", passed=False)
+        else:
+            yield Row(section="replay", name=f"bfloat16, {how}", measured="bitwise", expected="bitwise", passed=True)
+
+
 # --- speed and memory ------------------------------------------------------------------------------------------------------------
-
-
-def ceiling_rows(sizes: Sizes) -> Iterator[Row]:
-    """What this GPU gives at best: the scale that other rows are read on."""
-    a, b = (torch.randn(sizes.matmul, sizes.matmul, device=sizes.device).to(torch.bfloat16) for _ in range(2))
-    rate = 2 * sizes.matmul ** 3 / _fastest(lambda: a @ b, sizes) / 1e12
-    yield Row(section="ceilings", name=f"bf16 matmul, {sizes.matmul} cubed", measured=f"{rate:.1f} TFLOP/s")
-    source = torch.empty(sizes.copy_bytes, dtype=torch.uint8, device=sizes.device)
-    copy = torch.empty_like(source)
-    rate = 2 * sizes.copy_bytes / _fastest(lambda: copy.copy_(source), sizes) / 1e12
-    yield Row(section="ceilings", name="copy on the device, read and written", measured=f"{rate:.2f} TB/s")
-
-
-def attention_speed_rows(sizes: Sizes) -> Iterator[Row]:
-    """A chunk at an offset against a square of the same arithmetic, as dispatched and by torch."""
-    C, S, H, K, D = sizes.chunk, sizes.chunk + sizes.offset, sizes.heads, sizes.kv_heads, sizes.head_dim
-
-    def rates(call: Callable[[], Tensor], flops: float) -> tuple[float, float]:
-        forward = _fastest(call, sizes)
-        both = _fastest(lambda: call().sum().backward(), sizes)
-        return flops / forward / 1e12, 2.5 * flops / max(both - forward, 1e-9) / 1e12
-
-    def make(tokens: int, heads: int) -> Tensor:
-        return torch.randn(1, tokens, heads, D, device=sizes.device).to(torch.bfloat16).requires_grad_()
-
-    q, k, v = make(C, H), make(C, K), make(C, K)
-    square = rates(lambda: sdpa(q, k, v), 2 * C * C * H * D)
-    yield Row(section="attn speed", name=f"torch SDPA, square {C:,}", measured=f"{square[0]:.0f} fwd, {square[1]:.0f} bwd TFLOP/s")
-    k, v = make(S, K), make(S, K)
-    ours = rates(lambda: attention(q, k, v, causal=True), 4 * C * (sizes.offset + C / 2) * H * D)
-    good = min(o / s for o, s in zip(ours, square)) >= 0.97
-    yield Row(section="attn speed", name=f"chunk of {C:,} at offset {sizes.offset:,}", measured=f"{ours[0]:.0f} fwd, {ours[1]:.0f} bwd TFLOP/s",
-              expected=f"{0.97 * square[0]:.0f}, {0.97 * square[1]:.0f} (0.97 of the square)", passed=good if sizes.judge_speed else None)
 
 
 def memory_rows(sizes: Sizes) -> Iterator[Row]:
@@ -239,7 +190,7 @@ def memory_rows(sizes: Sizes) -> Iterator[Row]:
     peak = (found["base"] if sizes.device == "cuda" else 0) + found["peak"]
     ratio = peak / plan.predicted_peak
     yield Row(section="memory", name=f"T {s['tokens']:,}, chunk {plan.chunk_tokens:,}: predicted peak", measured=f"{peak / 1e9:.3f} GB ({ratio:.3f}x)",
-              expected=f"{plan.predicted_peak / 1e9:.3f} GB within 3%", passed=0.97 <= ratio <= 1.03 if sizes.judge_speed else None)
+              expected=f"{plan.predicted_peak / 1e9:.3f} GB within 3%", passed=sizes.judged(0.97 <= ratio <= 1.03))
 
 
 def step_rows(sizes: Sizes) -> Iterator[Row]:
@@ -264,15 +215,18 @@ def step_rows(sizes: Sizes) -> Iterator[Row]:
             streamed_fast = method == "streamed"
             good = times[1] <= 1.0 * found["selective+chunked"][1] and peak <= 0.4 * found["selective+chunked"][0] if streamed_fast else None
             yield Row(section="step", name=f"{method}, T {s['tokens']:,}", measured=f"{peak / 1e9:.2f} GB, {times[1]:.2f} s",
-                      expected="time 1.0x, memory 0.4x of selective" if streamed_fast else "", passed=good if sizes.judge_speed else None, note=ratios)
+                      expected="time 1.0x, memory 0.4x of selective" if streamed_fast else "", passed=None if good is None else sizes.judged(good), note=ratios)
 
 
-def _fastest(call: Callable[[], object], sizes: Sizes, repeats: int = 5) -> float:
-    device = torch.device(sizes.device)
-    call()
-    return min(seconds(call, device) for _ in range(repeats))
+def offload_rows(sizes: Sizes) -> Iterator[Row]:
+    """Activation offload: races between transfers and kernels."""
+    for name, measured, expected, passed in race_rows(sizes.device):
+        yield Row(section="offload", name=name, measured=measured, expected=expected, passed=passed)
 
 
-SECTIONS = {"attention": attention_rows, "ops": op_rows, "streamed": streamed_rows, "ceilings": ceiling_rows, "attn speed": attention_speed_rows,
-            "memory": memory_rows, "step": step_rows}
-SPEED_SECTIONS = ("ceilings", "attn speed", "memory", "step")
+SECTIONS = {
+    "attention": attention_rows, "ops": op_rows, "streamed": streamed_rows, "replay": replay_rows, "offload": offload_rows,
+    "ceilings": ceiling_rows, "attn speed": attention_speed_rows, "layer": layer_rows, "long layer": long_layer_rows, "model": model_rows,
+    "memory": memory_rows, "step": step_rows,
+}
+SPEED_SECTIONS = ("ceilings", "attn speed", "layer", "long layer", "model", "memory", "step")

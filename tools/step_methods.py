@@ -72,7 +72,7 @@ def _baseline_step(model: LanguageModel, name: str, ids_BT: Tensor) -> Tensor:
     positions_BT = documents.positions(ids_BT.device)[None].expand_as(ids_BT)
     run = {
         "plain": lambda function, x: function(x),
-        "selective+chunked": partial(checkpoint, use_reentrant=False, context_fn=partial(create_selective_checkpoint_contexts, _keep_attention)),
+        "selective+chunked": partial(checkpoint, use_reentrant=False, context_fn=partial(create_selective_checkpoint_contexts, keep_attention)),
     }.get(name, partial(checkpoint, use_reentrant=False))
     x_BTE = model.model.embed_tokens(ids_BT)
     for index, layer in enumerate(model.model.layers):
@@ -99,7 +99,7 @@ _ATTENTION_OPS = {
 }
 
 
-def _keep_attention(context, op, *args, **kwargs) -> CheckpointPolicy:
+def keep_attention(context, op, *args, **kwargs) -> CheckpointPolicy:
     longtrain_attention = op.namespace == "longtrain" and "attention" in op.name() and "backward" not in op.name()
     return CheckpointPolicy.MUST_SAVE if op in _ATTENTION_OPS or longtrain_attention else CheckpointPolicy.PREFER_RECOMPUTE
 

@@ -1,1 +1,4 @@
-"""Documents, how they are packed into sequences, and what a model that only counts makes of them."""
+"""Documents: where they come from, tokens on disk, packing into sequences, and the loader of what each update reads.
+
+Read in this order: `corpus.py`, `packing.py`, `loader.py`; then `built.py` and `build.py` for what is on disk.
+"""

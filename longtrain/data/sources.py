@@ -1,4 +1,4 @@
-"""Documents as bytes: the running Python's standard library, or text files; and the split into training and validation."""
+"""Where documents come from before they are packed: the running Python's standard library, or files that patterns name."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-
-VOCABULARY = 256
-"""Every byte is a token; there are no others."""
 
 _NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 
@@ -43,20 +40,22 @@ def read_stdlib(root: Path | None = None) -> list[Document]:
 
 def read_text(patterns: Sequence[str]) -> list[Document]:
     """Each file that the patterns (paths, directories, globs) name, once, in the order of their paths."""
-    paths: set[Path] = set()
-    for pattern in patterns:
-        directory = Path(pattern)
-        if directory.is_dir():
-            found = {p for p in directory.rglob("*") if p.is_file()}
-        else:
-            found = {Path(p) for p in glob.glob(pattern, recursive=True) if Path(p).is_file()}
-        if not found:
-            raise DataError(f"data.files: {pattern} names no file (from {Path.cwd()}); correct the path or the pattern")
-        paths |= found
-    documents = list(_read(sorted(paths), None))
+    paths = sorted(set().union(*(find_files(pattern, "data.files: ") for pattern in patterns)))
+    documents = list(_read(paths, None))
     if not documents:
         raise DataError(f"data.files: the {len(paths)} files that {', '.join(patterns)} names are all empty; name files with text")
     return documents
+
+
+def find_files(pattern: str, setting: str = "") -> set[Path]:
+    """The file, every file below the directory, or the files of the glob that `pattern` is. Raises DataError where there are none."""
+    if Path(pattern).is_dir():
+        found = {p for p in Path(pattern).rglob("*") if p.is_file()}
+    else:
+        found = {Path(p) for p in (pattern, *glob.glob(pattern, recursive=True)) if Path(p).is_file()}
+    if not found:
+        raise DataError(f"{setting}{pattern} names no file (from {Path.cwd()}); correct the path or the pattern")
+    return found
 
 
 def _read(paths: Sequence[Path], root: Path | None) -> Iterator[Document]:
@@ -68,37 +67,3 @@ def _read(paths: Sequence[Path], root: Path | None) -> Iterator[Document]:
         if content:
             name = path.relative_to(root).as_posix() if root else str(path)
             yield Document(name, np.frombuffer(content, dtype=np.uint8))
-
-
-def split_documents(
-    documents: Sequence[Document], validation_fraction: float, seed: int
-) -> tuple[list[Document], list[Document]]:
-    """Training and validation documents, each in the order given: whole documents are drawn until the fraction is reached."""
-    if len(documents) < 2:
-        raise DataError(
-            f"the data is one document ({documents[0].name}), so none can be held out for validation; give at least two files"
-        )
-    wanted = validation_fraction * sum(len(d.tokens) for d in documents)
-    held_out: set[int] = set()
-    size = 0
-    for index in np.random.default_rng([seed, 0]).permutation(len(documents)):
-        if size >= wanted or len(held_out) == len(documents) - 1:
-            break
-        held_out.add(int(index))
-        size += len(documents[index].tokens)
-    return (
-        [d for i, d in enumerate(documents) if i not in held_out],
-        [d for i, d in enumerate(documents) if i in held_out],
-    )
-
-
-def check_vocabulary(documents: Sequence[Document], vocab_size: int) -> None:
-    """Raise DataError naming the first token that the model has no embedding for, and its position."""
-    for document in documents:
-        outside = document.tokens >= vocab_size
-        if outside.any():
-            position = int(outside.argmax())
-            raise DataError(
-                f"{document.name}: token id {document.tokens[position]} at position {position} is outside the vocabulary of "
-                f"{vocab_size}; set model.vocab_size to at least {int(document.tokens.max()) + 1}"
-            )

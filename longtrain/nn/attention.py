@@ -18,6 +18,7 @@ class Attention(nn.Module):
     State: ``q_proj [H D, E]``, ``k_proj, v_proj [K D, E]``, ``o_proj [E, H D]``, as in Llama checkpoints.
     `window`: tokens a query sees, itself included (a Hugging Face sliding window); None sees all.
     `dropout`: on attention probabilities, counter-based: the mask follows from (seed, layer, head, query, key) alone.
+    Attribute `kernel_fallback`: as in `longtrain.ops.attention`.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         self.head_dim, self.window, self.dropout, self.layer_index = head_dim, window, dropout, layer_index
+        self.kernel_fallback = "error"
         self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=False)
         self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=False)
         self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=False)
@@ -47,7 +49,9 @@ class Attention(nn.Module):
             raise ValueError("attention dropout is on and dropout_seed is None: pass the step's seed (LanguageModel draws it itself)")
         seed = None if dropout_p == 0 else (dropout_seed + self.layer_index * _SEED_STRIDE) % 2**63
         window_size = (-1, -1) if self.window is None else (self.window - 1, 0)
-        return AttentionMixer(window_size=window_size, dropout_p=dropout_p, dropout_seed=seed, documents=documents)
+        return AttentionMixer(
+            window_size=window_size, dropout_p=dropout_p, dropout_seed=seed, documents=documents, kernel_fallback=self.kernel_fallback
+        )
 
     def forward(self, x_BTE: Tensor, positions_BT: Tensor, mix) -> Tensor:
         """`mix`: callable of (q, k, v), the whole attention or the streaming engine's part of it."""

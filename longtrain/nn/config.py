@@ -10,28 +10,29 @@ class ModelConfig:
     """A Llama-style decoder. Raises ValueError naming the setting that is wrong."""
 
     vocab_size: int
-    """Number of token ids, V."""
+    """Number of token ids, V. Example: 256."""
 
     num_layers: int
-    """Decoder layers, L."""
+    """Decoder layers, L. Example: 32."""
 
     hidden_size: int
-    """Model width, E."""
+    """Model width, E. Example: 4096."""
 
     intermediate_size: int
-    """Width inside the feed-forward network, F."""
+    """Width inside the feed-forward network, F. Example: 14336."""
 
     num_heads: int
-    """Query heads, H."""
+    """Query heads, H. Example: 32."""
 
     num_kv_heads: int
-    """Key and value heads, K; divides `num_heads`."""
+    """Key and value heads, K; divides `num_heads`. Example: 8."""
 
     head_dim: int | None = None
-    """Features of a head, D; `hidden_size / num_heads` by default."""
+    """Features of a head, D; `hidden_size / num_heads` by default. Example: 128."""
 
     window: tuple[int | None, ...] | None = None
-    """Tokens a query sees, itself included, as a pattern repeated over the layers; None in it is full attention."""
+    """Tokens a query sees, itself included, as a pattern repeated over the layers; None in it is full attention.
+    Example: [1024, null]."""
 
     rope_base: float = 10_000.0
     """Base of the rotary frequencies."""

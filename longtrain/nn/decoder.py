@@ -70,10 +70,10 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
 
-    def forward(self, input_ids_BT: Tensor, documents: Layout, dropout_seed: int | None) -> Tensor:
-        """Hidden states ``[B, T, E]`` before the final norm."""
+    def forward(self, input_ids_BT: Tensor, documents: Layout, dropout_seed: int | None, *, to_loss: bool = False) -> Tensor:
+        """Hidden states ``[B, T, E]`` before the final norm. `to_loss`: they will go into `TokenLoss` as they are."""
         positions_BT = documents.positions(input_ids_BT.device)[None].expand_as(input_ids_BT)
-        x_BTE = self.token_embed(input_ids_BT, self.embed_tokens)
+        x_BTE = self.token_embed(input_ids_BT, self.embed_tokens, to_loss=to_loss)
         for layer in self.layers:
             x_BTE = layer(x_BTE, positions_BT=positions_BT, documents=documents, dropout_seed=dropout_seed)
         return x_BTE

@@ -15,8 +15,8 @@ from longtrain.span import IGNORE_INDEX, Layout
 class TokenEmbed(nn.Module):
     """Embeds token ids; what it gives goes into the first layer as it is."""
 
-    def forward(self, input_ids_BT: Tensor, embedding: nn.Embedding) -> Tensor:
-        """Hidden states ``[B, T, E]``."""
+    def forward(self, input_ids_BT: Tensor, embedding: nn.Embedding, *, to_loss: bool = False) -> Tensor:
+        """Hidden states ``[B, T, E]``. `to_loss` says that what the last layer gives will go into `TokenLoss` as it is."""
         return embedding(input_ids_BT)
 
 
@@ -28,19 +28,14 @@ class TokenLoss(nn.Module):
         hidden_BTE: Tensor,
         norm: nn.Module,
         head: nn.Linear,
-        targets_BT: Tensor | None,
+        targets_BT: Tensor,
         *,
         normalizer: float | Tensor | None = None,
         token_weights_BT: Tensor | None = None,
         reduction: str = "mean",
         options: LossOptions = LossOptions(),
     ) -> Tensor:
-        """Scalar, or ``[B, T]`` for reduction "none". `targets_BT` are already moved: target[t] is what token t predicts.
-
-        Without targets, the logits ``[B, T, V]``.
-        """
-        if targets_BT is None:
-            return head(norm(hidden_BTE))
+        """Scalar, or ``[B, T]`` for reduction "none". `targets_BT` are already moved: target[t] is what token t predicts."""
         return linear_cross_entropy(
             norm(hidden_BTE),
             head.weight,

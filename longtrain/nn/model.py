@@ -68,9 +68,9 @@ class LanguageModel(nn.Module):
         dropout_seed = None
         if self.training and self.config.attention_dropout > 0:
             dropout_seed = int(torch.randint(2**62, ()))
-        hidden_BTE = self.model(input_ids, documents, dropout_seed)
+        hidden_BTE = self.model(input_ids, documents, dropout_seed, to_loss=labels is not None)
         if labels is None:
-            return ModelOutput(logits=self.token_loss(hidden_BTE, self.model.norm, self.lm_head, None))
+            return ModelOutput(logits=self.lm_head(self.model.norm(hidden_BTE)))
         weights_BT = None
         if token_weights is not None:
             weights_BT = torch.zeros_like(token_weights)

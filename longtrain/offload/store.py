@@ -6,7 +6,7 @@ an extent is what was put for one span of it, the unit that moves between tiers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Collection, Hashable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -62,28 +62,13 @@ class DeviceStore:
         if place != DEVICE:
             setting = {"host": "memory.host_budget", "disk": "memory.disk"}.get(place.tier, "memory.host_budget or memory.disk")
             raise ValueError(f"{name}: {place} needs slower tiers, and this run has the device's memory alone; set {setting}")
-        if tensor.shape[TOKEN_AXIS] != len(span):
-            raise ValueError(f"{name}: tensor {list(tensor.shape)} does not hold the {len(span)} tokens of {span}")
         extents = self._extents.setdefault(name, {})
-        if clash := next((s for s in extents if len(s & span)), None):
-            raise ValueError(f"{name}: {span} overlaps the extent {clash}")
+        check_put(name, span, tensor, extents)
         extents[span] = _Extent(tensor, version_of(tensor))
 
     def get(self, name: Hashable, span: Span) -> Tensor:
         extents = self._extents.get(name, {})
-        if span in extents:
-            return self._read(name, span, extents[span])
-        pieces, at = [], span.start
-        for extent_span in sorted(s for s in extents if len(s & span)):
-            common = extent_span & span
-            if common.start != at:
-                break
-            tensor = self._read(name, extent_span, extents[extent_span])
-            pieces.append(tensor[:, common.slice(extent_span.start)])
-            at = common.stop
-        if at != span.stop:
-            raise KeyError(f"{name}: token {at} of {span} is not stored")
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=TOKEN_AXIS)
+        return join([(self._read(name, s, extents[s]), part) for s, part in covering(name, extents, span)])
 
     def prefetch(self, order: Iterable[tuple[Hashable, Span]]) -> None:
         """Everything is here already."""
@@ -105,11 +90,45 @@ class DeviceStore:
     @staticmethod
     def _read(name: Hashable, span: Span, extent: _Extent) -> Tensor:
         if version_of(extent.tensor) != extent.version:
-            raise RuntimeError(
-                f"{name} at {span} was modified in place after it was saved for the backward pass; "
-                "clone the tensor before editing it, or edit it after backward"
-            )
+            raise RuntimeError(edited(f"{name} at {span}"))
         return extent.tensor
+
+
+def check_put(name: Hashable, span: Span, tensor: Tensor, extents: Iterable[Span]) -> None:
+    """Raises ValueError where `tensor` is not `span` long, or `span` overlaps what is there."""
+    if tensor.shape[TOKEN_AXIS] != len(span):
+        raise ValueError(f"{name}: tensor {list(tensor.shape)} does not hold the {len(span)} tokens of {span}")
+    if clash := next((s for s in extents if s.start < span.stop and span.start < s.stop), None):
+        raise ValueError(f"{name}: {span} overlaps the extent {clash}")
+
+
+def covering(name: Hashable, extents: Collection[Span], span: Span) -> list[tuple[Span, slice | None]]:
+    """The extents that hold the tokens of `span`, in order, each with the part of it (None: all of it). Raises KeyError."""
+    if span in extents:
+        return [(span, None)]
+    found, at = [], span.start
+    for extent in sorted(s for s in extents if len(s & span)):
+        common = extent & span
+        if common.start != at:
+            break
+        found.append((extent, None if common == extent else common.slice(extent.start)))
+        at = common.stop
+    if at != span.stop or not found:
+        raise KeyError(f"{name}: token {at} of {span} is not stored")
+    return found
+
+
+def join(pieces: list[tuple[Tensor, slice | None]]) -> Tensor:
+    """The parts one after the other along the tokens."""
+    parts = [tensor if part is None else tensor[:, part] for tensor, part in pieces]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=TOKEN_AXIS)
+
+
+def edited(what: str) -> str:
+    return (
+        f"{what} was modified in place after it was saved for the backward pass; "
+        "clone the tensor before editing it, or edit it after backward"
+    )
 
 
 def version_of(tensor: Tensor) -> int:

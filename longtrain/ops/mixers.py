@@ -35,6 +35,8 @@ class AttentionMixer:
     head_offset: int = 0
     documents: Layout | None = None
     backend: str = "auto"
+    partials: str = "bf16"
+    kernel_fallback: str = "error"
 
     def __call__(self, q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor) -> Tensor:
         whole = Span(0, q_BTHD.shape[1])
@@ -54,6 +56,8 @@ class AttentionMixer:
             "dropout_seed": self.dropout_seed,
             "head_offset": self.head_offset,
             "backend": self.backend,
+            "partials": self.partials,
+            "kernel_fallback": self.kernel_fallback,
         }
         if self.documents is not None and len(self.documents.edges) > 2:
             cu_q, cu_k = self.documents.edges_within(queries, keys)

@@ -88,7 +88,7 @@ class Call:
         whole = self.arguments.on(Span(0, self.tokens))
         with torch.no_grad():
             self.mixers = [layer.layer.mixers(**whole) for layer in self.layers]
-        self.random = RandomStates(self.device)
+        self.random = RandomStates(self.device, choices=any(getattr(layer.layer, "chooses", False) for layer in self.layers))
         self.surroundings = Surroundings.capture(self.device)
 
     def run(self, layer: int, span: Span, x: Tensor, steps: Sequence[Callable], replica: Replica | None = None) -> Tensor:

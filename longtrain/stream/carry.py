@@ -104,15 +104,15 @@ class KVCarry:
 
 
 CARRIES = {AttentionMixer: KVCarry}
-"""Which carry streams which mixer. A mixer of the user's own brings ``make_carry(tokens)`` and ``causal = True`` instead."""
+"""Which carry streams which mixer. A mixer of the user's own brings ``make_carry(spans)`` and ``causal = True`` instead."""
 
 
 def make_carry(mixer, spans: Sequence[Span]):
     """The carry of a causal mixer over a sequence streamed in `spans`. Raises TypeError for a mixer that has none."""
     if hasattr(mixer, "make_carry"):
-        return mixer.make_carry(spans[-1].stop if spans else 0)
+        return mixer.make_carry(spans)
     if type(mixer) not in CARRIES:
-        raise TypeError(f"{type(mixer).__name__} cannot be streamed along the sequence: give it make_carry(tokens), or causal=False")
+        raise TypeError(f"{type(mixer).__name__} cannot be streamed along the sequence: give it make_carry(spans), or causal=False")
     return CARRIES[type(mixer)](mixer, spans)
 
 

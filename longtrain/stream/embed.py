@@ -13,14 +13,14 @@ from longtrain.stream.replay import delivered
 from longtrain.stream.segment import Chain
 
 
-def streamed_token_embed(input_ids_BT: Tensor, embedding: nn.Embedding, *, chain: Chain) -> Tensor:
+def streamed_token_embed(input_ids_BT: Tensor, embedding: nn.Embedding, *, chain: Chain, to_loss: bool = False) -> Tensor:
     """As `longtrain.nn.TokenEmbed.forward`; returns the stand-in of the first layer's input."""
     weight_VE = embedding.weight
     shape = torch.Size((*input_ids_BT.shape, weight_VE.shape[1]))
     boundary = chain.new_boundary(0, shape, weight_VE.device)
     spans = chunk_spans(input_ids_BT.shape[1], chain.plan.chunk_tokens)
     stand_in = _Embed.apply(weight_VE, input_ids_BT, boundary, spans)
-    chain.boundary, chain.from_ids = boundary, True
+    chain.boundary, chain.from_ids, chain.to_loss = boundary, True, to_loss
     return stand_in
 
 

@@ -25,7 +25,7 @@ from longtrain.ops.linear_cross_entropy import (
     workspace,
 )
 from longtrain.span import Span, chunk_spans
-from longtrain.stream.boundary import Boundary, Leave
+from longtrain.stream.boundary import Boundary
 from longtrain.stream.call import Sequenced, WholeTensor
 from longtrain.stream.replay import GradientSums, Surroundings, delivered
 from longtrain.stream.segment import Chain
@@ -35,7 +35,7 @@ def streamed_token_loss(
     hidden_BTE: Tensor,
     norm: nn.Module,
     head: nn.Linear,
-    targets_BT: Tensor | None,
+    targets_BT: Tensor,
     *,
     normalizer: float | Tensor | None = None,
     token_weights_BT: Tensor | None = None,
@@ -53,9 +53,6 @@ def streamed_token_loss(
     boundary = chain.take_boundary(hidden_BTE, "the loss") if streams else None
     batch, tokens = hidden_BTE.shape[:2]
     spans = chunk_spans(tokens, tokens or 1) if boundary is None else chunk_spans(tokens, chain.plan.chunk_tokens)
-    if targets_BT is None:
-        hidden_BTE = hidden_BTE if boundary is None else Leave.apply(hidden_BTE, boundary, spans)
-        return head(norm(hidden_BTE))
     check_targets(targets_BT, head.out_features, options.ignore_index)
     norm_parameters = dict(norm.named_parameters())
     wide = torch.promote_types(hidden_BTE.dtype, torch.float32)

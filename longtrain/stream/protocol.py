@@ -18,6 +18,7 @@ class StreamableLayer(Protocol):
 
     ``forward(x [B, T, E], *, mix=None, **arguments) -> [B, T, E]``. It calls ``mix(q, k, v)`` (or whatever its mixer takes) once
     for each entry of `mixers`, in that order; nothing else in it may look at another token. With ``mix=None`` it mixes by itself.
+    A layer with ``chooses = True`` (a mixture of experts) has the indices of its `torch.topk` calls stored, and its replays use them.
     """
 
     token_args: Mapping[str, int]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from longtrain.offload import version_of
@@ -98,22 +99,55 @@ class Surroundings:
             yield
 
 
-class RandomStates:
-    """The generators' states before each span of the forward pass, kept only for spans that drew from them."""
+class _Choices(TorchFunctionMode):
+    """Keeps the indices that every `topk` chose (the experts of a router), or chooses as was kept before."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, kept: list[Tensor], *, replay: bool) -> None:
+        super().__init__()
+        self._kept, self._replay, self._next = kept, replay, 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func not in (torch.topk, Tensor.topk):
+            return func(*args, **kwargs)
+        scores = args[0] if args else kwargs["input"]
+        dim = args[2] if len(args) > 2 else kwargs.get("dim", -1)
+        if not self._replay:
+            chosen = func(*args, **kwargs)
+            self._kept.append(chosen.indices.to(torch.int16 if scores.shape[dim] < 2**15 else torch.int64))
+            return chosen
+        indices = self._kept[self._next].long()
+        self._next += 1
+        return torch.return_types.topk((scores.gather(dim, indices), indices))
+
+
+class RandomStates:
+    """What a span's forward pass drew or chose, for its replays: the generators' states before it, kept only for spans that drew from
+    them, and with `choices` the indices of every `topk`, which a rounding difference could change."""
+
+    def __init__(self, device: torch.device, *, choices: bool = False) -> None:
         self._device = device
         self._states: dict[Span, tuple[Tensor, ...]] = {}
+        self._choices: dict[Span, list[Tensor]] | None = {} if choices else None
 
     @contextmanager
     def recorded(self, span: Span) -> Iterator[None]:
         before = self._snapshot()
-        yield
+        with nullcontext() if self._choices is None else _Choices(self._choices.setdefault(span, []), replay=False):
+            yield
         if any(not torch.equal(a, b) for a, b in zip(before, self._snapshot(), strict=True)):
             self._states[span] = before
 
     @contextmanager
     def restored(self, span: Span) -> Iterator[None]:
+        with self._chosen(span), self._drawn(span):
+            yield
+
+    def _chosen(self, span: Span) -> AbstractContextManager:
+        return nullcontext() if not self._choices else _Choices(self._choices[span], replay=True)
+
+    @contextmanager
+    def _drawn(self, span: Span) -> Iterator[None]:
         if span not in self._states:
             yield
             return

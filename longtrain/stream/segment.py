@@ -36,7 +36,9 @@ class Chain:
         self.progress: Progress | None = None
         self.boundary: Boundary | None = None
         self.from_ids = False
-        """Whether this pass began at the embedding, which made the first boundary; then the loss takes the last one."""
+        """Whether this pass began at the embedding, which made the first boundary."""
+        self.to_loss = False
+        """Whether this pass ends in the streamed loss, which takes the last boundary."""
         self.unfinished: Segment | None = None
         """The segment whose first layer has run it, and whose other layers have not yet been called."""
 
@@ -90,14 +92,14 @@ class Segment:
         into = out_of = None
         if chain.plan.boundaries == "stream":
             if self.first and (chain.boundary is None or not chain.from_ids):
-                chain.from_ids = False
+                chain.from_ids = chain.to_loss = False
                 into = chain.new_boundary(self.indices[0], x.shape, x.device)
                 x = Enter.apply(x, into, call.spans)
             else:
                 into = chain.take_boundary(x, f"layer {self.indices[0]}")
             out_of = chain.new_boundary(self.indices[-1] + 1, x.shape, x.device)
         y = _StreamedSegment.apply(call, into, out_of, torch.is_grad_enabled(), x, *tensors)
-        leaves = self.last and not chain.from_ids
+        leaves = self.last and not chain.to_loss
         self._leave = (lambda y: Leave.apply(y, out_of, call.spans)) if out_of is not None and leaves else None
         chain.boundary = None if leaves else out_of
         if len(self.layers) == 1:

@@ -22,6 +22,7 @@ def step_line(
     grad_norm: float,
     lr: float,
     tokens_per_second: float,
+    mfu: float,
     peak_bytes: int,
     budget_bytes: int | None,
     eta_seconds: float,
@@ -29,12 +30,14 @@ def step_line(
     budget = f" of {format_bytes(budget_bytes)}" if budget_bytes else ""
     return (
         f"step {step:>{len(str(steps))}}/{steps}  T {seq_len}  loss {loss:.4f}  grad norm {grad_norm:.3f}  lr {lr:.2e}  "
-        f"{tokens_per_second:,.0f} tokens/s  peak {format_bytes(peak_bytes)}{budget}  ETA {format_time(eta_seconds)}"
+        f"{tokens_per_second:,.0f} tokens/s  mfu {mfu:.1%}  peak {format_bytes(peak_bytes)}{budget}  ETA {format_time(eta_seconds)}"
     )
 
 
-def verdict(validation_loss: float, targets: int, baselines: Baselines) -> str:
+def verdict(validation_loss: float, targets: int, baselines: Baselines | None) -> str:
     """The validation loss beside what counting achieves. Logarithms are natural; bits per byte are those divided by ln 2."""
+    if baselines is None:
+        return f"validation loss  {validation_loss:.4f} nats a token, {targets:,} targets"
     better = validation_loss < baselines.bigram
     lines = [
         f"validation loss  {validation_loss:.4f} nats a byte = {validation_loss / math.log(2):.3f} bits a byte, {targets:,} targets",

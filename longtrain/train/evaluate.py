@@ -26,7 +26,10 @@ class Evaluation:
     loss: float
     targets: int
     positions: list[dict]
-    """``{"start", "stop", "loss", "targets"}`` a bucket: its targets are predicted at these positions of their own document."""
+    """``{"start", "stop", "loss", "error", "targets"}`` a bucket: its targets are predicted at positions ``[start, stop)`` of their own
+    document; `error` is the standard error of the mean, targets taken as independent."""
+    sources: list[dict] = field(default_factory=list)
+    """``{"source", "loss", "error", "targets"}`` for each source of documents, where there are several."""
     probes: list[ProbeResult] = field(default_factory=list)
 
     def record(self) -> dict:
@@ -40,12 +43,19 @@ class Evaluation:
 
     def table(self) -> str:
         """Loss by position and the probes, a line each."""
-        lines = ["position in the document    loss       targets"]
-        lines += [f"{p['start']:>10,} to {p['stop'] - 1:>10,}  {p['loss']:>6.4f}  {p['targets']:>12,}" for p in self.positions]
+        lines = ["position in the document    loss  +-        targets"]
+        lines += [f"{p['start']:>10,} to {p['stop'] - 1:>10,}  {_means(p)}" for p in self.positions]
+        if self.sources:
+            lines.append("source")
+            lines += [f"{p['source'][:24]:<24}  {_means(p)}" for p in self.sources]
         if self.probes:
             lines.append("probe     tokens back  right  chance  answers")
             lines += [f"{p.probe:<8}  {p.distance:>11,}  {p.accuracy:>5.1%}  {p.chance:>6.1%}  {p.answers:>7,}" for p in self.probes]
         return "\n".join(lines)
+
+
+def _means(part: dict) -> str:
+    return f"{part['loss']:.4f}  {part['error']:.4f}  {part['targets']:>12,}"
 
 
 def evaluate(
@@ -82,10 +92,10 @@ def validation_text(validation: PackedDocuments) -> np.ndarray:
 
 def probe_distances(config: Config, name: str) -> tuple[int, ...]:
     """Those of the config; else a sixteenth, a quarter, half and nearly all of the sequence, even, where the probe fits."""
-    longest = config.data.seq_len
+    shortest, longest = SHORTEST[name], config.data.seq_len
     farthest = (longest - ASKED[name]) // 2 * 2
-    usual = sorted({max(longest // part // 2 * 2, SHORTEST[name]) for part in (16, 4, 2)} | {farthest})
-    return config.eval.distances or tuple(d for d in usual if d <= farthest)
+    usual = {max(longest // part // 2 * 2, shortest) for part in (16, 4, 2)} | {farthest}
+    return config.eval.distances or tuple(sorted(d for d in usual if shortest <= d <= farthest))
 
 
 def check_probes(config: Config, where: Locations) -> None:
@@ -122,6 +132,7 @@ def validate(
     bar.begin("validation", -validation.seq_len, len(rows))
     edges = position_edges(settings.first_bucket, validation.seq_len)
     by_position = _Sums(len(edges) - 1)
+    by_source: dict[str, _Sums] = {}
     for row in rows:
         batch = validation.read_row(row)
         check_ids(batch, model.config.vocab_size)
@@ -132,25 +143,37 @@ def validate(
         losses_BT = model(batch.input_ids_BT, labels=batch.labels_BT, cu_seqlens=batch.cu_seqlens, reduction="none").loss
         loss_T = losses_BT[0].double().cpu().numpy()
         by_position.add(bucket_T[scored_T], loss_T[scored_T])
+        for source, start, stop in zip(batch.sources, layout.edges, layout.edges[1:], strict=False):  # padding, if any, comes last
+            part_T = loss_T[start:stop][scored_T[start:stop]]
+            by_source.setdefault(source, _Sums(1)).add(np.zeros(len(part_T), dtype=np.int64), part_T)
         bar.sequence_done()
     bar.clear()
+    sources = [{"source": name, **sums.parts()[0]} for name, sums in sorted(by_source.items()) if sums.targets[0]]
     return Evaluation(
         loss=float(by_position.loss.sum() / by_position.targets.sum()),
         targets=int(by_position.targets.sum()),
         positions=[
-            {"start": a, "stop": b, "loss": loss / targets, "targets": targets}
-            for a, b, loss, targets in zip(edges[:-1], edges[1:], by_position.loss.tolist(), by_position.targets.tolist(), strict=True)
-            if targets
+            {"start": a, "stop": b, **part} for a, b, part in zip(edges[:-1], edges[1:], by_position.parts(), strict=True) if part["targets"]
         ],
+        sources=sources if len(sources) > 1 else [],
     )
 
 
 class _Sums:
-    """Summed losses and numbers of targets, one pair a bucket."""
+    """Numbers of targets in each bucket, and their losses summed: plain and squared."""
 
     def __init__(self, buckets: int) -> None:
-        self.loss, self.targets = np.zeros(buckets), np.zeros(buckets, dtype=np.int64)
+        self.targets, self.loss, self.square = np.zeros(buckets, dtype=np.int64), np.zeros(buckets), np.zeros(buckets)
 
     def add(self, bucket_N: np.ndarray, loss_N: np.ndarray) -> None:
-        self.loss += np.bincount(bucket_N, loss_N, minlength=len(self.loss))
-        self.targets += np.bincount(bucket_N, minlength=len(self.loss))
+        for sums, weights in ((self.targets, None), (self.loss, loss_N), (self.square, loss_N**2)):
+            sums += np.bincount(bucket_N, weights, minlength=len(sums))
+
+    def parts(self) -> list[dict]:
+        """Mean, standard error and number of each bucket."""
+        n = np.maximum(self.targets, 1)
+        mean = self.loss / n
+        error = np.sqrt(np.maximum(self.square / n - mean**2, 0) / n)
+        return [
+            {"loss": m, "error": e, "targets": t} for m, e, t in zip(mean.tolist(), error.tolist(), self.targets.tolist(), strict=True)
+        ]

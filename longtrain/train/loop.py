@@ -1,233 +1,296 @@
-"""The training loop: read the data, build the model, stream it as planned, update, validate, write.
+"""The training loop: update, validate, save, until the last update or until asked to stop.
 
-Everything that can be wrong is checked before the first file is written; a loss that is not finite stops the run before the update.
+Everything that can be wrong is checked before the first file is written (`prepare.py`); where the run begins is for `resume.py` to find.
+What an update reads and computes is a function of the configuration, the checkpoint and its number alone: a run that was killed and
+started again has the losses, bit for bit, of one that was not.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import sys
 import time
-from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-import longtrain as lt
-from longtrain._extension import MISSING
 from longtrain.config import Config, Locations, dump_config
-from longtrain.config.schema import DataConfig
-from longtrain.data.baselines import compute_baselines
-from longtrain.data.packing import Batch, PackedDocuments, check_ids
-from longtrain.data.sources import VOCABULARY, Document, check_vocabulary, read_stdlib, read_text, split_documents
-from longtrain.nn import LanguageModel, count_targets
+from longtrain.data.corpus import BYTES
+from longtrain.data.packing import Batch
 from longtrain.train import output
+from longtrain.train.checkpoint import one_process, read_facts
 from longtrain.train.console import StepBar, step_line, verdict
-from longtrain.train.evaluate import check_probes, evaluate
-from longtrain.train.optimizer import Optimizer
-from longtrain.train.output import Metrics, RunError, said_plainly, write_whole
+from longtrain.train.evaluate import Evaluation, check_probes, evaluate
+from longtrain.train.flops import RULE, update_flops
+from longtrain.train.lock import locked
+from longtrain.train.metrics import Metrics, check_extras, open_sinks, rewind
+from longtrain.train.output import RunError, write_whole
 from longtrain.train.peak_memory import read_peak, reset_peak
 from longtrain.train.plot import plot_run
+from longtrain.train.prepare import Setup, describe, prepare, remaining_tokens, set_rotary, stage_at
+from longtrain.train.provenance import provenance
+from longtrain.train.resume import begins_anew, changed_settings, check_facts, find_checkpoint
+from longtrain.train.saving import Saved, Saver
 from longtrain.train.schedule import learning_rate
-from longtrain.units import format_bytes, format_time, parse_bytes
+from longtrain.train.spike import MOST_IN_A_ROW, SpikeGuard
+from longtrain.train.state import describe_tensors, random_states, restore_state, state_tensors
+from longtrain.train.step import NotFinite, gradients
+from longtrain.train.stop import Stop, Stopped
+from longtrain.units import format_time, parse_bytes
 
 
-def run(config: Config, where: Locations) -> None:
-    """Train one model. Raises ConfigError, DataError or RunError, each with one line to show."""
+def run(config: Config, where: Locations, stop_after: float | None = None) -> int:
+    """Train one model; `stop_after` seconds from now at the latest, save and end.
+
+    Returns the command's exit code: 0, or what `Stopped` says. Raises ConfigError, DataError or RunError, each with one line to show.
+    """
     began = time.monotonic()
     directory = Path(config.output.dir)
-    if output.holds_run(directory) and not config.output.overwrite:
-        raise where.error("output.dir", f"{directory} already holds a run; name another, or set output.overwrite=true")
+    if (processes := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+        raise RunError(f"{processes} processes were started (WORLD_SIZE), and training is done by one; start one, as torchrun --nproc-per-node=1")
+    begins_anew(config, where)
+    check_extras(config, where)
     check_probes(config, where)
-    device = choose_device(config, where)
-    if config.train.threads is not None:
-        torch.set_num_threads(config.train.threads)
-    torch.manual_seed(config.train.seed)
-
-    train_documents, validation_documents = read_documents(config)
-    check_vocabulary([*train_documents, *validation_documents], config.model.vocab_size)
-    packed = {s.seq_len: pack(train_documents, s.seq_len, config.data) for s in config.stages()}
-    validation = pack(validation_documents, config.data.seq_len, config.data)
-    rows = validation_rows(validation, config.train.validation_tokens)
-    baselines = compute_baselines(train_documents, validation, rows, VOCABULARY)
-
-    model = LanguageModel(config.model).to(device)
-    optimizer = Optimizer(model, config.train)
-    plan = make_plan(model, config, where)
-    bar = StepBar(sys.stdout)
-    if plan is not None:
-        report = lt.apply(model, plan)
-        if bar.shown:
-            report.on_progress(bar.span_done)
-    budget = parse_bytes(config.memory.budget, "memory.budget") if config.memory.budget else None
-
-    with said_plainly(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-    write_whole(directory / output.CONFIG, lambda path: path.write_text(dump_config(config), encoding="utf-8"))
-    metrics = Metrics(directory / output.METRICS)
-    metrics.write(
-        "run",
-        unigram=baselines.unigram,
-        bigram=baselines.bigram,
-        budget_bytes=budget,
-        plan=dataclasses.asdict(plan) if plan else None,
-        longtrain=lt.__version__,
-        torch=torch.__version__,
-        device=str(device),
-        threads=torch.get_num_threads(),
-    )
-    describe(config, plan, model, len(train_documents), len(validation_documents), packed[config.data.seq_len])
-
-    for step in range(config.train.steps):
-        started = time.monotonic()
-        reset_peak(device)
-        batches = update_batches(config, packed, step)
-        seq_len, tokens = batches[0].input_ids_BT.shape[1], sum(b.input_ids_BT.numel() for b in batches)
-        bar.begin(f"step {step + 1}/{config.train.steps}", seq_len, len(batches))
-        loss, targets = accumulate(model, optimizer, batches, step + 1, device, bar)
-        norm = optimizer.grad_norm()
-        grad_norm = float(norm)
-        if not math.isfinite(grad_norm):
-            raise not_finite("gradient norm", grad_norm, step + 1, batches)
-        lr = learning_rate(config.train, step)
-        optimizer.update(lr, norm)
-        seconds = time.monotonic() - started
-        bar.clear()
-        measured = {"seq_len": seq_len, "loss": loss, "grad_norm": grad_norm, "lr": lr, "tokens_per_second": tokens / seconds}
-        measured["peak_bytes"] = read_peak(device)
-        eta = seconds / tokens * remaining_tokens(config, step + 1)
-        print(step_line(step + 1, config.train.steps, **measured, budget_bytes=budget, eta_seconds=eta), flush=True)
-        metrics.write("step", step=step + 1, **measured, tokens=tokens, targets=targets, seconds=seconds)
-
-        last = step + 1 == config.train.steps
-        if last or (config.train.validate_every and (step + 1) % config.train.validate_every == 0):
-            evaluation = evaluate(model, config, validation, rows, device, bar)
-            print(f"step {step + 1}/{config.train.steps}  {evaluation}", flush=True)
-            metrics.write("validation", step=step + 1, **evaluation.record())
-        if last or (config.train.save_every and (step + 1) % config.train.save_every == 0):
-            write_whole(directory / output.WEIGHTS, model.save_safetensors)
-
-    seconds = time.monotonic() - began
-    metrics.write(
-        "result",
-        validation_loss=evaluation.loss,
-        bits_per_byte=evaluation.loss / math.log(2),
-        **dataclasses.asdict(baselines),
-        seconds=seconds,
-    )
-    metrics.close()
-    written = [output.WEIGHTS, output.METRICS, output.CONFIG]
-    try:
-        plot_run(directory / output.METRICS, directory / output.PLOT)
-        written.append(output.PLOT)
-    except ImportError:
-        print("no plot: matplotlib is not installed; get it with: pip install longtrain[plot]")
-    print(evaluation.table())
-    print(verdict(evaluation.loss, evaluation.targets, baselines))
-    print(f"{format_time(seconds)} in all; {directory} holds {', '.join(written)}")
-
-
-def choose_device(config: Config, where: Locations) -> torch.device:
-    if config.train.device == "cuda" and not torch.cuda.is_available():
-        raise where.error("train.device", "no GPU is visible to PyTorch; set auto or cpu, or install a CUDA build of torch")
-    return torch.device("cuda" if config.train.device != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def read_documents(config: Config) -> tuple[list[Document], list[Document]]:
-    """Training and validation documents."""
-    documents = read_stdlib() if config.data.source == "stdlib" else read_text(config.data.files)
-    return split_documents(documents, config.data.validation_fraction, config.data.seed)
-
-
-def pack(documents: Sequence[Document], seq_len: int, data: DataConfig) -> PackedDocuments:
-    return PackedDocuments(
-        documents, seq_len, packing=data.packing, min_document_tokens=data.min_document_tokens, seed=data.seed
-    )
-
-
-def validation_rows(validation: PackedDocuments, tokens: int | None) -> list[int]:
-    """The sequences that every validation reads: all of them, or the first of a fixed shuffle."""
-    count = len(validation) if tokens is None else math.ceil(tokens / validation.seq_len)
-    return [int(row) for row in validation.order(0)[:count]]
-
-
-def make_plan(model: LanguageModel, config: Config, where: Locations) -> lt.Plan | None:
-    """The planner's plan for a budget, the hand-made one, or None: nothing is streamed."""
-    if config.memory.budget is not None:
+    setup = prepare(config, where)
+    with locked(directory), Stop(began + stop_after if stop_after else None) as stop, one_process():
+        trainer = Trainer(setup, where, stop, began)
+        trainer.begin()
         try:
-            return lt.plan(model, seq_len=config.data.seq_len, budget=config.memory.budget)
-        except lt.InfeasibleBudget as error:
-            raise where.error("memory.budget", str(error)) from None
-    settings = config.memory.plan_settings()
-    return lt.Plan(**settings) if settings else None
+            trainer.train()
+            trainer.conclude()
+        except Stopped as stopped:
+            trainer.end_early(stopped)
+            return stopped.exit_code
+        finally:
+            trainer.close()
+    return 0
 
 
-def describe(config: Config, plan: lt.Plan | None, model: LanguageModel, train: int, validation: int, packed: PackedDocuments) -> None:
-    """What is about to happen, before the first step."""
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"model   {parameters:,} parameters, {config.model.num_layers} layers, {config.train.dtype}")
-    if MISSING is not None:
-        print(f"kernels pure torch, slower: {MISSING}")
-    print(
-        f"data    {config.data.source}: {train} training documents in {len(packed)} sequences of {packed.seq_len} tokens, "
-        f"{validation} held out"
-    )
-    if plan is None:
-        print("memory  not streamed: memory.chunk_tokens or memory.budget would")
-    else:
-        predicted = f", predicted peak {format_bytes(plan.predicted_peak)}" if plan.predicted_peak else ""
-        print(
-            f"memory  chunks of {plan.chunk_tokens} tokens, segments of {plan.segment_layers} layers, "
-            f"outputs stored {plan.store_outputs}, K/V stored {plan.store_kv}{predicted}",
-            flush=True,
+class Trainer:
+    """A run that holds its directory: `done` updates of it, and the random states after the last of them."""
+
+    def __init__(self, setup: Setup, where: Locations, stop: Stop, began: float) -> None:
+        self.setup, self.config, self.where, self.stop, self.began = setup, setup.config, where, stop, began
+        self.directory = Path(self.config.output.dir)
+        self.bar = StepBar(sys.stdout)
+        self.guard = SpikeGuard(self.config.spike)
+        self.done = self.validated = 0
+        self.seconds_before = 0.0
+        self.slowest: dict[int, float] = {}
+        self.saved: Saved | None = None
+        self.evaluation: Evaluation | None = None
+        self.metrics: Metrics | None = None
+        self.budget = parse_bytes(self.config.memory.budget, "memory.budget") if self.config.memory.budget else None
+
+    def begin(self) -> None:
+        """Find where to go on from, put the run into that state, open the metrics."""
+        describe(self.setup)
+        anew = begins_anew(self.config, self.where)
+        checkpoint, notes = find_checkpoint(self.config, self.where, anew)
+        say("resume", notes)
+        resumed = {"notes": notes}
+        if checkpoint is not None:
+            resumed |= self.restore(checkpoint)
+        self.random = random_states()
+        self.saver = Saver(self.directory / output.CHECKPOINTS, self.config.checkpoint)
+        self.saver.check_room_ahead(state_tensors(self.setup.model, self.setup.optimizer))
+        self.open_metrics(resumed, append=not anew)
+        if self.setup.report is not None:
+            self.setup.report.on_progress(self.span_done)
+
+    def restore(self, checkpoint: Path) -> dict:
+        """Go back to the state in `checkpoint`; returns what the metrics should hold of it."""
+        facts = read_facts(checkpoint)
+        check_facts(facts, self.setup.loader.fingerprint, checkpoint, self.config, self.where)
+        try:
+            restore_state(checkpoint, self.setup.model, self.setup.optimizer)
+        except ValueError as error:
+            raise self.where.error("model", f"{error}; give the model section that it had, or begin anew elsewhere") from None
+        self.guard.restore(facts["guard"])
+        self.done, self.seconds_before = facts["step"], facts["seconds"]
+        changed = changed_settings(checkpoint, self.config)
+        say("resume", [f"going on from step {self.done}, {checkpoint}", *(f"changed since then: {change}" for change in changed)])
+        return {"step": self.done, "checkpoint": str(checkpoint), "changed": changed}
+
+    def open_metrics(self, resumed: dict, append: bool) -> None:
+        """Write the config; go on with the metrics up to `done`, or begin them; record what runs where."""
+        config, setup, path = self.config, self.setup, self.directory / output.METRICS
+        goes_on = self.done > 0 and append and path.exists()
+        if goes_on:
+            kept, dropped = rewind(path, self.done)
+            self.validated = max((r["step"] for r in kept if r["kind"] == "validation"), default=0)
+            resumed |= dropped
+            if dropped["dropped_steps"]:
+                say("resume", ["updates {} to {} are done again, their metrics were dropped".format(*dropped["dropped_steps"])])
+        self.config_text = dump_config(config)
+        write_whole(self.directory / output.CONFIG, lambda path: path.write_text(self.config_text, encoding="utf-8"))
+        self.metrics = Metrics(open_sinks(config, self.directory, self.done, append=goes_on))
+        environment = {
+            "budget_bytes": self.budget,
+            "plan": dataclasses.asdict(setup.plan) if setup.plan else None,
+            "device": str(setup.device),
+            "threads": torch.get_num_threads(),
+            "config": dataclasses.asdict(config),
+            "mfu_rule": RULE,
+            "flop_rate": setup.flop_rate,
+            **provenance(),
+        }
+        if not goes_on:
+            counted = {"unigram": setup.baselines.unigram, "bigram": setup.baselines.bigram} if setup.baselines else {}
+            self.metrics.write("run", **counted, **environment)
+        if self.done > 0:
+            self.metrics.write("resume", **resumed, **environment)
+
+    def span_done(self, phase: str, done: int, total: int) -> None:
+        """Between two spans of the streaming engine: a long step can be given up, and the state before it saved."""
+        self.stop.check()
+        self.bar.span_done(phase, done, total)
+
+    def train(self) -> None:
+        """Until the last update is done, validated and saved. Raises Stopped."""
+        config = self.config
+        while True:
+            last = self.done == config.train.steps
+            every = config.train.validate_every
+            if (last and self.evaluation is None) or (self.done > self.validated and every and self.done % every == 0):
+                self.validate()
+            self.note_saved(self.saver.collect())
+            if self.saver.due(self.done, last):
+                self.save()
+            if last:
+                self.note_saved(self.saver.finish())
+                return
+            self.stop.check(ahead=self.seconds_ahead())
+            self.update()
+
+    def update(self) -> None:
+        """The next update, or, where its loss is a spike, what the guard says."""
+        config, setup, model, optimizer = self.config, self.setup, self.setup.model, self.setup.optimizer
+        started, step = time.monotonic(), self.done + 1
+        reset_peak(setup.device)
+        set_rotary(model, stage_at(config, self.done))
+        batches = setup.loader.update(self.done)
+        seq_len, tokens = batches[0].input_ids_BT.shape[1], sum(b.input_ids_BT.numel() for b in batches)
+        self.bar.begin(f"step {step}/{config.train.steps}", seq_len, len(batches))
+        try:
+            loss, targets, norm = gradients(model, optimizer, batches, step, setup.device, self.bar)
+            spike = self.guard.spike(loss, seq_len)
+        except NotFinite as error:  # never saved: the weights may be what is wrong
+            spike = self.guard.spike(math.nan, seq_len) and str(error)
+            if spike is None or not self.guard.skips():
+                raise
+        self.bar.clear()
+        if spike is not None:
+            self.leave_out(spike, batches)
+        else:
+            lr = learning_rate(config.train, self.done)
+            optimizer.update(lr, norm)
+            seconds = time.monotonic() - started
+            self.slowest[seq_len] = max(seconds, self.slowest.get(seq_len, 0.0))
+            measured = {"seq_len": seq_len, "loss": loss, "grad_norm": float(norm), "lr": lr, "tokens_per_second": tokens / seconds}
+            measured["mfu"] = update_flops(config.model, batches) / seconds / setup.flop_rate
+            measured["peak_bytes"] = read_peak(setup.device)
+            eta = seconds / tokens * remaining_tokens(config, step)
+            print(step_line(step, config.train.steps, **measured, budget_bytes=self.budget, eta_seconds=eta), flush=True)
+            self.metrics.write("step", step=step, **measured, tokens=tokens, targets=targets, seconds=seconds)
+        self.done, self.random = step, random_states()
+
+    def leave_out(self, spike: str, batches: Sequence[Batch]) -> None:
+        """Forget the gradients of a spike. Raises RunError, with the state before it saved, unless spikes are skipped."""
+        self.setup.optimizer.discard()
+        skipped, step = self.guard.skips(), self.done + 1
+        self.metrics.write("spike", step=step, found=spike, skipped=skipped, documents=[name for b in batches for name in b.documents])
+        print(f"step {step}/{self.config.train.steps}  spike, {'skipped' if skipped else 'not skipped'}: {spike}", flush=True)
+        if not skipped:
+            if self.done > self.saver.last_step:
+                self.save()
+            self.note_saved(self.saver.finish())
+            raise RunError(
+                f"step {step}: spike: {spike}; stopped before the update, as spike.action says or after {MOST_IN_A_ROW} in a row, with step "
+                f"{self.done} saved; lower train.lr, look at the documents in {output.METRICS}, or set spike.action"
+            )
+
+    def validate(self) -> None:
+        setup = self.setup
+        set_rotary(setup.model, stage_at(self.config, self.done - 1))
+        self.evaluation = evaluate(setup.model, self.config, setup.validation, setup.rows, setup.device, self.bar)
+        self.random = random_states()
+        if self.done > self.validated:
+            print(f"step {self.done}/{self.config.train.steps}  {self.evaluation}", flush=True)
+            self.metrics.write("validation", step=self.done, **self.evaluation.record())
+            self.validated = self.done
+
+    def save(self) -> None:
+        """Begin a checkpoint of the state after `done` updates. The metrics up to there are on disk before it."""
+        tensors = {**state_tensors(self.setup.model, self.setup.optimizer), **self.random}
+        facts = {
+            "step": self.done,
+            "seconds": self.seconds(),
+            "data": self.setup.loader.fingerprint,
+            "guard": self.guard.state(),
+            "plan": dataclasses.asdict(self.setup.plan) if self.setup.plan else None,
+            "tensors": describe_tensors(tensors),
+        }
+        self.metrics.flush()
+        self.note_saved(self.saver.save(self.done, tensors, facts, self.config_text))
+
+    def note_saved(self, saved: Saved | None) -> None:
+        if saved is not None:
+            self.saved = saved
+            self.metrics.write("checkpoint", **dataclasses.asdict(saved))
+
+    def seconds(self) -> float:
+        """What the run has taken, with what it took before it was interrupted."""
+        return self.seconds_before + time.monotonic() - self.began
+
+    def seconds_ahead(self) -> float:
+        """What the next update and a checkpoint will take, as far as is known."""
+        return self.slowest.get(stage_at(self.config, self.done).seq_len, 0.0) + (self.saved.seconds if self.saved else 0.0)
+
+    def end_early(self, stopped: Stopped) -> None:
+        """Save what is done, and say how to go on."""
+        self.bar.clear()
+        if self.done > self.saver.last_step:
+            self.save()
+        self.note_saved(self.saver.finish())
+        self.metrics.write("stopped", step=self.done, reason=str(stopped))
+        saved = ", saved" if self.done else ""
+        print(f"stopped ({stopped}) after step {self.done}/{self.config.train.steps}{saved}; the same command goes on from there", flush=True)
+
+    def conclude(self) -> None:
+        """Weights, result, picture, verdict."""
+        setup, directory, evaluation = self.setup, self.directory, self.evaluation
+        write_whole(directory / output.WEIGHTS, setup.model.save_safetensors)
+        self.metrics.write(
+            "result",
+            step=self.done,
+            validation_loss=evaluation.loss,
+            **({"bits_per_byte": evaluation.loss / math.log(2)} if setup.loader.corpus.tokenizer == BYTES else {}),
+            **(dataclasses.asdict(setup.baselines) if setup.baselines else {}),
+            seconds=self.seconds(),
         )
+        written = [output.WEIGHTS, output.METRICS, output.CONFIG, output.CHECKPOINTS]
+        try:
+            plot_run(directory / output.METRICS, directory / output.PLOT)
+            written.append(output.PLOT)
+        except ImportError:
+            print("no plot: matplotlib is not installed; get it with: pip install longtrain[plot]")
+        print(evaluation.table())
+        print(verdict(evaluation.loss, evaluation.targets, setup.baselines))
+        print(f"{format_time(self.seconds())} in all; {directory} holds {', '.join(written)}")
+
+    def close(self) -> None:
+        """Let a checkpoint that is being written come to its end, and the metrics; stop reading ahead."""
+        self.setup.loader.close()
+        try:
+            self.saver.finish()
+        finally:
+            self.metrics.close()
 
 
-def update_batches(config: Config, packed: dict[int, PackedDocuments], step: int) -> list[Batch]:
-    """The sequences of update `step` (from 0): a function of the configuration and the step alone."""
-    stages = config.stages()
-    stage = stages[bisect_right([s.from_step for s in stages], step) - 1]
-    sequences = stage.tokens_per_update // stage.seq_len
-    first = (step - stage.from_step) * sequences
-    return [packed[stage.seq_len].batch(first + i) for i in range(sequences)]
-
-
-def remaining_tokens(config: Config, step: int) -> int:
-    """Tokens of the updates from `step` on."""
-    stages = config.stages()
-    ends = [s.from_step for s in stages[1:]] + [config.train.steps]
-    return sum(max(0, end - max(step, s.from_step)) * s.tokens_per_update for s, end in zip(stages, ends, strict=True))
-
-
-def accumulate(
-    model: LanguageModel, optimizer: Optimizer, batches: Sequence[Batch], step: int, device: torch.device, bar: StepBar
-) -> tuple[float, int]:
-    """Gradients of one update and its loss: every sequence's sum over the targets of all of them. Also their number."""
-    model.train()
-    targets = sum(count_targets(b.labels_BT, b.cu_seqlens) for b in batches)
-    loss = 0.0
-    for batch in batches:
-        check_ids(batch, model.config.vocab_size)
-        on_device = batch.to(device)
-        part = model(
-            on_device.input_ids_BT, labels=on_device.labels_BT, cu_seqlens=on_device.cu_seqlens, normalizer=targets
-        ).loss
-        value = float(part.detach())
-        if not math.isfinite(value):
-            raise not_finite("loss", value, step, [batch])
-        part.backward()
-        optimizer.collect()
-        loss += value
-        bar.sequence_done()
-    return loss, targets
-
-
-def not_finite(what: str, value: float, step: int, batches: Sequence[Batch]) -> RunError:
-    names = [name for batch in batches for name in batch.documents]
-    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    return RunError(
-        f"step {step}: the {what} is {value}, on {shown}; stopped before the update, and weights saved before are untouched; "
-        "lower train.lr, raise train.warmup_steps, or look at these documents"
-    )
+def say(what: str, lines: Sequence[str]) -> None:
+    for line in lines:
+        print(f"{what:<8}{line}", flush=True)

@@ -7,16 +7,17 @@ itself where torch lets a parameter's gradient have its own dtype (`grad_dtype`)
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from longtrain.config.schema import TrainConfig
+from longtrain.config.run import TrainConfig
 
 
 class Optimizer:
     """Updates `model`, which must be float32 when passed in and is cast to the configured dtype here."""
 
     def __init__(self, model: nn.Module, config: TrainConfig) -> None:
+        self.names = [name for name, p in model.named_parameters() if p.requires_grad]
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.masters: list[nn.Parameter] = self.parameters
         self.grad_clip = config.grad_clip
@@ -63,7 +64,30 @@ class Optimizer:
         for group in self.adamw.param_groups:
             group["lr"] = lr
         self.adamw.step()
-        self.adamw.zero_grad(set_to_none=True)
+        self.discard()
+        self.copy_to_model()
+
+    def discard(self) -> None:
+        """Forget the gradients."""
+        for tensor in (*self.masters, *self.parameters):
+            tensor.grad = None
+
+    @torch.no_grad()
+    def copy_to_model(self) -> None:
+        """Round the masters into the model's own weights, where those are separate."""
         if self.separate_masters:
             for parameter, master in zip(self.parameters, self.masters, strict=True):
                 parameter.copy_(master)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The float32 weights and AdamW's state, by name: what a checkpoint holds. They are the live ones, so filling them loads it."""
+        tensors = {}
+        for name, master in zip(self.names, self.masters, strict=True):
+            moments = self.adamw.state[master]
+            if not moments:  # as torch's AdamW makes them before the first step
+                moments["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
+                moments["exp_avg"] = torch.zeros_like(master, memory_format=torch.preserve_format)
+                moments["exp_avg_sq"] = torch.zeros_like(master, memory_format=torch.preserve_format)
+            tensors[f"weights.{name}"] = master.detach()
+            tensors |= {f"{kind}.{name}": moment for kind, moment in moments.items()}
+        return tensors

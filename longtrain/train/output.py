@@ -1,4 +1,4 @@
-"""What a run writes: files that are whole or absent, and metrics, one JSON object a line."""
+"""What a run writes: files that are whole or absent, and how a directory with a run in it is known."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-CONFIG, METRICS, WEIGHTS, PLOT = "config.yaml", "metrics.jsonl", "model.safetensors", "loss.png"
+CONFIG, METRICS, WEIGHTS, PLOT, CHECKPOINTS = "config.yaml", "metrics.jsonl", "model.safetensors", "loss.png", "checkpoints"
+EVALUATION, REPORT = "evaluation.json", "report.html"
 
 
 class RunError(Exception):
@@ -19,7 +20,14 @@ class RunError(Exception):
 
 def holds_run(directory: Path) -> bool:
     """Whether a run has written here before."""
-    return any((directory / name).exists() for name in (CONFIG, METRICS, WEIGHTS))
+    return any((directory / name).exists() for name in (CONFIG, METRICS, WEIGHTS, CHECKPOINTS))
+
+
+def finished_at(directory: Path) -> int | None:
+    """The number of updates of the finished run in `directory`; None where it did not finish."""
+    if not (directory / METRICS).exists():
+        return None
+    return next((record["step"] for record in read_metrics(directory / METRICS) if record["kind"] == "result"), None)
 
 
 @contextmanager
@@ -47,30 +55,7 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
             temporary.unlink(missing_ok=True)
 
 
-class Metrics:
-    """Appends records to a JSON-lines file; each is on disk, whole, when `write` returns."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        with said_plainly(path):
-            self.file = open(path, "wb", buffering=0)
-
-    def write(self, kind: str, **values) -> None:
-        line = (json.dumps({"kind": kind, **values}) + "\n").encode()
-        start = self.file.tell()
-        with said_plainly(self.path):
-            try:
-                written = self.file.write(line)
-                if written < len(line):
-                    self.file.write(line[written:])  # a full disk takes a part first, then says why
-            except OSError:
-                self.file.truncate(start)
-                raise
-
-    def close(self) -> None:
-        self.file.close()
-
-
 def read_metrics(path: Path) -> list[dict]:
-    """The records of a metrics file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """The records of a metrics file. A last line that a dying process left half written is not one."""
+    lines = path.read_bytes().split(b"\n")
+    return [json.loads(line) for line in lines[:-1]]

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from longtrain.data.recall import key_value_halves
 from longtrain.nn import LanguageModel
 from longtrain.span import Layout
 
@@ -49,27 +50,6 @@ class ProbeResult:
     chance: float
     answers: int
     examples: int
-
-
-def recall_documents(tokens: int, alphabet: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """A document ``[tokens]`` to learn recall from: different keys with their values, then all of them again in another order, and so on.
-
-    With n = min(keys, tokens / 4) pairs a round, a key comes again after 2 to 4 n tokens, with the same value.
-    """
-    keys, values = key_value_halves(alphabet)
-    pairs = max(1, min(len(keys), tokens // 4))
-    chosen = random.choice(keys, pairs, replace=False)
-    value_of = random.choice(values, pairs)
-    orders = [random.permutation(pairs) for _ in range(-(-tokens // (2 * pairs)))]
-    order = np.concatenate(orders)
-    return np.stack([chosen[order], value_of[order]], 1).reshape(-1)[:tokens]
-
-
-def key_value_halves(alphabet: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Keys and values: the lower and the upper half of the tokens in use, sorted. Raises ValueError for fewer than four."""
-    if len(alphabet) < 4:
-        raise ValueError(f"a recall probe needs at least 4 different tokens, and the data has {len(alphabet)}")
-    return alphabet[: len(alphabet) // 2], alphabet[len(alphabet) // 2 :]
 
 
 def recall(distance: int, longest: int, alphabet: np.ndarray, text: np.ndarray, random: np.random.Generator) -> Probe:

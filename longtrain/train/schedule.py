@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import math
 
-from longtrain.config.schema import TrainConfig
+from longtrain.config.run import TrainConfig
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Linear warm-up to `lr`, reached after `warmup_steps` updates; then half a cosine down to `min_lr_ratio * lr` at the last update
-    (Loshchilov and Hutter 2017, arXiv:1608.03983, eq. 5, one cycle), or constant. `step` counts from 0.
+    """Linear warm-up to `lr`, reached after `warmup_steps` updates; then by `schedule`, p from 0 to 1 at the last update:
+
+    constant    1
+    linear      1 - p
+    cosine      (1 + cos(pi p)) / 2        (Loshchilov and Hutter 2017, arXiv:1608.03983, eq. 5, one cycle)
+    wsd         1, then 1 - sqrt(p) over the last `decay_steps` updates    (Hägele et al. 2024, arXiv:2405.18392, eq. 1)
+
+    each between `min_lr_ratio * lr` and `lr`. `step` counts from 0.
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / (config.warmup_steps + 1)
     if config.schedule == "constant":
         return config.lr
-    progress = (step - config.warmup_steps) / max(1, config.steps - 1 - config.warmup_steps)
+    falls_from = config.warmup_steps
+    if config.schedule == "wsd":
+        falls_from = max(falls_from, config.steps - 1 - (config.decay_steps or config.steps // 5))
+    p = max(0, step - falls_from) / max(1, config.steps - 1 - falls_from)
+    share = {"linear": 1 - p, "cosine": 0.5 * (1 + math.cos(math.pi * p)), "wsd": 1 - math.sqrt(p)}[config.schedule]
     lowest = config.min_lr_ratio * config.lr
-    return lowest + (config.lr - lowest) * 0.5 * (1 + math.cos(math.pi * progress))
+    return lowest + (config.lr - lowest) * share

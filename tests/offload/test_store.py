@@ -76,7 +76,9 @@ def test_a_place_decides_per_span(store):
     assert places == [Span(0, 2)] and torch.equal(x.get(Span(0, 2)), tokens(0, 2))
 
 
-@pytest.mark.parametrize("place, setting", [(Place(tier="host"), "memory.host_budget"), (Place(tier="disk"), "memory.disk"), (Place(compress=True), "memory")])
+@pytest.mark.parametrize("place, setting", [
+    (Place(tier="host"), "memory.host_budget"), (Place(tier="disk"), "memory.disk"), (Place(compress=True), "memory"),
+])
 def test_tiers_that_are_not_set_up_are_refused_with_the_setting(store, place, setting):
     with pytest.raises(ValueError, match=setting):
         store.put("x", Span(0, 2), tokens(0, 2), place)

@@ -10,7 +10,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 import gpu_check
 import gpu_check_rows
-from gpu_check_rows import Row, Sizes
+from gpu_check_shapes import Row, Sizes
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
@@ -25,7 +25,8 @@ def test_without_a_gpu_it_says_so_in_one_line(capsys, tmp_path):
 def test_dry_run_of_a_section_writes_json_and_markdown(capsys, tmp_path):
     assert gpu_check.main(["--dry-run-cpu", "--only", "ceilings", "--out", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "gpu_check.json").read_text())
-    assert [row["name"] for row in result["rows"]] == ["bf16 matmul, 64 cubed", "copy on the device, read and written"]
+    assert [row["name"] for row in result["rows"]] == [
+        "bf16 matmul, 64 cubed", "copy on the device, read and written", "pinned copy, host to device", "pinned copy, device to host"]
     assert "dry run" in result["title"] and "| bf16 matmul" in (tmp_path / "gpu_check.md").read_text()
 
 
@@ -59,3 +60,22 @@ def test_a_wrong_attention_backend_gives_a_wrong_row(monkeypatch):
     monkeypatch.setattr(gpu_check_rows, "attention", lambda *a, backend, **o: right(*a, backend=backend, **o) * (1 if backend == "reference" else 1.05))
     first = next(gpu_check_rows.attention_rows(Sizes.tiny_cpu()))
     assert first.passed is False
+
+
+@pytest.mark.parametrize("section", ["attn speed", "replay", "layer", "long layer", "model"])
+def test_sections_run_at_tiny_sizes(section):
+    rows = list(gpu_check_rows.SECTIONS[section](Sizes.tiny_cpu()))
+    assert rows and all(row.section == section and row.passed is not False and (row.measured or row.note) for row in rows)
+
+
+@pytest.mark.parametrize("section", ["layer", "long layer", "model"])
+def test_what_does_not_fit_is_skipped_with_the_reason(section, monkeypatch):
+    monkeypatch.setattr(Sizes, "lacks", lambda self, needed: f"skipped: needs {needed} bytes")
+    rows = list(gpu_check_rows.SECTIONS[section](Sizes.tiny_cpu()))
+    assert rows[0].note.startswith("skipped: needs") and rows[0].passed is None and not rows[0].measured
+
+
+def test_a_replay_that_differs_gives_a_wrong_row(monkeypatch):
+    monkeypatch.setattr(gpu_check_rows.lt.nn.LanguageModel, "forward", lambda self, **o: (_ for _ in ()).throw(RuntimeError("replayed k differs")))
+    row = next(gpu_check_rows.replay_rows(Sizes.tiny_cpu()))
+    assert row.passed is False and "differs" in row.measured

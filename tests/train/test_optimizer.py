@@ -93,6 +93,45 @@ def test_the_learning_rate_rises_linearly_and_falls_along_half_a_cosine():
     assert rates[28] == pytest.approx(0.2 + 0.8 * (1 + math.cos(math.pi / 4)) / 2)
 
 
+def test_a_linear_schedule_falls_on_a_line():
+    config = TrainConfig(steps=21, lr=2.0, warmup_steps=0, schedule="linear", min_lr_ratio=0.0)
+    assert [learning_rate(config, step) for step in (0, 5, 10, 20)] == pytest.approx([2.0, 1.5, 1.0, 0.0])
+
+
+@pytest.mark.parametrize("decay_steps, falls_after", [(25, 75), (None, 80)])
+def test_warmup_stable_decay_holds_and_then_falls_by_the_square_root(decay_steps, falls_after):
+    config = TrainConfig(steps=101, lr=1.0, warmup_steps=4, schedule="wsd", decay_steps=decay_steps, min_lr_ratio=0.2)
+    rates = [learning_rate(config, step) for step in range(101)]
+    assert rates[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8]) and rates[4 : falls_after + 1] == [1.0] * (falls_after - 3)
+    quarter = falls_after + (100 - falls_after) / 4
+    assert rates[100] == pytest.approx(0.2)
+    if quarter.is_integer():
+        assert rates[int(quarter)] == pytest.approx(0.2 + 0.8 * 0.5)
+    assert all(a > b for a, b in zip(rates[falls_after:], rates[falls_after + 1 :], strict=False))
+
+
 def test_a_constant_schedule_stays_and_a_run_of_one_step_has_a_rate():
     assert learning_rate(TrainConfig(steps=9, lr=0.5, schedule="constant"), 8) == 0.5
     assert learning_rate(TrainConfig(steps=1, lr=0.5), 0) == 0.5
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_tensors_are_the_live_ones_and_filling_them_goes_on_bit_for_bit(dtype):
+    inputs = [torch.randn(5, 8) for _ in range(4)]
+    model, optimizer = build(dtype=dtype)
+    untouched = {name: tensor.clone() for name, tensor in build(dtype=dtype)[1].tensors().items()}
+    for x in inputs[:2]:
+        backward(model, optimizer, [x])
+        optimizer.update(1e-2, optimizer.grad_norm())
+    held = {name: tensor.clone() for name, tensor in optimizer.tensors().items()}
+    assert held.keys() == untouched.keys() and all(not torch.equal(held[n], untouched[n]) for n in held)
+    other, another = build(dtype=dtype)
+    for name, tensor in another.tensors().items():
+        tensor.copy_(held[name])
+    another.copy_to_model()
+    for x in inputs[2:]:
+        for m, o in ((model, optimizer), (other, another)):
+            backward(m, o, [x])
+            o.update(1e-2, o.grad_norm())
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    assert all(torch.equal(tensor, another.tensors()[name]) for name, tensor in optimizer.tensors().items())

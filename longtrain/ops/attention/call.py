@@ -61,6 +61,8 @@ class AttentionCall:
     deterministic: bool
     has_dlse: bool = False
     """Backward only: a gradient of the LSE flows in."""
+    partials: str = "bf16"
+    """`fp32`: no backend that returns partial results in a 16-bit dtype."""
 
     @property
     def group(self) -> int:
@@ -245,7 +247,7 @@ def _documents(queries, keys, q_offset, k_offset, cu_q, cu_k, max_q, max_k) -> t
 def build_call(
     q, k, v, *, causal, window_size, q_offset, k_offset, sink_tokens, sink_logits, block_stride, cu_seqlens_q,
     cu_seqlens_k, max_seqlen_q, max_seqlen_k, softcap, scale, dropout_p, dropout_seed, head_offset, deterministic,
-    has_dlse=False,
+    has_dlse=False, partials="bf16",
 ) -> AttentionCall:
     """The call as data. Reads `cu_seqlens` (a device synchronisation if they are on a GPU: keep them on the CPU).
 
@@ -264,5 +266,5 @@ def build_call(
         has_sink_logits=sink_logits is not None, block=block, stride=stride, softcap=softcap,
         scale=D**-0.5 if scale is None else scale, dropout_p=dropout_p,
         dropout_seed=0 if dropout_seed is None else dropout_seed, head_offset=head_offset,
-        deterministic=deterministic, has_dlse=has_dlse,
+        deterministic=deterministic, has_dlse=has_dlse, partials=partials,
     )

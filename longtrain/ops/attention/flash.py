@@ -1,40 +1,65 @@
-"""PyTorch's flash kernel on CUDA, called below `scaled_dot_product_attention`.
+"""PyTorch's flash kernel on CUDA, called below `scaled_dot_product_attention`; with it `torch.nn.attention.varlen`.
 
-`aten::_flash_attention_forward` (what `torch.nn.attention.varlen` calls) takes [B, T, H, D] or packed [T, H, D] with
-cumulative lengths, GQA, windows and causality aligned bottom-right, and returns the LSE; `_backward` takes out and lse.
-Bottom-right is our default alignment, so a chunk of queries against its prefix is one call. The backward of one causal
-document is prefix blocks of `KEY_BLOCK` keys and a diagonal, added in the wide dtype: the kernel returns dK/dV in bf16
-and, with GQA, for all query heads, which would be large and rounded for a whole prefix.
+`aten::_flash_attention_forward` is what `varlen_attn` calls: [B, T, H, D], or packed [T, H, D] with cumulative lengths;
+GQA, windows and causality aligned bottom-right, so a chunk of queries against its prefix is one call. It returns the LSE,
+and `_backward` takes out and lse. The backward returns dK/dV in bf16 (and, with GQA, allocates them for all query heads):
+blocks of `KEY_BLOCK` keys bound both, and their sum is wide.
+
+`torch.nn.attention.activate_flash_attention_impl("FA3")` (or "FA4") replaces the kernel under these ops, here too.
 """
 
 from __future__ import annotations
 
 import torch
 
-from longtrain.ops.attention.call import AttentionCall, Document
+from longtrain.ops.attention import pieces
+from longtrain.ops.attention.call import AttentionCall
+from longtrain.ops.attention.pieces import CAUSAL, Library, Piece
 
 KEY_BLOCK = 16384
 
-_flash = torch.ops.aten._flash_attention_forward
-_flash_backward = torch.ops.aten._flash_attention_backward
+_flash = torch.ops.aten._flash_attention_forward.default
+_flash_backward = torch.ops.aten._flash_attention_backward.default
 
 
 def refuse(call: AttentionCall) -> str | None:
     """Why the call cannot be served exactly, or None."""
-    if call.device.type != "cuda":
-        return f"torch's CUDA flash kernel: the tensors are on {call.device.type}"
+    reason = refuse_call(call)
+    if reason is not None:
+        return reason
+    for op in (_flash, _flash_backward):
+        if missing := {"scale", "window_size_left", "window_size_right"} - {a.name for a in op._schema.arguments}:
+            return f"{op} of torch {torch.__version__} has no {', '.join(sorted(missing))}"
     if not torch.backends.cuda.is_flash_attention_available():
         return "this torch was built without its flash kernel"
-    if torch.cuda.get_device_capability(call.device) < (8, 0):
-        return "the GPU is older than sm_80"
-    if call.dtype not in (torch.bfloat16, torch.float16):
-        return f"bfloat16 and float16 only, not {call.dtype}"
-    if call.value_dim != call.head_dim:
-        return f"value dim {call.value_dim} differs from head dim {call.head_dim}"
-    if call.head_dim % 8 or call.head_dim > 256:
-        return f"head dim {call.head_dim} is not a multiple of 8 up to 256"
     if call.softcap is not None:
         return "no softcap"
+    if call.deterministic and not torch.are_deterministic_algorithms_enabled():
+        return "its backward adds dQ in no fixed order, unless torch.use_deterministic_algorithms(True)"
+    return None
+
+
+def refuse_call(call: AttentionCall, oldest: tuple[int, int] = (8, 0), head_dim: int = 256) -> str | None:
+    """What no flash attention library on GPUs does, or None: shared by the backends that call one."""
+    if call.device.type != "cuda":
+        return f"GPU kernels: the tensors are on {call.device.type}"
+    if not torch.cuda.is_available():
+        return "no GPU on this machine"
+    if torch.cuda.get_device_capability(call.device) < oldest:
+        return f"the GPU is older than sm_{oldest[0]}{oldest[1]}"
+    return refuse_options(call, head_dim)
+
+
+def refuse_options(call: AttentionCall, head_dim: int = 256) -> str | None:
+    """The part of `refuse_call` that is the same on every machine."""
+    if call.dtype not in (torch.bfloat16, torch.float16):
+        return f"bfloat16 and float16 only, not {str(call.dtype).removeprefix('torch.')}"
+    if call.partials == "fp32":
+        return f"returns {str(call.dtype).removeprefix('torch.')} partial results, and partials='fp32' was asked for"
+    if call.value_dim != call.head_dim:
+        return f"value dim {call.value_dim} differs from head dim {call.head_dim}"
+    if call.head_dim % 8 or call.head_dim > head_dim:
+        return f"head dim {call.head_dim} is not a multiple of 8 up to {head_dim}"
     if call.scale <= 0:
         return "positive scales only"
     if call.dropout_p > 0:
@@ -43,92 +68,64 @@ def refuse(call: AttentionCall) -> str | None:
         return "no sink tokens or strided blocks"
     if call.has_dlse:
         return "its backward takes no gradient of the LSE"
-    if call.deterministic:
-        return "its backward adds dQ in no fixed order"
-    if call.queries == 0 or call.keys == 0:
-        return "no empty queries or keys"
-    if (call.causal or call.windowed) and not all(_bottom_right(call, doc) for doc in call.documents):
-        return "the queries are not the last ones of their keys"
     return None
 
 
-def _bottom_right(call: AttentionCall, doc: Document) -> bool:
-    return doc.q_stop + doc.q_shift == doc.k_stop + call.k_offset
-
-
-def _window(call: AttentionCall) -> dict:
-    left, right = call.left_reach(), call.right_reach()
-    return {
-        "scale": call.scale,
-        "window_size_left": -1 if left is None else left,
-        "window_size_right": -1 if right is None else right,
-    }
-
-
-def _packing(call: AttentionCall):
-    """(cu_q, cu_k, max_q, max_k) on the device; no boundaries for an unpacked call."""
-    if not call.packed:
-        return None, None, call.queries, call.keys
-    docs = call.documents
-    cu_q = [docs[0].q_start, *(d.q_stop for d in docs)]
-    cu_k = [docs[0].k_start, *(d.k_stop for d in docs)]
-    longest_q, longest_k = max(d.q_stop - d.q_start for d in docs), max(d.k_stop - d.k_start for d in docs)
-    to_device = dict(dtype=torch.int32, device=call.device)
-    return torch.tensor(cu_q, **to_device), torch.tensor(cu_k, **to_device), longest_q, longest_k
-
-
-def _for_kernel(call: AttentionCall, x_BTHD: torch.Tensor) -> torch.Tensor:
-    """Packed calls drop the batch axis; the kernel wants the last axis contiguous."""
-    x = x_BTHD[0] if call.packed else x_BTHD
+def for_kernel(piece: Piece, x_BTHD: torch.Tensor) -> torch.Tensor:
+    """Packed pieces drop the batch axis; the kernels want the last axis contiguous."""
+    x = x_BTHD if piece.cu_q is None else x_BTHD[0]
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def lse_from_kernel(piece: Piece, lse: torch.Tensor) -> torch.Tensor:
+    """[B, H, T], packed [H, T], to [B, T, H]; +inf is the kernels' mark of a row that saw no key."""
+    lse = (lse if piece.cu_q is None else lse[None]).transpose(1, 2)
+    return lse.masked_fill(lse == torch.inf, -torch.inf)
+
+
+def lse_for_kernel(piece: Piece, lse_BTH: torch.Tensor) -> torch.Tensor:
+    lse = lse_BTH.masked_fill(lse_BTH == -torch.inf, torch.inf).transpose(1, 2).contiguous()
+    return lse if piece.cu_q is None else lse[0]
+
+
+def packing(piece: Piece, device: torch.device):
+    """(cu_q, cu_k, longest_q, longest_k), the boundaries on the device; None for one document."""
+    if piece.cu_q is None:
+        return None, None, piece.queries, piece.keys
+    longest = (max(b - a for a, b in zip(cu, cu[1:])) for cu in (piece.cu_q, piece.cu_k))
+    return *(torch.tensor(cu, dtype=torch.int32, device=device) for cu in (piece.cu_q, piece.cu_k)), *longest
+
+
+def _window(call: AttentionCall, piece: Piece) -> dict:
+    left, right = (-1, -1) if piece.window == CAUSAL else piece.window
+    return {"scale": call.scale, "window_size_left": left, "window_size_right": right}
+
+
+def _forward(call: AttentionCall, piece: Piece, q, k, v):
+    tensors = (for_kernel(piece, x) for x in (q, k, v))
+    out, lse, *_ = _flash(*tensors, *packing(piece, q.device), 0.0, piece.window == CAUSAL, False, **_window(call, piece))
+    return out.view_as(q), lse_from_kernel(piece, lse)
+
+
+def _backward(call: AttentionCall, piece: Piece, dout, q, k, v, out, lse):
+    tensors = (for_kernel(piece, x) for x in (dout, q, k, v, out))
+    rng_state = torch.zeros(2, dtype=torch.uint64, device=q.device)
+    unused = torch.empty(0, device=q.device)
+    gradients = _flash_backward(
+        *tensors, lse_for_kernel(piece, lse), *packing(piece, q.device), 0.0, piece.window == CAUSAL, rng_state, unused,
+        **_window(call, piece),
+    )
+    return tuple(x if piece.cu_q is None else x[None] for x in gradients)
+
+
+LIBRARY = Library(forward=_forward, backward=_backward, aligned=True, packed=True, key_block=KEY_BLOCK)
 
 
 def forward(call: AttentionCall, q, k, v, sink_logits):
     """q [B, T, H, D], k, v [B, S, K, D] -> out [B, T, H, D] in q's dtype, lse [B, T, H] float32."""
-    cu_q, cu_k, max_q, max_k = _packing(call)
-    out, lse, *_ = _flash(
-        *(_for_kernel(call, x) for x in (q, k, v)), cu_q, cu_k, max_q, max_k, 0.0, call.causal, False, **_window(call)
-    )
-    out, lse = (out[None], lse[None]) if call.packed else (out, lse)
-    lse = lse.transpose(1, 2)
-    lse = lse.masked_fill(lse == torch.inf, -torch.inf)  # the kernel's mark of a row that saw no key
-    if sink_logits is not None:
-        # The sink only enlarges the denominator: out exp(lse) / (exp(lse) + exp(sink)).
-        with_sink = torch.logaddexp(lse, sink_logits.to(call.wide))
-        shrink = torch.exp(lse - with_sink.masked_fill(with_sink == -torch.inf, 0))
-        out, lse = (out * shrink[..., None]).to(q.dtype), with_sink
-    return out, lse.contiguous()
+    return pieces.forward(call, LIBRARY, q, k, v, sink_logits)
 
 
 def backward(call: AttentionCall, dout, q, k, v, out, lse, delta, dk, dv):
     """Adds into dk, dv [B, S, K, D] (float32), returns dq."""
-    cu_q, cu_k, max_q, max_k = _packing(call)
-    lse_kernel = lse.masked_fill(lse == -torch.inf, torch.inf).transpose(1, 2).contiguous()
-    lse_kernel = lse_kernel[0] if call.packed else lse_kernel
-    q_, dout_, out_ = (_for_kernel(call, x) for x in (q, dout, out))
-    blocks = list(_key_blocks(call))
-    rng_state = torch.zeros(2, dtype=torch.uint64, device=call.device)
-    unused = torch.empty(0, device=call.device)
-    dq = None
-    for cols, causal in blocks:
-        k_, v_ = _for_kernel(call, k[:, cols]), _for_kernel(call, v[:, cols])
-        dq_b, dk_b, dv_b = _flash_backward(
-            dout_, q_, k_, v_, out_, lse_kernel, cu_q, cu_k, max_q, max_k if call.packed else cols.stop - cols.start,
-            0.0, causal, rng_state, unused, **_window(call) if len(blocks) == 1 else {"scale": call.scale},
-        )
-        dq = dq_b if len(blocks) == 1 else dq_b.float() if dq is None else dq.add_(dq_b)
-        dk[:, cols] += dk_b.view_as(dk[:, cols])
-        dv[:, cols] += dv_b.view_as(dv[:, cols])
-    return dq.to(q.dtype).view_as(q)
-
-
-def _key_blocks(call: AttentionCall):
-    """(keys, causal) that cover the call once: the prefix in blocks, then the diagonal; or all keys in one."""
-    if call.packed or call.windowed or call.queries > call.keys or call.keys <= KEY_BLOCK:
-        yield slice(0, call.keys), call.causal
-        return
-    prefix = call.keys - call.queries if call.causal else call.keys
-    for start in range(0, prefix, KEY_BLOCK):
-        yield slice(start, min(start + KEY_BLOCK, prefix)), False
-    if call.causal:
-        yield slice(prefix, call.keys), True
+    return pieces.backward(call, LIBRARY, dout, q, k, v, out, lse, dk, dv)

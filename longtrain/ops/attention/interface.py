@@ -26,7 +26,7 @@ def attention(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool, window_size=(-1, -1), q_offset=None, k_offset=0, sink_tokens=0,
     sink_logits=None, block_stride=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None,
     softcap=None, scale=None, dropout_p=0.0, dropout_seed=None, head_offset=0, deterministic=False, return_lse=False,
-    backend="auto",
+    backend="auto", partials="bf16", kernel_fallback="error",
 ):
     """Exact softmax attention of q on k and v, differentiable in q, k, v and sink_logits.
 
@@ -55,6 +55,9 @@ def attention(
         deterministic: bitwise the same result on every run, whatever the number of threads.
         return_lse: also return the LSE.
         backend: "auto", or a name from `explain(...)`.
+        partials: "bf16" lets libraries serve 16-bit calls: their partial results (of pieces, of blocks of keys) have the inputs'
+            dtype and are added in float32. "fp32": only kernels whose partial results are float32.
+        kernel_fallback: "error" refuses a call on a GPU that only plain torch can serve, "warn" warns and runs it there.
 
     Returns:
         out [B, T, H, Dv] in q's dtype; with return_lse also lse [B, T, H] (float32, float64 for float64), the natural
@@ -75,7 +78,7 @@ def attention(
     out, lse = _forward_op(
         q, k, v, sink_logits, cu_seqlens_q, cu_seqlens_k, causal, window_size[0], window_size[1], q_offset, k_offset,
         sink_tokens, block, stride, max_seqlen_q, max_seqlen_k, softcap, scale, dropout_p, dropout_seed, head_offset,
-        deterministic, backend,
+        deterministic, backend, partials, kernel_fallback,
     )
     return (out, lse) if return_lse else out
 
@@ -84,7 +87,8 @@ def attention_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, dk: Tensor, dv: Tensor, causal: bool,
     window_size=(-1, -1), q_offset=None, k_offset=0, sink_tokens=0, sink_logits=None, block_stride=None,
     cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, softcap=None, scale=None,
-    dropout_p=0.0, dropout_seed=None, head_offset=0, deterministic=False, backend="auto", dsink=None, dlse=None,
+    dropout_p=0.0, dropout_seed=None, head_offset=0, deterministic=False, backend="auto", partials="bf16", kernel_fallback="error",
+    dsink=None, dlse=None,
 ) -> Tensor:
     """Gradient of `attention` on these queries and keys, given the *global* out and lse of the queries.
 
@@ -129,7 +133,7 @@ def attention_backward(
     return _backward_op(
         dout, q, k, v, out, lse, dlse, sink_logits, dk, dv, dsink, cu_seqlens_q, cu_seqlens_k, causal, window_size[0],
         window_size[1], q_offset, k_offset, sink_tokens, block, stride, max_seqlen_q, max_seqlen_k, softcap, scale,
-        dropout_p, dropout_seed, head_offset, deterministic, backend,
+        dropout_p, dropout_seed, head_offset, deterministic, backend, partials, kernel_fallback,
     )
 
 
@@ -137,6 +141,7 @@ def checked_call(
     q, k, v, *, causal, window_size=(-1, -1), q_offset=None, k_offset=0, sink_tokens=0, sink_logits=None,
     block_stride=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, softcap=None,
     scale=None, dropout_p=0.0, dropout_seed=None, head_offset=0, deterministic=False, return_lse=False,
+    partials="bf16",
 ) -> AttentionCall:
     """The call `attention` would make of these arguments; raises what it raises."""
     options = dict(
@@ -147,15 +152,15 @@ def checked_call(
     )
     check_tensors(q, k, v)
     check_options(q, k, **options)
-    return build_call(q, k, v, **options)
+    return build_call(q, k, v, **options, partials=partials)
 
 
-def explain(q, k, v, *, causal: bool, backend: str = "auto", **options) -> Explanation:
+def explain(q, k, v, *, causal: bool, backend: str = "auto", kernel_fallback: str = "error", **options) -> Explanation:
     """Which backend would serve `attention(q, k, v, causal=causal, **options)`, and why the others would not.
 
     Takes the arguments of `attention` (tensors are only looked at, `torch.empty` will do) and raises what it raises.
     """
-    return explain_call(checked_call(q, k, v, causal=causal, **options), backend)
+    return explain_call(checked_call(q, k, v, causal=causal, **options), backend, kernel_fallback)
 
 
 def _check_like(name: str, x, shape: tuple, dtype: torch.dtype, q: Tensor) -> None:
@@ -172,14 +177,14 @@ def _check_like(name: str, x, shape: tuple, dtype: torch.dtype, q: Tensor) -> No
 def _op_call(
     q, k, v, sink_logits, cu_seqlens_q, cu_seqlens_k, causal, window_left, window_right, q_offset, k_offset,
     sink_tokens, block, stride, max_seqlen_q, max_seqlen_k, softcap, scale, dropout_p, dropout_seed, head_offset,
-    deterministic, has_dlse=False,
+    deterministic, has_dlse=False, partials="bf16",
 ) -> AttentionCall:
     return build_call(
         q, k, v, causal=causal, window_size=(window_left, window_right), q_offset=q_offset, k_offset=k_offset,
         sink_tokens=sink_tokens, sink_logits=sink_logits, block_stride=(block, stride) if stride else None,
         cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
         softcap=softcap, scale=scale, dropout_p=dropout_p, dropout_seed=dropout_seed, head_offset=head_offset,
-        deterministic=deterministic, has_dlse=has_dlse,
+        deterministic=deterministic, has_dlse=has_dlse, partials=partials,
     )
 
 
@@ -189,14 +194,14 @@ def _forward_op(
     cu_seqlens_k: Optional[Tensor], causal: bool, window_left: int, window_right: int, q_offset: Optional[int],
     k_offset: int, sink_tokens: int, block: int, stride: int, max_seqlen_q: Optional[int], max_seqlen_k: Optional[int],
     softcap: Optional[float], scale: Optional[float], dropout_p: float, dropout_seed: Optional[int], head_offset: int,
-    deterministic: bool, backend: str,
+    deterministic: bool, backend: str, partials: str = "bf16", kernel_fallback: str = "error",
 ) -> tuple[Tensor, Tensor]:
     call = _op_call(
         q, k, v, sink_logits, cu_seqlens_q, cu_seqlens_k, causal, window_left, window_right, q_offset, k_offset,
         sink_tokens, block, stride, max_seqlen_q, max_seqlen_k, softcap, scale, dropout_p, dropout_seed, head_offset,
-        deterministic,
+        deterministic, partials=partials,
     )
-    return select(call, backend).forward(call, q, k, v, sink_logits)
+    return select(call, backend, kernel_fallback).forward(call, q, k, v, sink_logits)
 
 
 @_forward_op.register_fake
@@ -222,19 +227,20 @@ def _backward_op(
     cu_seqlens_k: Optional[Tensor], causal: bool, window_left: int, window_right: int, q_offset: Optional[int],
     k_offset: int, sink_tokens: int, block: int, stride: int, max_seqlen_q: Optional[int], max_seqlen_k: Optional[int],
     softcap: Optional[float], scale: Optional[float], dropout_p: float, dropout_seed: Optional[int], head_offset: int,
-    deterministic: bool, backend: str,
+    deterministic: bool, backend: str, partials: str = "bf16", kernel_fallback: str = "error",
 ) -> Tensor:
     call = _op_call(
         q, k, v, sink_logits, cu_seqlens_q, cu_seqlens_k, causal, window_left, window_right, q_offset, k_offset,
         sink_tokens, block, stride, max_seqlen_q, max_seqlen_k, softcap, scale, dropout_p, dropout_seed, head_offset,
-        deterministic, has_dlse=dlse is not None,
+        deterministic, has_dlse=dlse is not None, partials=partials,
     )
-    delta = _row_delta(call, dout, out, dlse)
+    chosen = select(call, backend, kernel_fallback)
+    delta = getattr(chosen, "row_delta", _row_delta)(call, dout, out, dlse)
     if dsink is not None:
         # dsink_h = -sum_bt exp(sink_h - lse_bth) delta_bth: the sink's probability times (0 - delta).
         weight = torch.exp(sink_logits.to(call.wide) - lse)
         dsink -= (weight * delta).sum((0, 1))
-    return select(call, backend).backward(call, dout, q, k, v, out, lse, delta, dk, dv)
+    return chosen.backward(call, dout, q, k, v, out, lse, delta, dk, dv)
 
 
 @_backward_op.register_fake

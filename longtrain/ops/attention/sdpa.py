@@ -1,10 +1,8 @@
-"""PyTorch's own flash kernel on the CPU, made to serve chunks, documents and windows exactly.
+"""PyTorch's own flash kernel on the CPU, made to serve chunks, documents and windows exactly (`pieces.py`).
 
 `aten::_scaled_dot_product_flash_attention_for_cpu` returns the LSE and its backward takes `out` and `lse`; with the
-global ones the gradient of a block of keys is exact. A document becomes rectangular pieces, merged by LSE:
-
-    chunk at an offset = prefix (every key visible) + diagonal square (top-left causal, which here is right)
-    window             = strips of `STRIP` queries against their band of keys, under a mask of strip x band
+global ones the gradient of a block of keys is exact. Its causality is aligned top-left, which for squares is right; a
+window becomes strips of `STRIP` queries against their band of keys, under a mask of strip x band.
 
 The kernel's bf16 backward accumulates into bf16, its error grows with length (dK/dV 1.2e-2 at 16K) and it is slower
 than float32, so every piece is converted to the wide dtype, computed and accumulated there.
@@ -12,13 +10,11 @@ than float32, so every piece is converted to the wide dtype, computed and accumu
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
-from longtrain.ops.attention.call import AttentionCall, Document
-from longtrain.ops.attention.mask import visible
-from longtrain.ops.attention.merge import merge_attention
+from longtrain.ops.attention import pieces
+from longtrain.ops.attention.call import AttentionCall
+from longtrain.ops.attention.pieces import CAUSAL, FULL, Library, Piece
 
 STRIP = 512
 WIDEST_BAND = 8192
@@ -50,94 +46,39 @@ def refuse(call: AttentionCall) -> str | None:
     return None
 
 
-class Piece(NamedTuple):
-    rows: slice
-    cols: slice
-    diagonal: bool
-    mask: torch.Tensor | None
+def _heads_first(call: AttentionCall, x_BTHD: torch.Tensor) -> torch.Tensor:
+    """Wide, [B, H, T, D], kv heads repeated for their query heads."""
+    return x_BTHD.to(call.wide).repeat_interleave(call.heads // x_BTHD.shape[2], dim=2).transpose(1, 2)
 
 
-def _pieces(call: AttentionCall, doc: Document):
-    """Rectangles that cover the visible pairs of a document once; rows that see no key are in none."""
-    if doc.k_start == doc.k_stop or doc.q_start == doc.q_stop:  # the kernel divides by zero on an empty side
-        return
-    shift = doc.q_shift - call.k_offset  # query i stands at key index i + shift
-    if call.windowed:
-        yield from _strips(call, doc, shift)
-        return
-    if not call.causal:
-        yield Piece(slice(doc.q_start, doc.q_stop), slice(doc.k_start, doc.k_stop), False, None)
-        return
-    first = min(max(doc.q_start, doc.k_start - shift), doc.q_stop)
-    last = min(max(first, doc.k_stop - shift), doc.q_stop)
-    if first < last:
-        if first + shift > doc.k_start:
-            yield Piece(slice(first, last), slice(doc.k_start, first + shift), False, None)
-        yield Piece(slice(first, last), slice(first + shift, last + shift), True, None)
-    if last < doc.q_stop:
-        yield Piece(slice(last, doc.q_stop), slice(doc.k_start, doc.k_stop), False, None)
+def _options(call: AttentionCall, piece: Piece) -> dict:
+    if piece.window in (FULL, CAUSAL) and (piece.window == FULL or piece.queries == piece.keys):
+        return {"is_causal": piece.window == CAUSAL, "attn_mask": None, "scale": call.scale}
+    left, right = piece.window
+    behind = torch.arange(piece.queries)[:, None] + piece.keys - piece.queries - torch.arange(piece.keys)
+    hidden = (behind > left if left >= 0 else behind > piece.keys) | (-behind > right if right >= 0 else behind > piece.keys)
+    mask = torch.zeros(hidden.shape, dtype=call.wide).masked_fill_(hidden, -torch.inf)
+    return {"is_causal": False, "attn_mask": mask[None, None], "scale": call.scale}
 
 
-def _strips(call: AttentionCall, doc: Document, shift: int):
-    left, right = call.left_reach(), call.right_reach()
-    first = max(doc.q_start, doc.k_start - shift - right)
-    last = min(doc.q_stop, doc.k_stop - shift + left)
-    for a in range(first, last, STRIP):
-        b = min(a + STRIP, last)
-        c, d = max(doc.k_start, a + shift - left), min(doc.k_stop, b + shift + right)
-        q_pos = torch.arange(a, b) + doc.q_shift
-        k_pos = torch.arange(c, d) + call.k_offset
-        mask = torch.zeros(b - a, d - c, dtype=call.wide).masked_fill_(~visible(call, doc, q_pos, k_pos), -torch.inf)
-        yield Piece(slice(a, b), slice(c, d), False, mask[None, None])
+def _forward(call: AttentionCall, piece: Piece, q, k, v):
+    out, lse = _flash(*(_heads_first(call, x) for x in (q, k, v)), 0.0, **_options(call, piece))
+    return out.transpose(1, 2), lse.transpose(1, 2)
 
 
-def _heads_first(x_BTHD: torch.Tensor, tokens: slice, wide: torch.dtype, repeat: int = 1) -> torch.Tensor:
-    x = x_BTHD[:, tokens].to(wide)
-    return (x if repeat == 1 else x.repeat_interleave(repeat, dim=2)).transpose(1, 2)
+def _backward(call: AttentionCall, piece: Piece, dout, q, k, v, out, lse):
+    tensors = (_heads_first(call, x) for x in (dout, q, k, v, out))
+    return tuple(x.transpose(1, 2) for x in _flash_backward(*tensors, lse.transpose(1, 2), 0.0, **_options(call, piece)))
+
+
+LIBRARY = Library(forward=_forward, backward=_backward, aligned=False, packed=False, strip=STRIP)
 
 
 def forward(call: AttentionCall, q, k, v, sink_logits):
     """q [B, T, H, D], k, v [B, S, K, D] -> out [B, T, H, D] in q's dtype, lse [B, T, H] wide."""
-    out = torch.zeros(call.batch, call.queries, call.heads, call.value_dim, dtype=call.wide)
-    lse = torch.full((call.batch, call.queries, call.heads), -torch.inf, dtype=call.wide)
-    for doc in call.documents:
-        filled = slice(0, 0)
-        for piece in _pieces(call, doc):
-            q_piece = _heads_first(q, piece.rows, call.wide)
-            k_piece = _heads_first(k, piece.cols, call.wide, call.group)
-            v_piece = _heads_first(v, piece.cols, call.wide, call.group)
-            out_b, lse_b = _flash(
-                q_piece, k_piece, v_piece, 0.0, piece.diagonal, attn_mask=piece.mask, scale=call.scale
-            )
-            out_b, lse_b = out_b.transpose(1, 2), lse_b.transpose(1, 2)
-            if piece.rows == filled:
-                out_b, lse_b = merge_attention(out[:, piece.rows], lse[:, piece.rows], out_b, lse_b)
-            out[:, piece.rows], lse[:, piece.rows] = out_b, lse_b
-            filled = piece.rows
-    if sink_logits is not None:
-        # The sink only enlarges the denominator: out exp(lse) / (exp(lse) + exp(sink)).
-        with_sink = torch.logaddexp(lse, sink_logits.to(call.wide))
-        out *= torch.exp(lse - with_sink.masked_fill(with_sink == -torch.inf, 0))[..., None]
-        lse = with_sink
-    return out.to(q.dtype), lse
+    return pieces.forward(call, LIBRARY, q, k, v, sink_logits)
 
 
 def backward(call: AttentionCall, dout, q, k, v, out, lse, delta, dk, dv):
     """Adds into dk, dv [B, S, K, D] (wide), returns dq."""
-    dq = torch.zeros(call.batch, call.queries, call.heads, call.head_dim, dtype=call.wide)
-    group = call.group
-    for doc in call.documents:
-        for piece in _pieces(call, doc):
-            dq_b, dk_b, dv_b = _flash_backward(
-                _heads_first(dout, piece.rows, call.wide),
-                _heads_first(q, piece.rows, call.wide),
-                _heads_first(k, piece.cols, call.wide, group),
-                _heads_first(v, piece.cols, call.wide, group),
-                _heads_first(out, piece.rows, call.wide),
-                lse[:, piece.rows].transpose(1, 2),
-                0.0, piece.diagonal, attn_mask=piece.mask, scale=call.scale,
-            )
-            dq[:, piece.rows] += dq_b.transpose(1, 2)
-            dk[:, piece.cols] += dk_b.transpose(1, 2).unflatten(2, (call.kv_heads, group)).sum(3)
-            dv[:, piece.cols] += dv_b.transpose(1, 2).unflatten(2, (call.kv_heads, group)).sum(3)
-    return dq.to(q.dtype)
+    return pieces.backward(call, LIBRARY, dout, q, k, v, out, lse, dk, dv)

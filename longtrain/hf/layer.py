@@ -1,0 +1,242 @@
+"""A decoder layer of transformers as a `longtrain.stream.protocol.StreamableLayer`, whatever its family.
+
+Run on ``hidden[:, span]`` with its token-wise arguments cut alike, such a layer is one chunk, if nothing in it looks across tokens but
+its calls of the attention interface. Which arguments run along the tokens, and what attention is asked for, are seen in a traced run
+(`trace.py`); that the rest is true is proved before the layer is streamed (`longtrain.apply.prove`).
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+from transformers.cache_utils import Cache
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from longtrain.hf.attention import MaskedAttention, Options, draw_seed, packed
+from longtrain.hf.mask import Mask
+from longtrain.hf.router import Collected
+from longtrain.span import Span
+
+CU_SEQLENS = ("cu_seq_lens_q", "cu_seq_lens_k")
+"""transformers' names for the document boundaries of packed rows (`FlashAttentionKwargs`)."""
+
+PASSED_WHOLE = {*CU_SEQLENS, *inspect.signature(ForCausalLMLoss).parameters}
+"""What may reach a layer beside its own arguments: these, and the loss's, which transformers passes everywhere and no layer reads."""
+
+CUT = {"seq_idx": 1, "chunk_positions": 0}
+"""And what then runs along the tokens: the document of each, which comes with `CU_SEQLENS` for layers that are no attention, and where a
+chunk is, for the collection of router logits."""
+
+
+class AdaptedLayer:
+    """What is set on a layer instance: `token_args`, `mixers`, `example`, and a `forward` that takes `mix`. Nothing is wrapped."""
+
+    def __init__(self, layer: nn.Module, x: Tensor, arguments: dict[str, Any], token_args: Mapping[str, int], returns_tuple: bool) -> None:
+        self.layer, self.original = layer, layer.forward
+        self.signature = inspect.signature(layer.forward)
+        self.x, self.arguments, self.token_args, self.returns_tuple = x, arguments, {**CUT, **token_args}, returns_tuple
+        self.attentions: list[tuple[nn.Module, dict[bool, Options]]] = []
+        """The attention module of each call of the interface, and its options in evaluation and in training."""
+        self.chooses = False
+        """Whether it picks the largest of some scores, as routers pick experts: replays then choose as the forward pass did."""
+        self.routers: list[tuple[nn.Module, int]] = []
+        """The modules that give out router logits, and which of their outputs those are."""
+        self._routed: list[Tensor] | None = None
+        self._before: dict[str, Any] = {}
+        self._emitted: list[Tensor] = []
+
+    def install(self) -> None:
+        """Make the layer a streamable one, until `uninstall`."""
+        for name in ("token_args", "chooses", "mixers", "example", "copy_in_float64", "difference_from_eager", "forward"):
+            self._before[name] = self.layer.__dict__.get(name)
+            setattr(self.layer, name, getattr(self, name))
+        for router, place in self.routers:
+            router.forward = partial(self._route, router.forward, place)
+
+    def uninstall(self) -> None:
+        """Make the layer what it was; no harm if it is already."""
+        for name, before in self._before.items():
+            if before is None:
+                delattr(self.layer, name)
+            else:
+                setattr(self.layer, name, before)
+        for router, _ in self.routers if self._before else ():
+            del router.forward
+        self._before.clear()
+
+    def observe(self) -> None:
+        """Run the layer once in evaluation and once in training and note each call of the attention interface."""
+        seen: dict[bool, list[tuple[nn.Module, Options]]] = {}
+        modes = {module: module.training for module in self.layer.modules()}
+        for training in (False, True):
+            calls = seen[training] = []
+
+            def note(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: Options, calls=calls) -> Tensor:
+                calls.append((module, options))
+                return MaskedAttention.make(self.mask, options, draw_seed(options))(q, k, v)
+
+            self.layer.train(training)
+            with torch.no_grad(), _Watch() as watch:
+                self.original(self.x, **self._with_mix(self.arguments, note))
+            self.chooses |= watch.chose
+        for module, training in modes.items():
+            module.training = training
+        self.attentions = [(module, {False: a, True: b}) for (module, a), (_, b) in zip(seen[False], seen[True], strict=True)]
+
+    @property
+    def mask(self) -> Mask | None:
+        return _mask_of(self.arguments)
+
+    @property
+    def kind(self) -> tuple:
+        """What a proof depends on: layers of one kind differ in weights and number only."""
+        shapes = tuple((name, p.shape, p.dtype) for name, p in self.layer.named_parameters())
+        plain = (bool, int, float, str, type(None))
+        settings = tuple(
+            (name, type(m), tuple((k, v) for k, v in vars(m).items() if isinstance(v, plain) and k != "layer_idx"))
+            for name, m in self.layer.named_modules()
+        )
+        asked = tuple((options[False], options[True]) for _, options in self.attentions)
+        seen = None if self.mask is None else (self.mask.causal, self.mask.window, self.mask.rows)
+        return shapes, settings, asked, seen, tuple(self.token_args.items())
+
+    def mixers(self, **arguments: Any) -> tuple[Any, ...]:
+        mask = _mask_of(arguments)
+        if mask is None:
+            return ()
+        mask.check()
+        mask = packed(mask, *(arguments.get(name) for name in CU_SEQLENS))
+        chosen = [options[module.training] for module, options in self.attentions]
+        return tuple(MaskedAttention.make(mask, options, draw_seed(options)).simplest() for options in chosen)
+
+    def example(self, tokens: int) -> tuple[Tensor, dict[str, Any]]:
+        if self.x.shape[1] != tokens:
+            raise ValueError(f"the layer was traced on {self.x.shape[1]} tokens, an example of {tokens} was asked for")
+        return self.x, self.arguments
+
+    def forward(self, x: Tensor, *, mix: Callable[..., Tensor] | None = None, **arguments: Any) -> Tensor:
+        if mix is not None:
+            calls = iter(self.attentions)
+
+            def mix_as_expected(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
+                expected_module, expected = next(calls, (None, {}))
+                if expected_module is not None and expected[module.training] != options:
+                    raise RuntimeError(f"{type(module).__name__} now asks for {options}, and for {expected[module.training]} when it was "
+                                       "traced; call undo() of the report, then lt.apply again")
+                return mix(q, k, v)
+
+            arguments = self._with_mix(arguments, mix_as_expected)
+        collected, positions = arguments.pop("collected", None), arguments.pop("chunk_positions", None)
+        self._routed = None if collected is None else []
+        try:
+            y = self.original(x, **arguments)
+            y = y[0] if isinstance(y, tuple) else y
+            return y if collected is None else collected.chunk(Span(int(positions[0]), int(positions[-1]) + 1), self._routed, y)
+        finally:
+            self._routed = None
+
+    def _route(self, forward: Callable[..., Any], place: int, *args: Any, **kwargs: Any) -> Any:
+        """A router's `forward`; its logits are noted where they are collected."""
+        out = forward(*args, **kwargs)
+        if self._routed is not None:
+            self._routed.append(out[place])
+        return out
+
+    def take_emitted(self) -> list[Tensor]:
+        """The router logits of the last call, once."""
+        emitted, self._emitted = self._emitted, []
+        return emitted
+
+    def call(self, streamed: Callable[..., Tensor], /, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
+        """The layer's `forward` while it is streamed, as the model calls it. With a KV cache (decoding) the layer runs whole."""
+        x, arguments = self.bind(args, kwargs)
+        if any(isinstance(value, Cache) for value in arguments.values()):
+            if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.layer.parameters())):
+                raise ValueError("a KV cache was given in training: each chunk would be appended twice; pass use_cache=False")
+            return self.original(x, **arguments)
+        if getattr(self.layer, "gradient_checkpointing", False) and self.layer.training:
+            raise ValueError("gradient checkpointing is on and this layer is streamed, which would recompute it twice: call "
+                             "model.gradient_checkpointing_disable(), and set gradient_checkpointing=False in the trainer's arguments")
+        for name, value in arguments.items():
+            unknown = isinstance(value, Tensor) and name not in {*self.arguments, *PASSED_WHOLE, *CUT}
+            if unknown and x.shape[1] in value.shape and x.shape[1] > 1:
+                raise ValueError(f"the layer was given {name}, shape {list(value.shape)}, which it was not given when it was traced: "
+                                 "longtrain does not know whether it runs along the tokens; leave it out")
+        if self.routers and arguments.get("output_router_logits"):
+            collected = Collected(*x.shape[:2], len(self.routers))
+            y = streamed(x, **arguments, collected=collected, chunk_positions=torch.arange(x.shape[1]))
+            self._emitted = collected.behind(y)
+        else:
+            y = streamed(x, **arguments)
+        return (y,) if self.returns_tuple else y
+
+    def bind(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """Hidden states, and all other arguments by name."""
+        return bind(self.signature, args, kwargs)
+
+    @staticmethod
+    def _with_mix(arguments: Mapping[str, Any], mix: Callable[..., Tensor]) -> dict[str, Any]:
+        return {name: replace(value, mix=mix) if isinstance(value, Mask) else value for name, value in arguments.items()}
+
+    def copy_in_float64(self) -> nn.Module:
+        """The layer to be proved on; experts in the implementation that has float64."""
+        layer = copy.deepcopy(self.layer).double().eval()
+        for module in layer.modules():
+            if getattr(getattr(module, "config", None), "_experts_implementation", None) is not None:
+                module.config._experts_implementation = "eager"
+        return layer
+
+    def difference_from_eager(self) -> str | None:
+        """Why the layer under longtrain's attention is not the layer under its family's own eager attention, or None.
+
+        Called on a `copy_in_float64`: a family whose attention does more than the interface is asked for shows here.
+        """
+        as_double = lambda t: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t
+        x, arguments = tree_map(as_double, (self.x, self.arguments))
+        dense = {name: _additive(value, x) if isinstance(value, Mask) else value for name, value in arguments.items()}
+        configs = {id(m.config): m.config for m in self.layer.modules() if hasattr(m, "config")}
+        with torch.no_grad():
+            ours = self.forward(x, **arguments)
+            for config in configs.values():
+                config._attn_implementation = "eager"
+            theirs = self.forward(x, **dense)
+            for config in configs.values():
+                config._attn_implementation = "longtrain"
+        error = float((ours - theirs).norm() / theirs.norm())
+        return None if error <= 1e-5 else f"under longtrain's attention it differs from its own eager attention by {error:.1e}"
+
+
+class _Watch(TorchFunctionMode):
+    chose = False
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.chose |= func in (torch.topk, Tensor.topk)
+        return func(*args, **(kwargs or {}))
+
+
+def _additive(mask: Mask, x: Tensor) -> Tensor:
+    """The mask as eager attention adds it to its scores: 0 where visible, the dtype's lowest number elsewhere."""
+    visible = mask.dense(x.shape[0]).to(x.device)
+    return torch.zeros_like(visible, dtype=x.dtype).masked_fill(~visible, torch.finfo(x.dtype).min)
+
+
+def bind(signature: inspect.Signature, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    """A call's first argument, and all others by the names of the signature."""
+    bound = signature.bind(*args, **kwargs).arguments
+    extra = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)
+    bound.update(bound.pop(extra, {}) if extra else {})
+    first = next(iter(signature.parameters))
+    return bound.pop(first), bound
+
+
+def _mask_of(arguments: Mapping[str, Any]) -> Mask | None:
+    return next((value for value in arguments.values() if isinstance(value, Mask)), None)

@@ -1,0 +1,160 @@
+"""The page: one sentence, the figures, the charts, the tables, all in one file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+
+from longtrain.report.charts import charts
+from longtrain.report.read import Run, amount, count_parameters, number, read_run, sentence
+from longtrain.train.output import REPORT, write_whole
+from longtrain.units import format_bytes, format_time
+
+HERE = Path(__file__).parent
+
+
+def run(directory: str, out: str | None = None) -> int:
+    """Write the report of a run's directory, `report.html` in it unless `out` says where. Raises RunError without metrics."""
+    found = read_run(Path(directory))
+    path = Path(out) if out else Path(directory) / REPORT
+    write_whole(path, lambda temporary: temporary.write_text(page(found), encoding="utf-8"))
+    print(f"{sentence(found)}\n{path}")
+    return 0
+
+
+def page(found: Run) -> str:
+    drawn = charts(found)
+    data = json.dumps(drawn, allow_nan=False).replace("<", "\\u003c")  # no text of the run can end the script
+    figures = "".join(
+        f'<figure id="{escape(chart["id"])}"><figcaption><h2>{escape(chart["title"])}</h2><p>{escape(chart["note"])}</p></figcaption></figure>'
+        for chart in drawn
+    )
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<link rel="icon" href="data:,">
+<title>{escape(found.name)}: run report</title>
+<style>
+{(HERE / "page.css").read_text(encoding="utf-8")}</style>
+</head>
+<body>
+<header>
+<h1>{escape(found.name)}</h1>
+<p class="summary">{escape(sentence(found))}</p>
+{tiles(found)}
+</header>
+<noscript><p class="notice">The charts are drawn by the script in this page, and scripts are off. The tables below hold the main figures.</p></noscript>
+{"".join(f'<p class="notice">{escape(text)}</p>' for text in notices(found))}
+<main class="charts">{figures}</main>
+<section class="tables">
+{tables(found)}
+</section>
+<script type="application/json" id="charts">{data}</script>
+<script>
+{(HERE / "page.js").read_text(encoding="utf-8")}</script>
+</body>
+</html>
+"""
+
+
+def tiles(found: Run) -> str:
+    """The figures a reader wants first."""
+    last = found.evaluation or {}
+    speeds = sorted(speed for r in found.steps if (speed := number(r, "tokens_per_second")) is not None)
+    peak = max((p for r in found.steps if (p := number(r, "peak_bytes"))), default=None)
+    budget, parameters = number(found.first, "budget_bytes"), count_parameters(found)
+    shares = sorted(share for r in found.steps if (share := number(r, "mfu")) is not None)
+    shown = [
+        ("parameters", amount(parameters) if parameters else None, ""),
+        ("loss, last evaluation" if last.get("kind") == "evaluation" else "validation loss", f"{value:.4f}" if (value := number(last, "loss")) is not None else None, "nats a token"),
+        ("throughput, median", f"{speeds[len(speeds) // 2]:,.0f}" if speeds else None, "tokens/s"),
+        ("model FLOPs used, median", f"{shares[len(shares) // 2]:.1%}" if shares else None, ""),
+        ("peak memory", format_bytes(peak) if peak else None, f"of {format_bytes(budget)}" if budget else ""),
+        ("longest sequence", f"{max((number(r, 'seq_len') or 0 for r in found.steps), default=0):,.0f}" if found.steps else None, "tokens"),
+    ]
+    cells = "".join(f"<div><dt>{name}</dt><dd>{value} <small>{unit}</small></dd></div>" for name, value, unit in shown if value is not None)
+    return f"<dl>{cells}</dl>" if cells else ""
+
+
+def notices(found: Run) -> Iterable[str]:
+    """What a reader should know before believing the charts."""
+    planned = found.setting("train", "steps")
+    done = found.steps[-1]["step"] if found.steps else 0
+    if found.result is None:
+        yield f"The run has not ended: {done:,}" + (f" of {planned:,} updates are" if planned else " updates are") + " recorded."
+    if found.broken:
+        lines = ", ".join(map(str, found.broken[:5])) + (" and more" if len(found.broken) > 5 else "")
+        yield f"Left out: line {lines} of the metrics file, which is no record (the last one may be half written)."
+    if found.others:
+        yield "Not shown: records of other kinds, " + ", ".join(f"{count} {kind}" for kind, count in found.others.items()) + "."
+
+
+def tables(found: Run) -> str:
+    parts = []
+    last = found.evaluation or {}
+    positions, sources, asked = last.get("positions"), last.get("sources"), last.get("probes")
+    if positions:
+        rows = [(f"{p['start']:,} to {p['stop'] - 1:,}", f"{p['loss']:.4f}", standard_error(p), f"{p['targets']:,}") for p in positions]
+        parts.append(table("Loss by position", ("position", "nats a token", "standard error", "targets"), rows))
+    if sources:
+        rows = [(p["source"], f"{p['loss']:.4f}", standard_error(p), f"{p['targets']:,}") for p in sources]
+        parts.append(table("Loss by source", ("source", "nats a token", "standard error", "targets"), rows))
+    if asked:
+        rows = [(p["probe"], f"{p['distance']:,}", f"{p['accuracy']:.1%}", f"{p['chance']:.1%}", f"{p['answers']:,}") for p in asked]
+        parts.append(table("Probes", ("probe", "tokens back", "right", "chance", "answers"), rows))
+    if found.validations:
+        rows = [(f"{r['step']:,}", f"{loss:.4f}") for r in found.validations if (loss := number(r, "loss")) is not None]
+        parts.append(table("Validations", ("update", "nats a token"), rows))
+    if found.events:
+        parts.append(table("Events", ("update", "what", "details"), [event(r) for r in found.events]))
+    plan = found.first.get("plan")
+    if plan:
+        parts.append(table("Plan", ("setting", "value"), [(k, say(k, v)) for k, v in plan.items() if v is not None]))
+    hidden = {"kind", "unigram", "bigram", "plan", "doctor", "config", "notes", "dropped", "dropped_steps", "checkpoint", "changed", "step"}
+    rows = [(k.replace("_", " "), say(k, v)) for k, v in found.first.items() if k not in hidden]
+    parts.append(table("Versions and machine", ("", ""), rows) if rows else "")
+    doctor = found.first.get("doctor")
+    if doctor:
+        parts.append(folded("What longtrain doctor said", "\n".join(map(str, doctor))))
+    if found.config_text:
+        parts.append(folded("Resolved configuration", found.config_text))
+    return "\n".join(parts)
+
+
+def standard_error(part: dict) -> str:
+    return f"{error:.4f}" if (error := number(part, "error")) is not None else ""
+
+
+def event(record: dict) -> tuple[str, str, str]:
+    details = {k: v for k, v in record.items() if k in ("reason", "found", "notes", "bytes", "seconds") and v}
+    text = "; ".join(f"{k} {say(k, v)}" if k in ("bytes", "seconds") else say(k, v) for k, v in details.items())
+    return f"{record.get('step', 0):,}", record["kind"], text
+
+
+def say(key: str, value) -> str:
+    """A value of a record as a reader wants it."""
+    if isinstance(value, (list, tuple)):
+        return (" " if key == "command" else ", ").join(say(key, v) for v in value)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if key.endswith("bytes") or key == "predicted_peak":
+            return format_bytes(value)
+        if key == "seconds":
+            return format_time(value) if value >= 60 else f"{value:.1f} s"
+        return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
+    return str(value)
+
+
+def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    head = f"<thead><tr>{head}</tr></thead>" if any(header) else ""
+    return f'<details open><summary>{escape(title)}</summary><div class="scroll"><table>{head}<tbody>{body}</tbody></table></div></details>'
+
+
+def folded(title: str, text: str) -> str:
+    return f"<details><summary>{escape(title)}</summary><pre>{escape(text)}</pre></details>"

@@ -1,0 +1,151 @@
+"""What a run needs before its first update, made from its configuration: device, data, model, plan."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import longtrain as lt
+from longtrain._extension import MISSING
+from longtrain.config import Config, Locations
+from longtrain.config.schema import LengthStage
+from longtrain.data.baselines import Baselines, compute_baselines
+from longtrain.data.corpus import check_vocabulary
+from longtrain.data.loader import Loader, open_data, pack, validation_rows
+from longtrain.data.packing import PackedDocuments
+from longtrain.nn import LanguageModel
+from longtrain.nn.attention import Attention
+from longtrain.nn.rotary import RotaryEmbedding
+from longtrain.train.flops import RULE, measure_rate
+from longtrain.train.optimizer import Optimizer
+from longtrain.train.weights import load_weights
+from longtrain.units import format_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """A run that could begin. `rows`: the validation sequences that are read each time."""
+
+    config: Config
+    device: torch.device
+    loader: Loader
+    validation: PackedDocuments
+    rows: list[int]
+    baselines: Baselines | None
+    model: LanguageModel
+    optimizer: Optimizer
+    plan: lt.Plan | None
+    report: lt.Report | None
+    flop_rate: float
+    """FLOP/s that the MFU is a share of."""
+
+
+def prepare(config: Config, where: Locations) -> Setup:
+    """Read the data, build the model, stream it as planned. Nothing is written."""
+    device = choose_device(config, where)
+    if config.train.threads is not None:
+        torch.set_num_threads(config.train.threads)
+    torch.manual_seed(config.train.seed)
+
+    documents, held_out = open_data(config.data)
+    for corpus in (documents, held_out):
+        check_vocabulary(corpus, config.model.vocab_size)
+    loader = Loader(config.stages(), config.data, documents, config.train.steps)
+    validation = pack(held_out, config.data.seq_len, config.data)
+    rows = validation_rows(validation, config.train.validation_tokens)
+
+    model = LanguageModel(config.model).to(device)
+    settle_fallback(model, device, config, where)
+    if config.train.init is not None:
+        try:
+            load_weights(model, Path(config.train.init))
+        except ValueError as error:
+            raise where.error("train.init", str(error)) from None
+    optimizer = Optimizer(model, config.train)
+    plan = make_plan(model, config, where)
+    rate = config.metrics.peak_tflops
+    return Setup(
+        config=config,
+        device=device,
+        loader=loader,
+        validation=validation,
+        rows=rows,
+        baselines=compute_baselines(documents, validation, rows, documents.vocabulary),
+        model=model,
+        optimizer=optimizer,
+        plan=plan,
+        report=None if plan is None else lt.apply(model, plan),
+        flop_rate=rate * 1e12 if rate else measure_rate(device, getattr(torch, config.train.dtype)),
+    )
+
+
+def choose_device(config: Config, where: Locations) -> torch.device:
+    if config.train.device == "cuda" and not torch.cuda.is_available():
+        raise where.error("train.device", "no GPU is visible to PyTorch; set auto or cpu, or install a CUDA build of torch")
+    return torch.device("cuda" if config.train.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def settle_fallback(model: LanguageModel, device: torch.device, config: Config, where: Locations) -> None:
+    """Refuse a CPU run without kernels unless `train.kernel_fallback` allows it; on a GPU each attention call decides by it."""
+    if config.train.kernel_fallback == "error" and device.type == "cpu" and MISSING is not None:
+        raise where.error("train.kernel_fallback", f"{MISSING}; or set warn, to run on torch alone, several times slower")
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.kernel_fallback = config.train.kernel_fallback
+
+
+def make_plan(model: LanguageModel, config: Config, where: Locations) -> lt.Plan | None:
+    """The planner's plan for a budget, the hand-made one, or None: nothing is streamed."""
+    if config.memory.budget is not None:
+        try:
+            return lt.plan(model, seq_len=config.data.seq_len, budget=config.memory.budget)
+        except lt.InfeasibleBudget as error:
+            raise where.error("memory.budget", str(error)) from None
+    settings = config.memory.plan_settings()
+    return lt.Plan(**settings) if settings else None
+
+
+def describe(setup: Setup) -> None:
+    """What is about to happen, before the first step."""
+    config, plan, loader = setup.config, setup.plan, setup.loader
+    parameters = sum(p.numel() for p in setup.model.parameters())
+    print(f"model   {parameters:,} parameters, {config.model.num_layers} layers, {config.train.dtype}")
+    if MISSING is not None:
+        print(f"kernels pure torch, slower: {MISSING}")
+    print(
+        f"data    {config.data.source}: {len(loader.corpus)} training documents in {len(loader.mixtures[config.data.seq_len])} sequences of "
+        f"{config.data.seq_len} tokens, {len(setup.validation.corpus)} held out"
+    )
+    if plan is None:
+        print("memory  not streamed: memory.chunk_tokens or memory.budget would")
+    else:
+        predicted = f", predicted peak {format_bytes(plan.predicted_peak)}" if plan.predicted_peak else ""
+        print(
+            f"memory  chunks of {plan.chunk_tokens} tokens, segments of {plan.segment_layers} layers, "
+            f"outputs stored {plan.store_outputs}, K/V stored {plan.store_kv}{predicted}"
+        )
+    rate = "metrics.peak_tflops" if config.metrics.peak_tflops else "a matrix product measured now"
+    print(f"mfu     share of {setup.flop_rate / 1e12:.3g} TFLOP/s ({rate}) in {RULE}", flush=True)
+
+
+def stage_at(config: Config, step: int) -> LengthStage:
+    """The stage of update `step` (from 0)."""
+    stages = config.stages()
+    return stages[bisect_right([s.from_step for s in stages], max(0, step)) - 1]
+
+
+def set_rotary(model: LanguageModel, stage: LengthStage) -> None:
+    """Give every rotary embedding the base and the scaling of a stage."""
+    for module in model.modules():
+        if isinstance(module, RotaryEmbedding):
+            module.base, module.scaling = stage.rope_base, stage.rope_scaling
+
+
+def remaining_tokens(config: Config, step: int) -> int:
+    """Tokens of the updates from `step` on."""
+    stages = config.stages()
+    ends = [s.from_step for s in stages[1:]] + [config.train.steps]
+    return sum(max(0, end - max(step, s.from_step)) * s.tokens_per_update for s, end in zip(stages, ends, strict=True))

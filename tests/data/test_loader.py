@@ -1,0 +1,226 @@
+"""The loader: what an update reads depends on its number alone; shares are kept; errors and memory stay where they belong."""
+
+import io
+import threading
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from longtrain import cli
+from longtrain.config.data import DataConfig, TokenSource
+from longtrain.config.run import LengthStage
+from longtrain.data.build import Settings, build
+from longtrain.data.built import open_built
+from longtrain.data.corpus import corpus_in_memory, join
+from longtrain.data.loader import PERIOD, Loader, Mixture, fingerprint, open_data, pack, validation_rows, whole_shares
+from longtrain.data.sources import DataError, Document
+
+DATA = DataConfig(source="text", files=("x",), seq_len=32)
+STAGES = (LengthStage(from_step=0, seq_len=16, tokens_per_update=32), LengthStage(from_step=3, seq_len=32, tokens_per_update=96))
+
+
+def corpus(*lengths, source="documents", seed=0):
+    generator = np.random.default_rng(seed)
+    tokens = [generator.integers(1, 256, n, dtype=np.uint8) for n in lengths]
+    return corpus_in_memory([Document(f"{source}{i}", t) for i, t in enumerate(tokens)], source)
+
+
+def read(loader, steps):
+    return [[(b.documents, b.input_ids_BT.tolist(), b.cu_seqlens.tolist()) for b in loader.update(step)] for step in steps]
+
+
+@pytest.fixture
+def loader():
+    made = []
+
+    def make(data=DATA, documents=None, steps=8, **settings):
+        made.append(Loader(STAGES, data, documents or corpus(*range(5, 60)), steps, **settings))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+@pytest.mark.parametrize("packing", ["best_fit", "concatenate", "one_document"])
+def test_an_update_depends_on_its_number_alone(packing, loader):
+    data = replace(DATA, packing=packing)
+    in_order = read(loader(data), range(8))
+    order = [5, 2, 2, 7, 0, 6, 1, 4, 3]
+    assert read(loader(data), order) == [in_order[step] for step in order]
+    assert read(loader(data, ahead=5), range(4, 8)) == in_order[4:]
+    assert [len(update) for update in in_order] == [2, 2, 2, 3, 3, 3, 3, 3]
+    assert {len(ids[0]) for update in in_order[3:] for _, ids, _ in update} == {32}
+    assert read(loader(replace(data, seed=1)), range(8)) != in_order
+
+
+def test_updates_are_read_ahead_and_no_further(loader):
+    slow, reads = loader(ahead=2, steps=6), []
+    original, gate = slow.read, threading.Event()
+
+    def watched(step):
+        reads.append(step)
+        gate.wait(5)
+        return original(step)
+
+    slow.read = watched
+    gate.set()
+    slow.update(0)
+    for _ in range(100):
+        if len(reads) == 3:
+            break
+        time.sleep(0.01)
+    assert reads == [0, 1, 2] and len(slow._coming) == 2
+    slow.update(5)
+    assert 6 not in slow._coming and not slow._coming
+
+
+def test_what_goes_wrong_in_the_background_reaches_the_caller(loader, monkeypatch):
+    broken = loader()
+    monkeypatch.setattr(broken, "read", lambda step: (_ for _ in ()).throw(DataError(f"update {step} is broken")))
+    for step in (0, 1, 4):
+        with pytest.raises(DataError, match=f"update {step} is broken"):
+            broken.update(step)
+
+
+def shares(mixture, count=PERIOD):
+    sources = [mixture.batch(i).sources[0] for i in range(count)]
+    return {name: sources.count(name) / count for name in set(sources)}
+
+
+def test_weights_are_shares_of_the_sequences_whatever_the_sizes():
+    data = DataConfig(source="tokens", tokens=(TokenSource(path="a", weight=3), TokenSource(path="b", weight=1)), seq_len=32)
+    both = join([corpus(*[20] * 3, source="a"), corpus(*[30] * 70, source="b")])
+    mixture = Mixture(both, 32, data)
+    assert shares(mixture) == {"a": 0.75, "b": 0.25}
+    early = [mixture.batch(i).sources[0] for i in range(40)]
+    assert early.count("b") == 10  # evenly, from the beginning
+    assert all(len(set(mixture.batch(i).sources)) == 1 for i in range(200))
+    read_b = [mixture.batch(i).documents for i in range(280 + 12) if mixture.batch(i).sources[0] == "b"]
+    assert len(set(read_b[:70])) == 70  # all of it before any of it again
+    of_b = [documents for documents in (mixture.batch(i).documents for i in range(PERIOD - 40, PERIOD + 40)) if documents[0][0] == "b"]
+    assert of_b == [mixture.packed[1].batch(i).documents for i in range(1014, 1034)]  # the next period goes on where the last one ended
+    natural = DataConfig(source="tokens", tokens=(TokenSource(path="a"), TokenSource(path="b")), seq_len=64)
+    assert {s for i in range(30) for s in Mixture(both, 64, natural).batch(i).sources} == {"a", "b"}
+
+
+def test_long_documents_are_read_more_often_within_their_source():
+    documents = corpus(*[32] * 300, *[320] * 10)  # a quarter of the tokens is in long ones
+    data = replace(DATA, long_from_tokens=320, long_weight=3.0)
+    mixture = Mixture(documents, 32, data)
+    long = [int(mixture.batch(i).documents[0].split("[")[0].removeprefix("documents")) >= 300 for i in range(PERIOD)]
+    assert np.mean(long) == pytest.approx(3 * 0.25 / (3 * 0.25 + 0.75), abs=1 / PERIOD)
+
+
+@pytest.mark.parametrize("shares", [[1, 1], [1e-9, 1], [1, 2, 4], [0.3] * 7, [1e-6] * 100 + [1]])
+def test_whole_shares_add_up_and_leave_nobody_out(shares):
+    counts = whole_shares(np.array(shares, dtype=np.float64))
+    assert counts.sum() == PERIOD and counts.min() >= 1
+    exact = np.array(shares) / np.sum(shares) * PERIOD
+    assert (np.abs(counts - exact) < 1 + (exact < 1).sum()).all()
+
+
+def test_the_fingerprint_is_that_of_data_and_settings():
+    documents = corpus(10, 20, 30)
+    same = fingerprint(documents, DATA)
+    assert fingerprint(corpus(10, 20, 30), replace(DATA, files=("elsewhere",), seq_len=64)) == same
+    assert same.startswith("3 documents, 60 tokens, ")
+    others = [fingerprint(corpus(10, 20, 30, seed=1), DATA), fingerprint(documents.take(np.arange(2)), DATA)]
+    changes = [{"seed": 1}, {"packing": "concatenate"}, {"isolate": False}, {"min_document_tokens": 5}, {"validation_fraction": 0.1}]
+    changes += [{"long_from_tokens": 20, "long_weight": 2.0}]
+    others += [fingerprint(documents, replace(DATA, **change)) for change in changes]
+    assert len({same, *others}) == len(others) + 1
+
+
+@pytest.fixture
+def texts(tmp_path):
+    generator = np.random.default_rng(1)
+    (tmp_path / "texts").mkdir()
+    for index, length in enumerate(generator.integers(1, 300, 40).tolist()):
+        (tmp_path / "texts" / f"{index:02}").write_bytes(bytes(generator.integers(97, 123, length, dtype=np.uint8)))
+    return tmp_path / "texts"
+
+
+def test_built_data_is_read_as_the_files_are(texts, tmp_path, loader):
+    """The same split, the same sequences, through memory-mapped shards."""
+    build(tmp_path / "built", [str(texts)], Settings(shard_bytes=1000), io.StringIO())
+    from_files = DataConfig(source="text", files=(str(texts),), seq_len=32)
+    from_disk = DataConfig(source="tokens", tokens=(TokenSource(path=str(tmp_path / "built")),), seq_len=32)
+    (train, held), (train_built, held_built) = open_data(from_files), open_data(from_disk)
+    assert read(loader(from_files, train), range(8)) == read(loader(from_disk, train_built), range(8))
+    a, b = pack(held, 32, from_files), pack(held_built, 32, from_disk)
+    assert validation_rows(a, None) == validation_rows(b, None)
+    assert all(torch.equal(a.read_row(row).input_ids_BT, b.read_row(row).input_ids_BT) for row in range(len(a)))
+
+
+def test_a_loader_of_mapped_data_does_not_keep_what_it_read_in_memory(tmp_path, loader):
+    path = tmp_path / "big"
+    path.mkdir()
+    for index in range(8):
+        (path / f"{index}").write_bytes(bytes([65 + index]) * 2**22)
+    build(tmp_path / "built", [str(path)], Settings(), io.StringIO())
+    documents = open_built(tmp_path / "built")
+
+    def mapped():
+        lines = open("/proc/self/smaps").read().split(f"{tmp_path}/built/00000.tokens")[1:]
+        return sum(int(line.split("Rss:")[1].split()[0]) for line in lines)
+
+    if not hasattr(documents.mapped[0], "madvise") or not open("/proc/self/smaps").read(1):
+        pytest.skip("this system does not tell")
+    big = loader(documents=documents)
+    assert sum(int(documents.tokens(i).sum()) for i in range(8)) and mapped() > 30_000
+    big.update(0)
+    big.close()
+    assert mapped() < 3_000
+
+
+def test_a_document_longer_than_the_sequence_is_refused_on_request(texts):
+    data = DataConfig(source="text", files=(str(texts),), seq_len=32, long_documents="refuse")
+    with pytest.raises(DataError, match=r"texts/\d\d has 2\d\d tokens, .*data.seq_len \(32\); raise seq_len, or set long_documents: split"):
+        open_data(data)
+    open_data(replace(data, seq_len=300))
+    open_data(replace(data, long_documents="split"))
+
+
+def test_data_of_two_tokenizers_is_refused(texts, tmp_path):
+    build(tmp_path / "a", [str(texts)], Settings(), io.StringIO())
+    build(tmp_path / "b", [str(texts)], Settings(end_token=0), io.StringIO())
+    sources = tuple(TokenSource(path=str(tmp_path / name)) for name in "ab")
+    with pytest.raises(DataError, match=r"a was tokenized by bytes and .*b by bytes \(end_token 0\), and one model cannot read both"):
+        open_data(DataConfig(source="tokens", tokens=sources, seq_len=32))
+
+
+def test_a_source_without_usable_documents_is_named(texts, tmp_path):
+    build(tmp_path / "a", [str(texts)], Settings(), io.StringIO())
+    (tmp_path / "short.txt").write_text("abc")
+    (tmp_path / "short2.txt").write_text("abc")
+    build(tmp_path / "b", [str(tmp_path / "short*.txt")], Settings(), io.StringIO())
+    sources = tuple(TokenSource(path=str(tmp_path / name), weight=1.0) for name in "ab")
+    data = DataConfig(source="tokens", tokens=sources, seq_len=32, min_document_tokens=10)
+    with pytest.raises(DataError, match="b has no training document of enough tokens; lower data.min_document_tokens"):
+        Mixture(open_data(data)[0], 32, data)
+
+
+RUN = """\
+model: {vocab_size: 256, num_layers: 1, hidden_size: 16, intermediate_size: 32, num_heads: 2, num_kv_heads: 1}
+data: {source: tokens, tokens: [{path: BUILT, weight: 1}], seq_len: 64, packing: concatenate, isolate: false, validation_fraction: 0.2}
+train: {steps: 3, device: cpu, tokens_per_update: 128}
+output: {dir: OUT}
+"""
+
+
+def test_a_run_reads_built_data_and_says_what_is_wrong_with_it(texts, tmp_path, capsys):
+    build(tmp_path / "built", [str(texts)], Settings(shard_bytes=2000), io.StringIO())
+    file = tmp_path / "run.yaml"
+    file.write_text(RUN.replace("BUILT", str(tmp_path / "built")).replace("OUT", str(tmp_path / "out")))
+    assert cli.main(["train", str(file)]) == 0
+    assert "data    tokens: " in capsys.readouterr().out
+    assert cli.main(["train", str(file), f"output.dir={tmp_path / 'b'}", "model.vocab_size=100"]) == 1
+    assert "is outside the vocabulary of 100; set model.vocab_size to at least 123" in capsys.readouterr().err
+    (tmp_path / "built" / "00001.tokens").unlink()
+    assert cli.main(["train", str(file), f"output.dir={tmp_path / 'c'}"]) == 1
+    error = capsys.readouterr().err
+    assert "00001.tokens is missing; restore it" in error and error.count("\n") == 1 and not (tmp_path / "c").exists()

@@ -1,0 +1,41 @@
+"""The examples run, stream, and learn."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.slow
+
+
+def run(name: str) -> str:
+    done = subprocess.run(
+        [sys.executable, ROOT / "examples" / name], capture_output=True, text=True, timeout=300,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def numbers(output: str, name: str) -> list[float]:
+    return [float(x) for x in re.findall(rf"{name}\W+([0-9.]+)", output)]
+
+
+@pytest.mark.parametrize("name, libraries", [("hf_trainer.py", ["transformers", "accelerate"]), ("trl_sft_lora.py", ["trl", "peft"])])
+def test_a_trainer_learns(name, libraries):
+    for library in libraries:
+        pytest.importorskip(library)
+    output = run(name)
+    assert "streamed loss" in output and "left as it is" not in output
+    losses = numbers(output, "'loss'")
+    assert len(losses) == 5 and losses[-1] < losses[0]
+
+
+def test_rewards_rise():
+    pytest.importorskip("transformers")
+    rewards = numbers(run("rl_logprobs.py"), "reward")
+    assert len(rewards) == 8 and sum(rewards[-2:]) > sum(rewards[:2])

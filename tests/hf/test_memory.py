@@ -1,0 +1,59 @@
+"""Memory of a step by family: tensors alive at the peak, in chunks of a sixteenth of the sequence against the whole at once."""
+
+import weakref
+
+import hf_families
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import longtrain as lt
+
+TOKENS = 1024
+
+
+class Alive(TorchDispatchMode):
+    """Bytes of the storages that operations made and that still live; `peak` is the most there were."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.seen = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in given and storage not in self.seen and storage.nbytes():
+                    self.seen.add(storage)
+                    self.now += storage.nbytes()
+                    weakref.finalize(storage, self.free, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def free(self, count):
+        self.now -= count
+
+
+def peak_bytes(family, chunk_tokens):
+    model = hf_families.build(family, hidden_size=64, intermediate_size=192, num_hidden_layers=2, max_position_embeddings=TOKENS).float()
+    ids = torch.randint(3, hf_families.VOCAB, (1, TOKENS))
+    lt.apply(model, lt.Plan(chunk_tokens=chunk_tokens, loss_chunk_tokens=64, store_outputs=0.0))
+    model(input_ids=ids[:, :64], labels=ids[:, :64]).loss.backward()  # gradients are there from the first step on
+    with Alive() as alive:
+        model(input_ids=ids, labels=ids).loss.backward()
+    return alive.peak
+
+
+TWELVE = ["llama", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "gpt_neox", "cohere", "olmo2", "glm4", "mixtral", "gpt_oss"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", TWELVE)
+def test_chunks_of_a_sixteenth_halve_the_peak(family):
+    whole, chunked = peak_bytes(family, TOKENS), peak_bytes(family, TOKENS // 16)
+    assert chunked > TOKENS * 64 * 4 * 2, "the hidden states of two layers at least: is anything counted?"
+    assert chunked <= 0.5 * whole, f"{chunked / 2**20:.1f} of {whole / 2**20:.1f} MiB"

@@ -1,0 +1,44 @@
+"""The benchmark of the token store runs, compares before it measures, and fails below its bound."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+import bench_offload
+from gpu_check_offload import race_rows
+
+from longtrain.offload.disk import IN_MEMORY
+from longtrain.offload.system import System
+
+
+@pytest.fixture
+def small(tmp_path):
+    if System().filesystem(str(tmp_path)) in IN_MEMORY:
+        pytest.skip("temporary files are in memory here")
+    sizes = ["--bytes", "4MiB", "--extent", "512KiB", "--staging", "4MiB", "--rounds", "2"]
+    return ["--path", str(tmp_path), *sizes, "--out", str(tmp_path / "out.json")]
+
+
+def test_both_directions_are_measured(small, capsys, tmp_path):
+    assert bench_offload.main([*small, "--bound", "0"]) == 0
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert set(result["rows"]) == {"write", "read"} and all(row["ratio"] > 0 for row in result["rows"].values())
+    assert "GB/s" in capsys.readouterr().out
+
+
+def test_below_the_bound_is_a_failure(small, capsys):
+    assert bench_offload.main([*small, "--bound", "1000"]) == 1
+
+
+def test_no_number_where_bytes_differ(small, monkeypatch):
+    right = bench_offload.TieredStore.get
+    monkeypatch.setattr(bench_offload.TieredStore, "get", lambda self, *a: right(self, *a) + 1)
+    with pytest.raises(SystemExit, match="no numbers"):
+        bench_offload.main(small)
+
+
+def test_race_rows_on_a_cpu():
+    assert all(passed for *_, passed in race_rows("cpu"))
