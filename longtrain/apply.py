@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from longtrain.nn.loss import TokenLoss
+from longtrain.nn.ends import TokenEmbed, TokenLoss
 from longtrain.offload import DeviceStore
 from longtrain.plan import Plan
+from longtrain.stream.embed import streamed_token_embed
 from longtrain.stream.loss import streamed_token_loss
 from longtrain.stream.protocol import StreamableLayer
 from longtrain.stream.segment import Chain, Progress, Segment
@@ -157,10 +158,15 @@ def _apply(model: nn.Module, report: Report) -> None:
         raise ValueError(f"no layer of {type(model).__name__} can be streamed:\n{report}")
     for chain in filter(None, chains):
         _stream_chain(report, chain)
-    for name, module in model.named_modules():
-        if isinstance(module, TokenLoss):
-            report._replace(module, partial(streamed_token_loss, chunk_tokens=plan.loss_chunk_tokens))
-            report.entries.append(Entry(name, "streamed loss"))
+    ends = {kind: [(name, m) for name, m in model.named_modules() if isinstance(m, kind)] for kind in (TokenEmbed, TokenLoss)}
+    streams = plan.boundaries == "stream" and len(report._chains) == len(ends[TokenEmbed]) == len(ends[TokenLoss]) == 1
+    chain = report._chains[0] if streams and all(entry.why == "" for entry in report.entries) else None
+    for name, module in ends[TokenEmbed] if chain else ():
+        report._replace(module, partial(streamed_token_embed, chain=chain))
+        report.entries.append(Entry(name, "streamed embedding"))
+    for name, module in ends[TokenLoss]:
+        report._replace(module, partial(streamed_token_loss, chunk_tokens=plan.loss_chunk_tokens, chain=chain))
+        report.entries.append(Entry(name, "streamed loss"))
     places = {name: place for place, (name, _) in enumerate(model.named_modules())}
     report.entries.sort(key=lambda entry: places[entry.name])
 

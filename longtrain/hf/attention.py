@@ -6,7 +6,7 @@ and the call becomes the streaming engine's; otherwise the op is called directly
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -176,8 +176,8 @@ class MaskedAttention:
         ]
         return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
 
-    def make_carry(self, tokens: int) -> MaskedCarry:
-        return MaskedCarry(self, tokens)
+    def make_carry(self, spans: Sequence[Span]) -> MaskedCarry:
+        return MaskedCarry(self, spans)
 
     def with_shared(self) -> MaskedAttention:
         return self
@@ -202,9 +202,7 @@ class MaskedCarry(KVCarry):
         return out_BCHD.to(q_BCHD.dtype), lse_BCH
 
     def mix_vjp(self, span: Span, q_BCHD: Tensor, out_BCHD: Tensor, lse_BCH: Tensor, dout_BCHD: Tensor) -> Tensor:
-        if self._dk_BSKD is None:
-            wide = self.spec.adjoint_dtype
-            self._dk_BSKD, self._dv_BSKD = (torch.zeros_like(x, dtype=wide) for x in (self._k_BSKD, self._v_BSKD))
+        self._extend_adjoints(span)
         q, sinks_H = self.mixer.split(q_BCHD)
         dq_BCHD = torch.zeros_like(q_BCHD)
         for block in self.blocks(span):

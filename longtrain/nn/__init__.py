@@ -3,7 +3,7 @@
 from longtrain.nn.attention import Attention
 from longtrain.nn.config import ModelConfig
 from longtrain.nn.decoder import Decoder, DecoderLayer
-from longtrain.nn.loss import TokenLoss, count_targets
+from longtrain.nn.ends import TokenEmbed, TokenLoss, count_targets
 from longtrain.nn.mlp import SwiGLU
 from longtrain.nn.model import LanguageModel, ModelOutput
 from longtrain.nn.norm import RMSNorm
@@ -19,6 +19,7 @@ __all__ = [
     "RMSNorm",
     "RotaryEmbedding",
     "SwiGLU",
+    "TokenEmbed",
     "TokenLoss",
     "count_targets",
 ]

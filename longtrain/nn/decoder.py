@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from longtrain.nn.attention import Attention
 from longtrain.nn.config import ModelConfig
+from longtrain.nn.ends import TokenEmbed
 from longtrain.nn.mlp import SwiGLU
 from longtrain.nn.norm import RMSNorm
 from longtrain.ops.mixers import AttentionMixer
@@ -65,13 +66,14 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.token_embed = TokenEmbed()
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
 
-    def forward(self, input_ids_BT: Tensor, documents: Layout, dropout_seed: int | None) -> Tensor:
-        """Hidden states ``[B, T, E]`` before the final norm."""
+    def forward(self, input_ids_BT: Tensor, documents: Layout, dropout_seed: int | None, *, to_loss: bool = False) -> Tensor:
+        """Hidden states ``[B, T, E]`` before the final norm. `to_loss`: they will go into `TokenLoss` as they are."""
         positions_BT = documents.positions(input_ids_BT.device)[None].expand_as(input_ids_BT)
-        x_BTE = self.embed_tokens(input_ids_BT)
+        x_BTE = self.token_embed(input_ids_BT, self.embed_tokens, to_loss=to_loss)
         for layer in self.layers:
             x_BTE = layer(x_BTE, positions_BT=positions_BT, documents=documents, dropout_seed=dropout_seed)
         return x_BTE

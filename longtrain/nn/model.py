@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from longtrain.nn.config import ModelConfig
 from longtrain.nn.decoder import Decoder
-from longtrain.nn.loss import TokenLoss
+from longtrain.nn.ends import TokenLoss
 from longtrain.ops.linear_cross_entropy import LossOptions
 from longtrain.span import Layout
 
@@ -68,7 +68,7 @@ class LanguageModel(nn.Module):
         dropout_seed = None
         if self.training and self.config.attention_dropout > 0:
             dropout_seed = int(torch.randint(2**62, ()))
-        hidden_BTE = self.model(input_ids, documents, dropout_seed)
+        hidden_BTE = self.model(input_ids, documents, dropout_seed, to_loss=labels is not None)
         if labels is None:
             return ModelOutput(logits=self.lm_head(self.model.norm(hidden_BTE)))
         weights_BT = None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from longtrain.nn.loss import TokenLoss
+from longtrain.nn.ends import TokenLoss
 from longtrain.ops.linear_cross_entropy import default_chunk_tokens, footprint_bytes
 from longtrain.plan import Plan
 from longtrain.stream.footprint import LayerFootprint, probe_layer

@@ -11,14 +11,26 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from longtrain.offload import Stored, TokenStore, version_of
+from longtrain.plan import Plan
 from longtrain.span import Span
 
 
-class Boundary:
-    """The hidden states between two streamed layers, by span, and in the backward pass their gradient."""
+class BoundaryGradient(Stored):
+    """A gradient by span that is still to be multiplied by one number, which its makers did not know yet."""
 
-    def __init__(self, store: TokenStore, shape: torch.Size, device: torch.device) -> None:
-        self.value, self.grad = Stored(store, "layer boundary"), Stored(store, "layer boundary gradient")
+    factor: Tensor | None = None
+
+    def take(self, span: Span) -> Tensor:
+        grad = super().take(span)
+        return grad if self.factor is None else grad * self.factor
+
+
+class Boundary:
+    """The hidden states that streamed layer `layer` is given, by span, and in the backward pass their gradient."""
+
+    def __init__(self, store: TokenStore, plan: Plan, layer: int, shape: torch.Size, device: torch.device) -> None:
+        self.value = Stored(store, f"input of layer {layer}", plan.place("inputs", layer, shape[1]))
+        self.grad = BoundaryGradient(store, f"gradient of the input of layer {layer}", plan.place("gradients", layer, shape[1]))
         self.shape, self.device = shape, device
         self._nan: Tensor | None = None
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from longtrain.offload import TokenStore
+from longtrain.offload import Stored, TokenStore
 from longtrain.plan import Plan
 from longtrain.span import Span, chunk_spans
 from longtrain.stream.replay import (
@@ -102,6 +102,10 @@ class Call:
         arguments = self.arguments.on(Span(0, self.tokens), replica.leaves)
         module = LayerMixers(self.layers[layer].layer)
         return functional_call(module, self.parameters.named(layer, replica.parameters), (arguments,))
+
+    def announce(self, order: Iterable[tuple[Sequenced, Span]]) -> None:
+        """Tell the store what will be asked of it, in order."""
+        self.store.prefetch((values.name, span) for values, span in order if isinstance(values, Stored))
 
     def over(self, spans: Iterable[Span], phase: str) -> Iterator[Span]:
         """The spans one by one, reported to `progress` as (spans done, spans in all) of this phase."""

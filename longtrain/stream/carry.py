@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,6 +12,7 @@ from longtrain.ops.attention import attention, attention_backward, merge_attenti
 from longtrain.ops.mixers import AttentionMixer
 from longtrain.span import Span
 from longtrain.stream.protocol import CarrySpec, KVBlock
+from longtrain.stream.sliding import Sliding
 
 
 def kv_carry_spec(kv_heads: int, head_dim: int, value_dim: int, dtype: torch.dtype) -> CarrySpec:
@@ -24,39 +28,46 @@ def kv_carry_spec(kv_heads: int, head_dim: int, value_dim: int, dtype: torch.dty
 
 
 class KVCarry:
-    """Keys and values of one layer's sequence, in one buffer each, on the device.
+    """Keys and values that a chunk's queries can see, on the device, in one buffer each, so that a chunk is one call of the kernel.
 
-    A chunk's queries need one call of the kernel against ``[first visible key, end of chunk)``; several blocks, where a subclass
-    yields them, are merged by their LSE.
+    Where no chunk sees the whole sequence (windows, packed documents) the carry `slides`: its buffers hold the longest stretch that one
+    does, and in the backward pass it is given the keys chunk by chunk, the last first. Several blocks, where a subclass yields them, are merged by
+    their LSE.
     """
 
-    def __init__(self, mixer: AttentionMixer, tokens: int) -> None:
-        self.mixer, self.tokens = mixer, tokens
-        self._k_BSKD: Tensor | None = None
-        self._v_BSKD: Tensor | None = None
-        self._dk_BSKD: Tensor | None = None
-        self._dv_BSKD: Tensor | None = None
+    def __init__(self, mixer: AttentionMixer, spans: Sequence[Span]) -> None:
+        self.mixer, tokens = mixer, spans[-1].stop if spans else 0
+        starts = [span.start for span in spans]
+        self._first_needed = {span.stop: starts[bisect_right(starts, mixer.keys_for(span).start) - 1] for span in spans}
+        reach = max((stop - first for stop, first in self._first_needed.items()), default=0)
+        self.slides = reach < tokens
+        self._k_BSKD, self._v_BSKD, self._dk_BSKD, self._dv_BSKD = (Sliding(reach, tokens) for _ in range(4))
 
     @property
     def spec(self) -> CarrySpec:
-        return kv_carry_spec(self._k_BSKD.shape[2], self._k_BSKD.shape[3], self._v_BSKD.shape[3], self._k_BSKD.dtype)
+        k_BSKD, v_BSKD = (x[x.held] for x in (self._k_BSKD, self._v_BSKD))
+        return kv_carry_spec(k_BSKD.shape[2], k_BSKD.shape[3], v_BSKD.shape[3], k_BSKD.dtype)
 
     def append(self, span: Span, k_BCKD: Tensor, v_BCKD: Tensor) -> None:
-        if len(span) == self.tokens:
-            self._k_BSKD, self._v_BSKD = k_BCKD, v_BCKD
-            return
-        if self._k_BSKD is None:
-            self._k_BSKD, self._v_BSKD = (x.new_empty(x.shape[0], self.tokens, *x.shape[2:]) for x in (k_BCKD, v_BCKD))
-        self._k_BSKD[:, span.slice()] = k_BCKD
-        self._v_BSKD[:, span.slice()] = v_BCKD
+        for buffer, part in ((self._k_BSKD, k_BCKD), (self._v_BSKD, v_BCKD)):
+            buffer.append(span, part, needed_from=self._first_needed.get(span.stop, 0))
+
+    def first_needed(self, span: Span) -> int:
+        """Start of the first chunk that the queries of `span` see."""
+        return self._first_needed[span.stop]
+
+    def prepend(self, span: Span, k_BCKD: Tensor, v_BCKD: Tensor, *, queries: Span) -> None:
+        """Take keys that are missing, the last ones first; those behind `queries` are done with."""
+        self._k_BSKD.prepend(span, k_BCKD, queries.stop)
+        self._v_BSKD.prepend(span, v_BCKD, queries.stop)
 
     def written(self, span: Span) -> tuple[Tensor, Tensor]:
-        return self._k_BSKD[:, span.slice()], self._v_BSKD[:, span.slice()]
+        return self._k_BSKD[span], self._v_BSKD[span]
 
     def blocks(self, span: Span) -> list[KVBlock]:
         keys = self.mixer.keys_for(span)
-        tensors = (self._k_BSKD, self._v_BSKD, self._dk_BSKD, self._dv_BSKD)
-        return [KVBlock(keys, *(None if x is None else x[:, keys.slice()] for x in tensors))]
+        adjoints = (None if x.held is None else x[keys] for x in (self._dk_BSKD, self._dv_BSKD))
+        return [KVBlock(keys, self._k_BSKD[keys], self._v_BSKD[keys], *adjoints)]
 
     def mix(self, span: Span, q_BCHD: Tensor, stored: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         if stored is not None:
@@ -70,9 +81,7 @@ class KVCarry:
         return out_BCHD.to(q_BCHD.dtype), lse_BCH  # merges are wide
 
     def mix_vjp(self, span: Span, q_BCHD: Tensor, out_BCHD: Tensor, lse_BCH: Tensor, dout_BCHD: Tensor) -> Tensor:
-        if self._dk_BSKD is None:
-            wide = self.spec.adjoint_dtype
-            self._dk_BSKD, self._dv_BSKD = (torch.zeros_like(x, dtype=wide) for x in (self._k_BSKD, self._v_BSKD))
+        self._extend_adjoints(span)
         dq_BCHD = None
         for block in self.blocks(span):
             arguments = self.mixer.arguments(span, block.span)
@@ -83,21 +92,28 @@ class KVCarry:
         return dq_BCHD
 
     def take_grad(self, span: Span) -> tuple[Tensor, Tensor]:
-        dk, dv = self._dk_BSKD[:, span.slice()], self._dv_BSKD[:, span.slice()]
-        return dk.to(self._k_BSKD.dtype), dv.to(self._v_BSKD.dtype)
+        return self._dk_BSKD[span].to(self._k_BSKD[span].dtype), self._dv_BSKD[span].to(self._v_BSKD[span].dtype)
+
+    def _extend_adjoints(self, span: Span) -> None:
+        """Zeros for the keys that the queries of `span` are the last to see."""
+        for adjoint, values in ((self._dk_BSKD, self._k_BSKD), (self._dv_BSKD, self._v_BSKD)):
+            stop = span.stop if adjoint.held is None else adjoint.held.start
+            new = Span(min(self.mixer.keys_for(span).start, stop), stop)
+            if len(new):
+                adjoint.prepend(new, torch.zeros_like(values[new], dtype=self.spec.adjoint_dtype), span.stop)
 
 
 CARRIES = {AttentionMixer: KVCarry}
-"""Which carry streams which mixer. A mixer of the user's own brings ``make_carry(tokens)`` and ``causal = True`` instead."""
+"""Which carry streams which mixer. A mixer of the user's own brings ``make_carry(spans)`` and ``causal = True`` instead."""
 
 
-def make_carry(mixer, tokens: int):
-    """The carry of a causal mixer over a sequence of `tokens`. Raises TypeError for a mixer that has none."""
+def make_carry(mixer, spans: Sequence[Span]):
+    """The carry of a causal mixer over a sequence streamed in `spans`. Raises TypeError for a mixer that has none."""
     if hasattr(mixer, "make_carry"):
-        return mixer.make_carry(tokens)
+        return mixer.make_carry(spans)
     if type(mixer) not in CARRIES:
-        raise TypeError(f"{type(mixer).__name__} cannot be streamed along the sequence: give it make_carry(tokens), or causal=False")
-    return CARRIES[type(mixer)](mixer, tokens)
+        raise TypeError(f"{type(mixer).__name__} cannot be streamed along the sequence: give it make_carry(spans), or causal=False")
+    return CARRIES[type(mixer)](mixer, spans)
 
 
 def is_causal(mixer) -> bool:

@@ -81,7 +81,7 @@ def _observe(layer: nn.Module, tokens: int) -> dict[str, int]:
             lse = out.shape[:3].numel() * 4 if out.ndim == 4 else 0
             seen["output"] += out.nbytes + lse
             if is_causal(mixer):
-                carry = make_carry(mixer, tokens)
+                carry = make_carry(mixer, [Span(0, tokens)])
                 carry.append(Span(0, tokens), *inputs[1:])
                 seen["carry"] += carry.spec.bytes_per_token * tokens
                 seen["adjoint"] += carry.spec.adjoint_bytes_per_token * tokens

@@ -25,7 +25,10 @@ from longtrain.ops.linear_cross_entropy import (
     workspace,
 )
 from longtrain.span import Span, chunk_spans
+from longtrain.stream.boundary import Boundary
+from longtrain.stream.call import Sequenced, WholeTensor
 from longtrain.stream.replay import GradientSums, Surroundings, delivered
+from longtrain.stream.segment import Chain
 
 
 def streamed_token_loss(
@@ -39,30 +42,36 @@ def streamed_token_loss(
     reduction: str = "mean",
     options: LossOptions = LossOptions(),
     chunk_tokens: int | None = None,
+    chain: Chain | None = None,
 ) -> Tensor:
     """As `longtrain.nn.TokenLoss.forward`, never holding more than `chunk_tokens` tokens' logits.
 
-    `norm` is any token-local module; its parameters and the head's receive their gradients once. Raises ValueError for targets outside
-    the vocabulary.
+    `norm` is any token-local module; its parameters and the head's receive their gradients once. `chain`: the
+    layers before, whose last boundary may be what `hidden_BTE` stands in for. Raises ValueError for targets outside the vocabulary.
     """
+    streams = chain is not None and chain.boundary is not None
+    boundary = chain.take_boundary(hidden_BTE, "the loss") if streams else None
+    batch, tokens = hidden_BTE.shape[:2]
+    spans = chunk_spans(tokens, tokens or 1) if boundary is None else chunk_spans(tokens, chain.plan.chunk_tokens)
     check_targets(targets_BT, head.out_features, options.ignore_index)
     norm_parameters = dict(norm.named_parameters())
     wide = torch.promote_types(hidden_BTE.dtype, torch.float32)
+    logits_tokens = chunk_tokens or default_chunk_tokens(head.out_features, hidden_BTE.device, hidden_BTE.dtype)
     work = _Head(
         norm=norm,
         names=tuple(norm_parameters),
-        target_N=targets_BT.reshape(-1),
-        weight_N=None if token_weights_BT is None else token_weights_BT.reshape(-1).to(wide),
+        boundary=boundary,
+        targets_BT=targets_BT,
+        weights_BT=None if token_weights_BT is None else token_weights_BT.to(wide),
         options=options,
-        spans=chunk_spans(
-            targets_BT.numel(), chunk_tokens or default_chunk_tokens(head.out_features, hidden_BTE.device, hidden_BTE.dtype)
-        ),
+        spans=spans,
+        logits_tokens=max(1, logits_tokens // max(batch, 1)),
         surroundings=Surroundings.capture(hidden_BTE.device),
     )
-    inputs = (hidden_BTE.reshape(-1, hidden_BTE.shape[-1]), head.weight, head.bias, *norm_parameters.values())
+    inputs = (hidden_BTE, head.weight, head.bias, *norm_parameters.values())
     if reduction == "none":
-        return _TokenLosses.apply(work, *inputs).view(targets_BT.shape)
-    scale = loss_scale(reduction, normalizer, work.target_N, options.ignore_index, wide)
+        return _TokenLosses.apply(work, *inputs)
+    scale = loss_scale(reduction, normalizer, targets_BT, options.ignore_index, wide)
     return _SummedLoss.apply(work, scale, torch.is_grad_enabled(), *inputs)
 
 
@@ -72,11 +81,22 @@ class _Head:
 
     norm: nn.Module
     names: tuple[str, ...]
-    target_N: Tensor
-    weight_N: Tensor | None
+    boundary: Boundary | None
+    targets_BT: Tensor
+    weights_BT: Tensor | None
     options: LossOptions
     spans: list[Span]
+    """What is taken from the boundary at a time; the whole sequence when the hidden states are a tensor."""
+    logits_tokens: int
+    """Tokens of each row whose logits exist at one time."""
     surroundings: Surroundings
+
+    def hidden(self, hidden_BTE: Tensor) -> Sequenced:
+        return WholeTensor(hidden_BTE.shape[1], hidden_BTE) if self.boundary is None else self.boundary.value
+
+    def parts(self, span: Span) -> list[Span]:
+        """A span cut into pieces of `logits_tokens`."""
+        return [Span(span.start + p.start, span.start + p.stop) for p in chunk_spans(len(span), self.logits_tokens)]
 
     def normed(self, hidden_CE: Tensor, parameters: Sequence[Tensor], head_dtype: torch.dtype) -> Tensor:
         """What the projection sees; under autocast in its dtype, as a linear layer would take it."""
@@ -89,46 +109,59 @@ class _Head:
         enabled = next((dtype for kind, on, dtype in self.surroundings.autocast if kind == device and on), None)
         return enabled or weight_VE.dtype
 
-    def run(self, inputs: Sequence[Tensor], wanted: Sequence[bool], factor_N: Tensor | None, scale: Tensor) -> tuple[Tensor, list[Tensor | None]]:
-        """The sum of the losses times `scale` (and times `factor_N`, a factor for each), and its gradients by `inputs`."""
-        hidden_NE, weight_VE, bias_V, *parameters = inputs
+    def run(
+        self, inputs: Sequence[Tensor], wanted: Sequence[bool], factors_BT: Tensor | None, scale: Tensor
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """The sum of the losses times `scale` (and times `factors_BT`, a factor for each), and its gradients by `inputs`.
+
+        The gradient of hidden states that stream goes into the boundary, and what is returned for it is the stand-in.
+        """
+        hidden_BTE, weight_VE, bias_V, *parameters = inputs
         dtype = self.head_dtype(weight_VE)
         weight_VE = weight_VE.detach().to(dtype)
         want_hidden, want_weight, want_bias, *want_parameters = wanted
         aliases = [p.detach().requires_grad_(want) for p, want in zip(parameters, want_parameters, strict=True)]
         upstream = want_hidden or any(want_parameters)
-        buffer = workspace(max(map(len, self.spans), default=0), weight_VE.shape[0], weight_VE.device, dtype, self.options)
-        dhidden_NE = torch.empty_like(hidden_NE) if want_hidden else None
+        longest = hidden_BTE.shape[0] * min(self.logits_tokens, max(map(len, self.spans), default=0))
+        buffer = workspace(longest, weight_VE.shape[0], weight_VE.device, dtype, self.options)
+        hidden, dhidden = self.hidden(hidden_BTE), WholeTensor(hidden_BTE.shape[1]) if self.boundary is None else self.boundary.grad
         dweight_VE, dbias_V = (
             torch.zeros_like(t, dtype=scale.dtype) if want else None for t, want in ((weight_VE, want_weight), (bias_V, want_bias))
         )
         sums, total = GradientSums(len(parameters)), torch.zeros_like(scale)
         for span in self.spans:
-            hidden_CE = hidden_NE[span.slice(0)].detach().requires_grad_(want_hidden)
-            with torch.enable_grad():
-                x_CE = self.normed(hidden_CE, aliases, dtype)
-            part = chunk_loss_and_grad(
-                x_CE.detach(),
-                weight_VE,
-                self.target_N[span.slice()],
-                None if factor_N is None else factor_N[span.slice()],
-                scale,
-                self.options,
-                want_dx=upstream,
-                dweight_VE=dweight_VE,
-                bias_V=bias_V,
-                dbias_V=dbias_V,
-                logits_buffer=buffer,
-            )
-            total += part.loss
-            if upstream:
-                leaves = [t for t in (hidden_CE, *aliases) if t.requires_grad]
-                grads = list(torch.autograd.grad(x_CE, leaves, part.dx_CE))
-                if want_hidden:
-                    dhidden_NE[span.slice()] = grads.pop(0)
-                for i in (i for i, want in enumerate(want_parameters) if want):
-                    sums.add(i, grads.pop(0))
-        return total, [dhidden_NE, dweight_VE, dbias_V, *sums.totals]
+            x_BSE = hidden.take(span)
+            dx_BSE = torch.empty_like(x_BSE) if want_hidden else None
+            for part in self.parts(span):
+                x_BCE = x_BSE[:, part.slice(span.start)].detach().requires_grad_(want_hidden)
+                with torch.enable_grad():
+                    normed_NE = self.normed(x_BCE, aliases, dtype).flatten(0, 1)
+                result = chunk_loss_and_grad(
+                    normed_NE.detach(),
+                    weight_VE,
+                    self.targets_BT[:, part.slice()].flatten(),
+                    None if factors_BT is None else factors_BT[:, part.slice()].flatten(),
+                    scale,
+                    self.options,
+                    want_dx=upstream,
+                    dweight_VE=dweight_VE,
+                    bias_V=bias_V,
+                    dbias_V=dbias_V,
+                    logits_buffer=buffer,
+                )
+                total += result.loss
+                if upstream:
+                    leaves = [t for t in (x_BCE, *aliases) if t.requires_grad]
+                    grads = list(torch.autograd.grad(normed_NE, leaves, result.dx_CE))
+                    if want_hidden:
+                        dx_BSE[:, part.slice(span.start)] = grads.pop(0)
+                    for i in (i for i, want in enumerate(want_parameters) if want):
+                        sums.add(i, grads.pop(0))
+            if want_hidden:
+                dhidden.put(span, dx_BSE)
+        if want_hidden:
+            dhidden = dhidden.tensor if self.boundary is None else self.boundary.stand_in
+        return total, [dhidden if want_hidden else None, dweight_VE, dbias_V, *sums.totals]
 
 
 class _SummedLoss(torch.autograd.Function):
@@ -138,8 +171,8 @@ class _SummedLoss(torch.autograd.Function):
     def forward(ctx, work: _Head, scale: Tensor, grad: bool, *inputs: Tensor) -> Tensor:
         # Summed unscaled and multiplied in the backward: a small scale costs half types no bits.
         wanted = [grad and want for want in ctx.needs_input_grad[3:]]
-        total, ctx.grads = work.run(inputs, wanted, work.weight_N, torch.ones_like(scale))
-        ctx.scale = scale
+        total, ctx.grads = work.run(inputs, wanted, work.weights_BT, torch.ones_like(scale))
+        ctx.work, ctx.scale = work, scale
         ctx.save_for_backward(*inputs[1:])  # not the hidden states: their gradient is all that is needed from here on
         return total * scale
 
@@ -151,45 +184,50 @@ class _SummedLoss(torch.autograd.Function):
                 "the streamed loss can be differentiated once: its gradients were handed over in the first backward; "
                 "call forward again instead of using retain_graph=True"
             )
-        grads, ctx.grads, factor = ctx.grads, None, dloss * ctx.scale
-        dhidden, *rest = (None if grad is None else grad.mul_(factor) for grad in grads)
+        (dhidden, *rest), ctx.grads, factor = ctx.grads, None, dloss * ctx.scale
+        if ctx.work.boundary is not None:
+            ctx.work.boundary.grad.factor = factor
+        elif dhidden is not None:
+            dhidden.mul_(factor)
+        rest = (None if grad is None else grad.mul_(factor) for grad in rest)
         return None, None, None, dhidden, *map(delivered, ctx.saved_tensors, rest)
 
 
 class _TokenLosses(torch.autograd.Function):
-    """(hidden, head weight, head bias, norm parameters) -> losses ``[N]``; the backward computes each chunk again."""
+    """(hidden, head weight, head bias, norm parameters) -> losses ``[B, T]``; the backward computes each chunk again."""
 
     @staticmethod
     def forward(ctx, work: _Head, *inputs: Tensor) -> Tensor:
         ctx.work = work
         ctx.save_for_backward(*inputs)
-        hidden_NE, weight_VE, bias_V, *parameters = inputs
-        dtype = work.head_dtype(weight_VE)
-        options = work.options
-        losses = []
+        hidden_BTE, weight_VE, bias_V, *parameters = inputs
+        dtype, options, keep = work.head_dtype(weight_VE), work.options, any(ctx.needs_input_grad)
+        hidden, losses = work.hidden(hidden_BTE), []
         for span in work.spans:
-            losses.append(
-                linear_cross_entropy(
-                    work.normed(hidden_NE[span.slice()], parameters, dtype),
-                    weight_VE.to(dtype),
-                    work.target_N[span.slice()],
-                    bias=bias_V,
-                    reduction="none",
-                    token_weights=None if work.weight_N is None else work.weight_N[span.slice()],
-                    ignore_index=options.ignore_index,
-                    softcap=options.softcap,
-                    z_loss=options.z_loss,
-                    label_smoothing=options.label_smoothing,
-                    chunk_tokens=len(span),
+            x_BSE = hidden.get(span) if keep else hidden.take(span)
+            for part in work.parts(span):
+                losses.append(
+                    linear_cross_entropy(
+                        work.normed(x_BSE[:, part.slice(span.start)], parameters, dtype),
+                        weight_VE.to(dtype),
+                        work.targets_BT[:, part.slice()],
+                        bias=bias_V,
+                        reduction="none",
+                        token_weights=None if work.weights_BT is None else work.weights_BT[:, part.slice()],
+                        ignore_index=options.ignore_index,
+                        softcap=options.softcap,
+                        z_loss=options.z_loss,
+                        label_smoothing=options.label_smoothing,
+                        chunk_tokens=x_BSE.shape[0] * len(part),
+                    )
                 )
-            )
-        return torch.cat(losses)
+        return torch.cat(losses, dim=1) if losses else hidden_BTE.new_zeros(hidden_BTE.shape[:2])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dloss_N: Tensor):
+    def backward(ctx, dloss_BT: Tensor):
         work, inputs = ctx.work, ctx.saved_tensors
-        factor_N = dloss_N if work.weight_N is None else dloss_N * work.weight_N
-        one = torch.ones((), dtype=dloss_N.dtype, device=dloss_N.device)
-        _, grads = work.run(inputs, ctx.needs_input_grad[1:], factor_N, one)
+        factors_BT = dloss_BT if work.weights_BT is None else dloss_BT * work.weights_BT
+        one = torch.ones((), dtype=dloss_BT.dtype, device=dloss_BT.device)
+        _, grads = work.run(inputs, ctx.needs_input_grad[1:], factors_BT, one)
         return None, grads[0], *map(delivered, inputs[1:], grads[1:])

@@ -35,8 +35,25 @@ class Chain:
         self.check_replay = False
         self.progress: Progress | None = None
         self.boundary: Boundary | None = None
+        self.from_ids = False
+        """Whether this pass began at the embedding, which made the first boundary."""
+        self.to_loss = False
+        """Whether this pass ends in the streamed loss, which takes the last boundary."""
         self.unfinished: Segment | None = None
         """The segment whose first layer has run it, and whose other layers have not yet been called."""
+
+    def new_boundary(self, layer: int, shape: torch.Size, device: torch.device) -> Boundary:
+        return Boundary(self.store, self.plan, layer, shape, device)
+
+    def take_boundary(self, x: Tensor, taker: str) -> Boundary:
+        """The boundary whose stand-in `x` is. Raises RuntimeError for any other tensor."""
+        boundary, self.boundary = self.boundary, None
+        if boundary is None or not boundary.is_behind(x):
+            raise RuntimeError(
+                f"{taker} was not given what came out before it: something changes the hidden states on the way; "
+                'use Plan(boundaries="tensor")'
+            )
+        return boundary
 
 
 class Segment:
@@ -74,20 +91,17 @@ class Segment:
         tensors = [call.arguments.leaves[i] for i in call.arguments.differentiable] + call.parameters.tensors
         into = out_of = None
         if chain.plan.boundaries == "stream":
-            if self.first:
-                into = Boundary(chain.store, x.shape, x.device)
+            if self.first and (chain.boundary is None or not chain.from_ids):
+                chain.from_ids = chain.to_loss = False
+                into = chain.new_boundary(self.indices[0], x.shape, x.device)
                 x = Enter.apply(x, into, call.spans)
             else:
-                into = chain.boundary
-                if into is None or not into.is_behind(x):
-                    raise RuntimeError(
-                        f"layer {self.indices[0]} was not given the output of layer {self.indices[0] - 1}: something changes the hidden "
-                        'states between layers; use Plan(boundaries="tensor")'
-                    )
-            out_of = Boundary(chain.store, x.shape, x.device)
+                into = chain.take_boundary(x, f"layer {self.indices[0]}")
+            out_of = chain.new_boundary(self.indices[-1] + 1, x.shape, x.device)
         y = _StreamedSegment.apply(call, into, out_of, torch.is_grad_enabled(), x, *tensors)
-        self._leave = (lambda y: Leave.apply(y, out_of, call.spans)) if out_of is not None and self.last else None
-        chain.boundary = None if self.last else out_of
+        leaves = self.last and not chain.to_loss
+        self._leave = (lambda y: Leave.apply(y, out_of, call.spans)) if out_of is not None and leaves else None
+        chain.boundary = None if leaves else out_of
         if len(self.layers) == 1:
             return self._finished(y)
         chain.unfinished, self._given, self._next = self, (y.detach(), arguments), 1

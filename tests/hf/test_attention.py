@@ -77,8 +77,8 @@ def test_a_streamed_mask_is_the_whole_mask(name, sinks, carry_of):
 
     query = with_sinks(q, sink).detach() if sinks else q.detach()
     mixer = MaskedAttention.make(mask, Options(scale=0.4, softcap=None, dropout=0.0, sinks=sinks), None)
-    carry, spans = carry_of(mixer, 23), [Span(0, 9), Span(9, 18), Span(18, 23)]
-    outs = []
+    spans = [Span(0, 9), Span(9, 18), Span(18, 23)]
+    carry, outs = carry_of(mixer, spans), []
     for span in spans:
         carry.append(span, k.detach()[:, span.slice()], v.detach()[:, span.slice()])
         outs.append(carry.mix(span, query[:, span.slice()], None))
@@ -87,7 +87,11 @@ def test_a_streamed_mask_is_the_whole_mask(name, sinks, carry_of):
     assert (out - expected)[visible].abs().max() < 1e-12
     assert (out[~visible] == 0).all()
     grads = [torch.zeros_like(query), torch.zeros_like(k), torch.zeros_like(v)]
+    carry, given = carry_of(mixer, spans), 23
     for span, (o, lse) in reversed(list(zip(spans, outs, strict=True))):
+        for needed in (s for s in reversed(spans) if carry.first_needed(span) <= s.start < given):
+            carry.prepend(needed, k.detach()[:, needed.slice()], v.detach()[:, needed.slice()], queries=span)
+        given = carry.first_needed(span)
         grads[0][:, span.slice()] = carry.mix_vjp(span, query[:, span.slice()], o, lse, dout[:, span.slice()])
         grads[1][:, span.slice()], grads[2][:, span.slice()] = carry.take_grad(span)
     if sinks:

@@ -142,7 +142,7 @@ class DecayCarry:
 class DecayMixer:
     causal = True
 
-    def make_carry(self, tokens):
+    def make_carry(self, spans):
         return DecayCarry(0.8)
 
     def __call__(self, q, w):

@@ -1,4 +1,8 @@
-"""The language-model head: final norm, projection to the vocabulary, next-token loss."""
+"""The two ends of a language model as modules: token ids in, loss out. Their parameters stay where they are and are passed in.
+
+`lt.apply` replaces their `forward` on the instance: hidden states then stream from the embedding through the layers into the loss, and
+neither end ever holds those of the whole sequence.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,16 @@ from longtrain.ops.linear_cross_entropy import LossOptions, linear_cross_entropy
 from longtrain.span import IGNORE_INDEX, Layout
 
 
-class TokenLoss(nn.Module):
-    """Loss of ``head(norm(hidden))`` against targets. Parameters stay where they are and are passed in: this module has none.
+class TokenEmbed(nn.Module):
+    """Embeds token ids; what it gives goes into the first layer as it is."""
 
-    `lt.apply` replaces its `forward` on the instance by the streamed loss, which never forms more than a chunk of logits.
-    """
+    def forward(self, input_ids_BT: Tensor, embedding: nn.Embedding, *, to_loss: bool = False) -> Tensor:
+        """Hidden states ``[B, T, E]``. `to_loss` says that what the last layer gives will go into `TokenLoss` as it is."""
+        return embedding(input_ids_BT)
+
+
+class TokenLoss(nn.Module):
+    """Loss of ``head(norm(hidden))`` against targets; `hidden` comes from the last layer as it is."""
 
     def forward(
         self,

@@ -1,0 +1,46 @@
+"""Token ids to streamed hidden states: the embedding, chunk by chunk into the token store."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import embedding as embed
+
+from longtrain.span import Span, chunk_spans
+from longtrain.stream.boundary import Boundary
+from longtrain.stream.replay import delivered
+from longtrain.stream.segment import Chain
+
+
+def streamed_token_embed(input_ids_BT: Tensor, embedding: nn.Embedding, *, chain: Chain, to_loss: bool = False) -> Tensor:
+    """As `longtrain.nn.TokenEmbed.forward`; returns the stand-in of the first layer's input."""
+    weight_VE = embedding.weight
+    shape = torch.Size((*input_ids_BT.shape, weight_VE.shape[1]))
+    boundary = chain.new_boundary(0, shape, weight_VE.device)
+    spans = chunk_spans(input_ids_BT.shape[1], chain.plan.chunk_tokens)
+    stand_in = _Embed.apply(weight_VE, input_ids_BT, boundary, spans)
+    chain.boundary, chain.from_ids, chain.to_loss = boundary, True, to_loss
+    return stand_in
+
+
+class _Embed(torch.autograd.Function):
+    """(weight) -> stand-in of the hidden states; the weight's gradient is summed over the chunks in float32 or wider."""
+
+    @staticmethod
+    def forward(ctx, weight_VE: Tensor, ids_BT: Tensor, boundary: Boundary, spans: list[Span]) -> Tensor:
+        ctx.save_for_backward(weight_VE, ids_BT)
+        ctx.boundary, ctx.spans = boundary, spans
+        for span in spans:
+            boundary.value.put(span, embed(ids_BT[:, span.slice()], weight_VE))
+        return boundary.stand_in
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dstand_in: Tensor):
+        weight_VE, ids_BT = ctx.saved_tensors
+        dweight_VE = torch.zeros_like(weight_VE, dtype=torch.promote_types(weight_VE.dtype, torch.float32))
+        for span in ctx.spans:
+            dx_BCE = ctx.boundary.grad.take(span)
+            dweight_VE.index_add_(0, ids_BT[:, span.slice()].flatten(), dx_BCE.flatten(0, 1).to(dweight_VE.dtype))
+        return delivered(weight_VE, dweight_VE), None, None, None
