@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from longtrain.nn.ends import TokenEmbed, TokenLoss
-from longtrain.offload import DeviceStore
+from longtrain.offload import DeviceStore, TieredStore, TokenStore
 from longtrain.plan import Plan
 from longtrain.stream.embed import streamed_token_embed
 from longtrain.stream.loss import streamed_token_loss
@@ -50,14 +50,17 @@ class Report:
     """What `apply` did; print it. `undo()` restores every `forward`."""
 
     plan: Plan
+    store: TokenStore = field(repr=False)
+    """Where the streamed tensors live: the device, or the tiers of `plan.offload`."""
     entries: list[Entry] = field(default_factory=list)
     _chains: list[Chain] = field(default_factory=list, repr=False)
     _undo: list[Callable[[], Any]] = field(default_factory=list, repr=False)
 
     def undo(self) -> None:
-        """Give every module the `forward` it had before, and a transformers model its attention and loss."""
+        """Give every module the `forward` it had before, and a transformers model its attention and loss; close the tiers."""
         while self._undo:
             self._undo.pop()()
+        self.store.close()
 
     def on_progress(self, callback: Progress | None) -> None:
         """Call ``callback(phase, spans done, spans in all)`` after every span of every segment; None stops that."""
@@ -106,7 +109,7 @@ def apply(model: nn.Module, plan: Plan) -> Report:
     Returns a printable report. Raises ValueError, with the model left as it was, when no layer can be streamed, when a layer fails its
     proof (unless ``plan.layer_fallback == "unstreamed"``), when one layer stands in two places, and when the model was applied already.
     """
-    report = Report(plan)
+    report = Report(plan, _open_store(model, plan))
     try:
         _apply(model, report)
     except BaseException:
@@ -171,6 +174,13 @@ def _apply(model: nn.Module, report: Report) -> None:
     report.entries.sort(key=lambda entry: places[entry.name])
 
 
+def _open_store(model: nn.Module, plan: Plan) -> TokenStore:
+    offload, device = plan.offload, next((p.device for p in model.parameters()), torch.device("cpu"))
+    if offload is None:
+        return DeviceStore()
+    return TieredStore(device, host_bytes=offload.host_bytes, disk=offload.disk, staging_bytes=offload.staging_bytes)
+
+
 def _leave(report: Report, candidate: Candidate, why: str) -> None:
     if candidate.leave is not None:
         candidate.leave()
@@ -186,7 +196,7 @@ def _is_streamed(module: nn.Module) -> bool:
 
 def _stream_chain(report: Report, candidates: Sequence[tuple[int, Candidate]]) -> None:
     """Replace the forwards of layers that follow each other."""
-    chain, k = Chain(report.plan, DeviceStore()), report.plan.segment_layers
+    chain, k = Chain(report.plan, report.store), report.plan.segment_layers
     report._chains.append(chain)
     layers = [entry for entry in candidates if entry[1].counts]
     groups = [layers[at : at + k] for at in range(0, len(layers), k)] + [[entry] for entry in candidates if not entry[1].counts]

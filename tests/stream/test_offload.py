@@ -1,0 +1,116 @@
+"""A step whose tensors live in slower tiers gives the very bits of one whose tensors stay."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+
+import longtrain as lt
+from tests.stream.conftest import VOCAB, loss_and_grads, make_model
+
+TOKENS = 70
+DISK, HOST, MIXED = lt.Split(), lt.Split(host=1.0), lt.Split(device=0.3, host=0.4)
+PLACEMENTS = {
+    "all on disk": dict(inputs=DISK, gradients=DISK, outputs=DISK, kv=DISK),
+    "all on the host": dict(inputs=HOST, gradients=HOST, outputs=HOST, kv=HOST),
+    "every tier": dict(inputs=MIXED, gradients=MIXED, outputs=MIXED, kv=MIXED),
+    "outputs on disk": dict(outputs=DISK),
+    "inputs on the host, by layer": dict(inputs=(HOST, DISK, MIXED)),
+    "keys and values, by layer": dict(kv=(DISK, MIXED, HOST)),
+}
+
+
+def inputs(tokens: int = TOKENS, **extra) -> dict:
+    ids = torch.randint(VOCAB, (1, tokens), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "labels": ids.clone(), **extra}
+
+
+def assert_same_bits(model, plan: lt.Plan, offload: lt.Offload, call: dict) -> lt.Report:
+    outcomes = []
+    for each in (plan, replace(plan, offload=offload)):
+        report = lt.apply(model, each)
+        report.check_replay()
+        for _ in range(2):  # a second step finds the tiers as the first one left them
+            loss, grads = loss_and_grads(model, call)
+        assert not report.store.names(), "extents were left behind"
+        report.undo()
+        outcomes.append((loss, {name: g.clone() for name, g in grads.items()}))
+    (loss, grads), (offloaded_loss, offloaded_grads) = outcomes
+    assert torch.equal(loss, offloaded_loss)
+    for name in grads:
+        assert torch.equal(grads[name], offloaded_grads[name]), name
+    return report
+
+
+@pytest.fixture
+def tiers(tmp_path):
+    return dict(host_bytes=1 << 22, disk=lt.DiskSettings(path=str(tmp_path), budget=1 << 23), staging_bytes=1 << 20)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("plan", [
+    lt.Plan(chunk_tokens=16),
+    lt.Plan(chunk_tokens=7, segment_layers=2, store_outputs=0.45, store_kv=0.7),
+    lt.Plan(chunk_tokens=16, segment_layers=3, store_outputs=0.0, store_kv=1.0),
+    lt.Plan(chunk_tokens=100, store_kv=1.0),
+], ids=["outputs", "parts", "no outputs, keys and values", "one chunk"])  # fmt: skip
+def test_gradients_have_the_same_bits_wherever_tensors_live(plan, placement, tiers):
+    model = make_model(layers=3, window=(None, 13, 5))
+    report = assert_same_bits(model, plan, lt.Offload(**PLACEMENTS[placement], **tiers), inputs())
+    used = {name: tier.most for name, tier in report.store.regions.items()}
+    wanted = {"all on disk": ["disk"], "all on the host": ["host"], "every tier": ["host", "disk"]}.get(placement, [])
+    if plan.chunk_tokens < TOKENS:
+        assert all(used[tier] > 0 for tier in wanted), used
+
+
+@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 64])
+def test_lengths_around_the_chunk(tokens, tiers):
+    offload = lt.Offload(**PLACEMENTS["all on disk"], **tiers)
+    assert_same_bits(make_model(layers=3, window=(None, 5, 5)), lt.Plan(chunk_tokens=16, store_kv=0.5), offload, inputs(tokens))
+
+
+def test_packed_documents_and_dropout(tiers):
+    call = inputs(cu_seqlens=torch.tensor([0, 20, 37, TOKENS], dtype=torch.int32))
+    model = make_model(layers=3, attention_dropout=0.2)
+    assert_same_bits(model, lt.Plan(chunk_tokens=9), lt.Offload(**PLACEMENTS["every tier"], **tiers), call)
+
+
+def test_compressed_outputs_are_lossy_and_named(tiers):
+    """FP8 is not the same bits: the gradients move, by less than its rounding does to one output."""
+    model, plan, call = make_model(layers=3), lt.Plan(chunk_tokens=16), inputs()
+    _, exact = loss_and_grads(model, call)
+    exact = {name: g.clone() for name, g in exact.items()}
+    lt.apply(model, replace(plan, offload=lt.Offload(outputs=lt.Split(compress=True), **tiers)))
+    _, grads = loss_and_grads(model, call)
+    errors = [float((grads[name] - exact[name]).norm() / exact[name].norm()) for name in exact]
+    assert 1e-4 < max(errors) < 0.1
+
+
+def test_two_pass_layers_and_tensor_boundaries(tiers):
+    with pytest.raises(ValueError, match="boundaries"):
+        lt.Plan(chunk_tokens=16, boundaries="tensor", offload=lt.Offload(inputs=HOST, **tiers))
+    model = make_model(layers=3)
+    assert_same_bits(model, lt.Plan(chunk_tokens=16, boundaries="tensor"), lt.Offload(outputs=DISK, **tiers), inputs())
+
+
+@pytest.mark.parametrize("settings, match", [
+    (dict(outputs=DISK), "offload.disk is not set"),
+    (dict(outputs=HOST), "host_bytes is 0"),
+])  # fmt: skip
+def test_tiers_that_are_not_there_are_named(settings, match):
+    with pytest.raises(ValueError, match=match):
+        lt.Offload(**settings)
+
+
+@pytest.mark.parametrize("shares", list(itertools.product([-0.1, 1.2], [0.0, 0.5])))
+def test_shares_are_shares(shares):
+    with pytest.raises(ValueError, match="shares from 0 to 1"):
+        lt.Split(device=shares[0], host=shares[1])
+
+
+def test_a_split_of_another_number_of_layers_is_refused(tiers):
+    with pytest.raises(ValueError, match="offload.outputs names 2 layers, the model has 3"):
+        lt.apply(make_model(layers=3), lt.Plan(chunk_tokens=16, offload=lt.Offload(outputs=(DISK, DISK), **tiers)))
