@@ -207,8 +207,12 @@ class _Reader:
             lists = [choice for choice in choices if typing.get_origin(choice) is tuple]
             if lists:
                 return self.sequence(setting, lists[0], node)
+        elif isinstance(node, MappingNode):
+            sections = [choice for choice in choices if is_dataclass(choice)]
+            if sections:
+                return self.item(setting, sections[0], node)
         elif isinstance(node, ScalarNode):
-            scalars = [choice for choice in choices if typing.get_origin(choice) is not tuple]
+            scalars = [choice for choice in choices if typing.get_origin(choice) is not tuple and not is_dataclass(choice)]
             if scalars:
                 return self.scalar(setting, scalars, node)
         raise self.where.error(setting, f"is {_shape(node)}; write {_describe(kind)}")
@@ -296,6 +300,8 @@ def _describe(kind) -> str:
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
     if kind in names:
         return names[kind]
+    if is_dataclass(kind):
+        return f"{{{', '.join(f'{f.name}: ...' for f in fields(kind))}}}"
     if typing.get_origin(kind) is typing.Literal:
         return " or ".join(typing.get_args(kind))
     if typing.get_origin(kind) is tuple:

@@ -9,72 +9,15 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Literal
 
-from longtrain.config.bounds import at_least as _at_least, between as _between
+from longtrain.config.bounds import at_least as _at_least
 from longtrain.config.data import DataConfig
+from longtrain.config.memory import MemoryConfig
 from longtrain.config.run import CheckpointConfig, LengthStage, MetricsConfig, OutputConfig, SpikeConfig, TrainConfig
 from longtrain.nn import ModelConfig
-from longtrain.units import parse_bytes
-
-Fraction = float | tuple[float, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryConfig:
-    """How the step is streamed: `budget` alone, and the planner chooses; or `chunk_tokens` and the keys below it, by hand.
-
-    With neither, the model trains with PyTorch's own autograd and nothing is streamed.
-    """
-
-    budget: str | None = None
-    """Memory that the run may take, such as 1.5GiB or 72GB (peak resident memory on a CPU, device memory on a GPU). Example: 1.5GiB."""
-
-    chunk_tokens: int | None = None
-    """Tokens streamed at a time. Larger chunks run faster and hold more activations. Example: 4096."""
-
-    segment_layers: int | None = None
-    """Consecutive layers that are streamed backward together, at most all of them. 1 when not given. Example: 2."""
-
-    store_outputs: Fraction | None = None
-    """Fraction (0 to 1) of the tokens whose attention outputs are kept from the forward pass instead of computed again: one
-    number, or a list with one a layer. 1.0 when not given. Example: 0.5."""
-
-    store_kv: Fraction | None = None
-    """Fraction (0 to 1) of the tokens whose keys and values are kept from the forward pass: one number, or a list with one a
-    layer. 0.0 when not given. Example: 0.5."""
-
-    boundaries: Literal["stream", "tensor"] | None = None
-    """`stream`: what travels between layers is freed chunk by chunk. `tensor`: ordinary tensors, for code that looks at hidden
-    states between layers. `stream` when not given."""
-
-    loss_chunk_tokens: int | None = None
-    """Tokens whose logits exist at one time. When not given, as many as fill 8 MiB on a CPU, 2 GiB on a GPU (64 to 8,192).
-    Example: 1024."""
-
-    def __post_init__(self) -> None:
-        by_hand = [f.name for f in fields(self) if f.name != "budget" and getattr(self, f.name) is not None]
-        if self.budget is not None:
-            parse_bytes(self.budget, "memory.budget")
-            if by_hand:
-                raise ValueError(
-                    f"memory.{by_hand[0]}: contradicts memory.budget, with which the planner chooses it; remove one of the two"
-                )
-        elif by_hand and self.chunk_tokens is None:
-            raise ValueError(f"memory.{by_hand[0]}: has no effect without memory.chunk_tokens; add chunk_tokens, or remove it")
-        for name in ("chunk_tokens", "segment_layers", "loss_chunk_tokens"):
-            if getattr(self, name) is not None:
-                _at_least(f"memory.{name}", getattr(self, name), 1)
-        for name in ("store_outputs", "store_kv"):
-            value = getattr(self, name)
-            for fraction in value if isinstance(value, tuple) else () if value is None else (value,):
-                _between(f"memory.{name}", fraction, 0, 1)
-
-    def plan_settings(self) -> dict:
-        """The settings given by hand, as arguments of `lt.Plan`."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "budget" and getattr(self, f.name) is not None}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,7 +19,7 @@ def run(config_path: str, overrides: Sequence[str]) -> int:
     tokens = config.data.seq_len
     if config.memory.budget is not None:
         try:
-            chosen = plan(model, tokens, config.memory.budget)
+            chosen = plan(model, tokens, config.memory.budget, tiers=config.memory.tiers())
         except InfeasibleBudget as error:
             raise where.error("memory.budget", str(error)) from None
     elif config.memory.chunk_tokens is not None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from longtrain.nn.ends import TokenLoss
+from longtrain.offload.regions import ALIGNMENT
 from longtrain.ops.linear_cross_entropy import default_chunk_tokens, footprint_bytes
 from longtrain.plan import Plan
 from longtrain.stream.footprint import LayerFootprint, probe_layer
@@ -16,6 +18,9 @@ from longtrain.stream.protocol import StreamableLayer
 
 CHUNK_OVERHEAD_TOKENS = 40
 """A chunk costs about as much time as this many more tokens would: launches, sums of weight gradients (tools/bench_step.py)."""
+
+COMPRESSION = 2
+"""FP8 with scales takes about half of bf16's bytes; of float32's a quarter. The smaller gain is counted."""
 
 CPU_WORKSPACE = 112 * 2**20
 """Resident memory of a CPU step that no tensor accounts for: kernel scratch, thread pools, freed blocks that the allocator keeps.
@@ -83,44 +88,103 @@ def measure_model(model: nn.Module, optimizer_bytes_per_parameter: int = 8) -> M
 
 
 def step_memory(model: ModelFootprint, plan: Plan, tokens: int, batch: int = 1) -> list[Phase]:
-    """Bytes alive at the turning points of a step: the loss, and the backward pass of each segment, where peaks occur.
+    """Bytes alive on the device at the turning points of a step: the loss, and the backward pass of each segment, where peaks occur.
 
-    At segment j's backward: the inputs of segments 0..j, what layers 0..j store, the gradient that comes in; K/V and their
-    accumulators of its k layers; the graph of one chunk through k layers; gradients of the head and of segments j.. (its own twice:
-    the sums, and one chunk's).
+    At segment j's backward: the inputs of segments 0..j, what layers 0..j store, the gradient that comes in; what the carries of its k
+    layers hold and their accumulators; the graph of one chunk through k layers; gradients of the head and of segments j.. (its own
+    twice: the sums, and one chunk's). Of what the plan sends to other tiers only the share that stays counts, and the staging.
     """
     layers, k, n = model.layers, plan.segment_layers, tokens * batch
-    chunk = min(plan.chunk_tokens, tokens) * batch
+    chunk = min(plan.chunk_tokens, tokens)
+
+    def stays(what: str, layer: int) -> float:
+        return 1.0 if plan.offload is None else plan.offload.split(what, layer).device
+
+    kept_kv = [f.carry * batch * len(plan.stored_kv(i, tokens)) * f.causal * stays("kv", i) for i, f in enumerate(layers)]
     stored = [
-        f.output * batch * len(plan.stored_outputs(i, tokens)) + f.carry * batch * len(plan.stored_kv(i, tokens)) * f.causal
-        for i, f in enumerate(layers)
+        kept_kv[i] + f.output * batch * len(plan.stored_outputs(i, tokens)) * stays("outputs", i) for i, f in enumerate(layers)
     ]
     fixed = {"parameters": model.parameters, "optimizer": model.optimizer}
     if model.device.type == "cpu":
         fixed["workspace"] = CPU_WORKSPACE
+    if plan.offload is not None:
+        fixed["staging"] = plan.offload.staging_bytes
     segments = [range(a, min(a + k, len(layers))) for a in range(0, len(layers), k)]
-    phases = []
-    inputs = sum(layers[s[0]].x * n for s in segments)
+    inputs = [layers[s[0]].x * n * stays("inputs", s[0]) for s in segments]
+    end, phases = len(layers), []
     if model.vocab_size:
         loss_chunk = plan.loss_chunk_tokens or default_chunk_tokens(model.vocab_size, model.device, model.dtype)
         logits = footprint_bytes(min(loss_chunk, n), model.vocab_size, model.width, model.dtype, device=model.device.type)
-        items = {"layer inputs": inputs, "stored outputs and K/V": sum(stored), "hidden states and gradient": 2 * layers[-1].x * n}
-        phases.append(Phase("loss", {**fixed, **items, "logits of a chunk": logits, "gradients": model.head_gradients}))
+        hidden = layers[-1].x * n * (2 if plan.boundaries == "tensor" else max(stays("inputs", end), stays("gradients", end)))
+        items = {"layer inputs": sum(inputs), "stored outputs and K/V": sum(stored), "hidden states and gradient": hidden}
+        phases.append(Phase("loss", _whole({**fixed, **items, "logits of a chunk": logits, "gradients": model.head_gradients})))
     for j in reversed(range(len(segments))):
         own = [layers[i] for i in segments[j]]
         gradients = sum(layers[i].parameter_gradients for s in segments[j:] for i in s) + model.head_gradients
         if j == 0:
             gradients += model.other_gradients - model.head_gradients
+        gradient = 2.0 if plan.boundaries == "tensor" else max(stays("gradients", segments[j][0]), stays("gradients", segments[j][-1] + 1))
+        carries = 0
+        for i in segments[j]:
+            held = layers[i].carry_tokens(tokens, chunk)
+            carries += layers[i].carry_bytes() * held * batch
+            if held < tokens:  # the store has the rest, of which a part is counted as stored
+                carries += layers[i].carry * n * stays("kv", i) - kept_kv[i]
         items = {
-            "layer inputs": sum(layers[s[0]].x * n for s in segments[: j + 1]),
+            "layer inputs": sum(inputs[: j + 1]),
             "stored outputs and K/V": sum(stored[: segments[j][-1] + 1]),
-            "gradient of the hidden states": own[-1].x * n * (2 if plan.boundaries == "tensor" else 1),
-            "K/V and their gradients": sum(f.carry_bytes() for f in own) * n,
-            "graph of a chunk": sum(f.graph for f in own) * chunk,
+            "gradient of the hidden states": own[-1].x * n * gradient,
+            "K/V and their gradients": carries,
+            "graph of a chunk": sum(f.graph for f in own) * chunk * batch,
             "gradients": gradients + sum(f.parameter_gradients for f in own),
         }
-        phases.append(Phase(f"backward of layers {segments[j][0]} to {segments[j][-1]}", {**fixed, **items}))
+        phases.append(Phase(f"backward of layers {segments[j][0]} to {segments[j][-1]}", _whole({**fixed, **items})))
     return phases
+
+
+def _whole(items: dict[str, float]) -> dict[str, int]:
+    return {name: round(size) for name, size in items.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class TierUse:
+    """What a step takes of a slower tier, in bytes."""
+
+    held: int
+    """At most at one time: when the backward pass begins."""
+    written: int
+    """In the whole step."""
+
+
+def tier_use(model: ModelFootprint, plan: Plan, tokens: int, batch: int = 1) -> dict[str, TierUse]:
+    """Bytes of a step in "host" and "disk": every extent is written once, rounded up to `ALIGNMENT`."""
+    uses = {}
+    for tier in ("host", "disk"):
+        held = written = 0
+        for what, layer, token_bytes, stored in _offloaded(model, plan, tokens):
+            split = plan.offload.split(what, layer)
+            moved = getattr(split, tier) * stored
+            extents = math.ceil(moved / min(plan.chunk_tokens, tokens))
+            size = moved * token_bytes * batch / (COMPRESSION if split.compress else 1) + extents * ALIGNMENT / 2
+            written += size
+            held += size if what != "gradients" or layer == len(model.layers) else 0  # one boundary's gradient at a time
+        uses[tier] = TierUse(round(held), round(written))
+    return uses
+
+
+def _offloaded(model: ModelFootprint, plan: Plan, tokens: int) -> Iterator[tuple[str, int, int, int]]:
+    """(what, layer, bytes a token, tokens) of everything that a plan with `offload` puts into the store."""
+    if plan.offload is None:
+        return
+    layers, end = model.layers, len(model.layers)
+    for i in [*range(0, end, plan.segment_layers), end]:
+        if plan.boundaries == "stream":
+            yield "inputs", i, layers[min(i, end - 1)].x, tokens
+            yield "gradients", i, layers[min(i, end - 1)].x, tokens
+    for i, f in enumerate(layers):
+        yield "outputs", i, f.output, len(plan.stored_outputs(i, tokens))
+        slides = f.carry_tokens(tokens, min(plan.chunk_tokens, tokens)) < tokens
+        yield "kv", i, f.carry, tokens if slides else len(plan.stored_kv(i, tokens))
 
 
 def relative_time(plan: Plan, layers: int, tokens: int) -> float:

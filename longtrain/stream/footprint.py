@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from longtrain.stream.carry import is_causal, make_carry
 from longtrain.span import Span
 from longtrain.stream.replay import BareLayer, Mix, call_layer
+from longtrain.stream.sliding import capacity
 
 PROBE_TOKENS = (24, 56)
 GRADIENTS_AT_ONCE = 3
@@ -36,6 +37,14 @@ class LayerFootprint:
     parameters: int
     parameter_gradients: int
     causal: bool
+    mixers: tuple
+
+    def carry_tokens(self, tokens: int, chunk: int) -> int:
+        """Tokens that the carry's buffers hold: all, or as far as a chunk's queries see."""
+        last = Span(max(0, tokens - chunk), tokens)
+        firsts = [mixer.keys_for(last).start if self.causal and hasattr(mixer, "keys_for") else 0 for mixer in self.mixers]
+        first = min(firsts, default=0) // chunk * chunk
+        return capacity(tokens - first, tokens)
 
     def carry_bytes(self) -> int:
         """Of one token while its layer runs backward; with two passes the output and its gradient are held whole as well."""
@@ -45,7 +54,9 @@ class LayerFootprint:
 def probe_layer(layer: nn.Module) -> LayerFootprint:
     """Run `layer` on two tiny examples and read off the slope of what is saved and passed. `.grad` is not touched."""
     small, large = (_observe(layer, tokens) for tokens in PROBE_TOKENS)
-    causal = small.pop("causal") and large.pop("causal")
+    mixers = small.pop("mixers")
+    large.pop("mixers")
+    causal = all(map(is_causal, mixers))
     slopes = {key: (large[key] - small[key]) // (PROBE_TOKENS[1] - PROBE_TOKENS[0]) for key in small}
     trainable = [p for p in layer.parameters() if p.requires_grad]
     return LayerFootprint(
@@ -57,6 +68,7 @@ def probe_layer(layer: nn.Module) -> LayerFootprint:
         parameters=sum(p.nbytes for p in layer.parameters()),
         parameter_gradients=sum(p.numel() * max(p.element_size(), 4) for p in trainable),
         causal=causal,
+        mixers=mixers,
     )
 
 
@@ -96,7 +108,7 @@ def _observe(layer: nn.Module, tokens: int) -> dict[str, int]:
             mix = Mix([partial(observed, mixer) for mixer in mixers])
             y = call_layer(BareLayer(layer), x.requires_grad_(), arguments, mix, None)
         del y
-    return {**seen, "saved": sum(storages.values()), "causal": all(map(is_causal, mixers))}
+    return {**seen, "saved": sum(storages.values()), "mixers": tuple(mixers)}
 
 
 class _Node(torch.autograd.Function):

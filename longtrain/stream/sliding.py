@@ -15,11 +15,16 @@ SLACK = 4
 """A buffer is 1 / SLACK longer than what it must hold, so that its tokens are moved once in several chunks."""
 
 
+def capacity(reach: int, tokens: int) -> int:
+    """Tokens of the buffer that holds `reach` of a sequence's `tokens` at a time."""
+    return min(tokens, reach + reach // SLACK)
+
+
 class Sliding:
     """Tokens `held` of a tensor ``[B, tokens, ...]``; `reach` is the most that is needed at one time."""
 
     def __init__(self, reach: int, tokens: int) -> None:
-        self._capacity, self._tokens = min(tokens, reach + reach // SLACK), tokens
+        self._capacity, self._tokens = capacity(reach, tokens), tokens
         self._buffer: Tensor | None = None
         self._origin = 0
         """The position of the buffer's first token."""

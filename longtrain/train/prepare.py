@@ -77,7 +77,7 @@ def prepare(config: Config, where: Locations) -> Setup:
         model=model,
         optimizer=optimizer,
         plan=plan,
-        report=None if plan is None else lt.apply(model, plan),
+        report=None if plan is None else stream(model, plan, where),
         flop_rate=rate * 1e12 if rate else measure_rate(device, getattr(torch, config.train.dtype)),
     )
 
@@ -97,11 +97,21 @@ def settle_fallback(model: LanguageModel, device: torch.device, config: Config, 
             module.kernel_fallback = config.train.kernel_fallback
 
 
+def stream(model: LanguageModel, plan: lt.Plan, where: Locations) -> lt.Report:
+    """Put the plan on the model; a tier that cannot be had is the configuration's error."""
+    try:
+        if plan.offload is not None and plan.offload.disk is not None:
+            lt.offload.check_disk(plan.offload.disk)
+        return lt.apply(model, plan)
+    except ValueError as error:
+        raise where.explain(error, "memory") from None
+
+
 def make_plan(model: LanguageModel, config: Config, where: Locations) -> lt.Plan | None:
     """The planner's plan for a budget, the hand-made one, or None: nothing is streamed."""
     if config.memory.budget is not None:
         try:
-            return lt.plan(model, seq_len=config.data.seq_len, budget=config.memory.budget)
+            return lt.plan(model, seq_len=config.data.seq_len, budget=config.memory.budget, tiers=config.memory.tiers())
         except lt.InfeasibleBudget as error:
             raise where.error("memory.budget", str(error)) from None
     settings = config.memory.plan_settings()

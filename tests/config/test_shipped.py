@@ -60,7 +60,7 @@ def test_predicted_peaks_are_the_planner_s(name):
         device=torch.device("cuda"),
     )
     tokens = config.data.seq_len
-    plan = Plan(**config.memory.plan_settings()) if config.memory.budget is None else _smallest(footprint, tokens, 1)[0]
+    plan = Plan(**config.memory.plan_settings()) if config.memory.budget is None else _smallest(footprint, tokens, 1, config.memory.tiers())[0]
     total = peak(step_memory(footprint, plan, tokens)).total + 4 * parameters
     stated = float(PREDICTED.search((CONFIGS / f"{name}.yaml").read_text())[1])
     assert stated == pytest.approx(total / 2**30, abs=0.06)

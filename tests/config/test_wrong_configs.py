@@ -58,6 +58,25 @@ WRONG = {
     "window of nothing": ("  window: [16, null]", "  window: [0]", 8, "model.window", "at least 1"),
     "budget and chunk": ("  chunk_tokens: 8", "  budget: 1GiB\n  chunk_tokens: 8", 11, "memory.chunk_tokens", "remove one"),
     "plan without chunk": ("  chunk_tokens: 8", "  segment_layers: 2", 10, "memory.segment_layers", "add chunk_tokens"),
+    "offload without a disk": ("  chunk_tokens: 8", "  chunk_tokens: 8\n  offload: {outputs: disk}", 11, "memory.offload", "memory.disk is not set"),
+    "offload without a host": ("  chunk_tokens: 8", "  chunk_tokens: 8\n  offload: {kv: host}", 11, "memory.offload", "memory.host_budget is 0"),
+    "shares above one": (
+        "  chunk_tokens: 8", "  chunk_tokens: 8\n  host_budget: 1GiB\n  offload: {kv: {device: 0.7, host: 0.7}}", 12, "memory.offload", "at most 1",
+    ),
+    "unknown kind of tensor": ("  chunk_tokens: 8", "  chunk_tokens: 8\n  offload: {output: disk}", 11, "memory.offload.output", "did you mean"),
+    "disk without a budget": ("  chunk_tokens: 8", "  budget: 1GiB\n  disk: {path: /tmp}", 11, "memory.disk.budget", "add `budget"),
+    "disk of no size": ("  chunk_tokens: 8", "  budget: 1GiB\n  disk: {path: /tmp, budget: big}", 11, "memory.disk.budget", "GiB"),
+    "disk with nothing for it": (
+        "  chunk_tokens: 8", "  chunk_tokens: 8\n  disk: {path: /tmp, budget: 1GiB}", 11, "memory.disk", "say what goes there",
+    ),
+    "disk where nothing is streamed": ("  chunk_tokens: 8", "  disk: {path: /tmp, budget: 1GiB}", 10, "memory.disk", "add memory.budget"),
+    "disk that does not exist": (
+        "  chunk_tokens: 8", "  chunk_tokens: 8\n  disk: {path: /nowhere, budget: 1MiB}\n  offload: {outputs: disk}", 11, "memory.disk.path", "make it",
+    ),
+    "disk in memory": (
+        "  chunk_tokens: 8", "  chunk_tokens: 8\n  disk: {path: /dev/shm, budget: 1MiB}\n  offload: {outputs: disk}", 11, "memory.disk.path", "no disk",
+    ),
+    "staging without tiers": ("  chunk_tokens: 8", "  budget: 1GiB\n  staging: 1MiB", 11, "memory.staging", "add one"),
     "segment beyond the model": ("  chunk_tokens: 8", "  chunk_tokens: 8\n  segment_layers: 3", 11, "memory.segment_layers", "at most 2"),
     "fractions for other layers": ("  chunk_tokens: 8", "  chunk_tokens: 8\n  store_kv: [1, 1, 0]", 11, "memory.store_kv", "2 of them"),
     "vocabulary below the bytes": ("  vocab_size: 256", "  vocab_size: 255", 2, "model.vocab_size", "256 or more"),
