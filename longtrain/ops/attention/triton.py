@@ -98,7 +98,7 @@ def _documents(call: AttentionCall) -> dict[str, Any]:
     if not call.packed:
         names = ("low", "high", "diagonal", "sink_start", "sink_stop", "phase", "q_shift")
         return {"documents": None, "documents_count": 1} | dict(zip(names, rows[0][4:], strict=True))
-    table = torch.tensor(rows, dtype=torch.int32).view(len(rows), -1)
+    table = torch.tensor(rows, dtype=torch.int32)
     if call.device.type == "cuda":
         table = table.pin_memory().to(call.device, non_blocking=True)
     unused = dict.fromkeys(("low", "high", "diagonal", "sink_start", "sink_stop", "phase", "q_shift"), 0)
