@@ -109,7 +109,7 @@ void prepare(Prepared& p, const at::Tensor& q, const at::Tensor& k, const at::Te
                           d.k_start <= d.k_stop && d.k_stop <= a.S,
                       "attention: document ", i, " lies outside the tensors");
     p.documents.push_back(d);
-    p.first_task.push_back(p.first_task.back() + tiles(d.q_stop - d.q_start) * a.B * a.H);
+    p.first_task.push_back(p.first_task.back() + tasks(d.q_stop - d.q_start) * a.B * a.H);
     p.first_key_tile.push_back(p.first_key_tile.back() + tiles(d.k_stop - d.k_start));
   }
   a.documents = p.documents.data(), a.n_documents = n;

@@ -47,6 +47,12 @@ struct AttentionArgs {
 constexpr int kTile = 192;
 constexpr int kMaxHeadDim = 256;
 
+// A task is so many query tiles of one head: they share the key tiles that are loaded, and what they add to dK, dV. Measured as
+// above (processor seconds, one thread): 2 saves 5% in bf16 at 4K and 8% in float32 at 8K over 1; 3 and 4 save no more.
+constexpr int kTilesOfTask = 2;
+constexpr int kTaskQueries = kTile * kTilesOfTask;
+
 inline int64_t tiles(int64_t n) { return (n + kTile - 1) / kTile; }
+inline int64_t tasks(int64_t n) { return (n + kTaskQueries - 1) / kTaskQueries; }
 
 } // namespace longtrain

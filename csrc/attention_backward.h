@@ -1,4 +1,4 @@
-// Backward: one task is one query tile of one head; each tile's scores are computed once and serve dQ, dK and dV.
+// Backward: one task is a few query tiles of one head; each tile's scores are computed once and serve dQ, dK and dV.
 //
 // dQ belongs to the task. dK and dV of a key tile are added to by every task that sees it, and floating-point addition
 // does not commute in its rounding, so they take turns: ticket (batch, kv head, key tile) counts the tasks that have
@@ -80,20 +80,23 @@ static inline void wait_for_turn(const std::atomic<int32_t>& ticket, int32_t tur
 
 template <class T, int kDim> static void backward_worker(const AttentionArgs& args) {
   constexpr int kLdd = kDim + 16;
-  Scratch<T> scratch(int64_t(7) * kTile * kLdd + int64_t(2) * kDim * kLdq + int64_t(2) * kTile * kLdq + 2 * kTile);
-  T* qn = scratch.take(kTile * kLdd);
-  T* don = scratch.take(kTile * kLdd);
+  struct Queries {
+    T *qn, *don, *dq, *qt, *dot, *lse2, *delta;
+    uint32_t hash_a[kTile] = {}, hash_b[kTile] = {};
+  } of[kTilesOfTask];
+  Scratch<T> scratch(int64_t(4 + 3 * kTilesOfTask) * kTile * kLdd + int64_t(2 * kTilesOfTask) * kDim * kLdq + int64_t(2) * kTile * kLdq +
+                     2 * kTilesOfTask * kTile);
   T* kn = scratch.take(kTile * kLdd);
   T* vn = scratch.take(kTile * kLdd);
-  T* dq = scratch.take(kTile * kLdd);
   T* dk = scratch.take(kTile * kLdd);
   T* dv = scratch.take(kTile * kLdd);
-  T* qt = scratch.take(int64_t(kDim) * kLdq);
-  T* dot = scratch.take(int64_t(kDim) * kLdq);
   T* st = scratch.take(kTile * kLdq);
   T* dpt = scratch.take(kTile * kLdq);
-  T *lse2 = scratch.take(kTile), *delta = scratch.take(kTile);
-  uint32_t hash_a[kTile] = {}, hash_b[kTile] = {};
+  for (Queries& x : of) {
+    x.qn = scratch.take(kTile * kLdd), x.don = scratch.take(kTile * kLdd), x.dq = scratch.take(kTile * kLdd);
+    x.qt = scratch.take(int64_t(kDim) * kLdq), x.dot = scratch.take(int64_t(kDim) * kLdq);
+    x.lse2 = scratch.take(kTile), x.delta = scratch.take(kTile);
+  }
   TileMask mask;
   const Constants<T> constants(args);
   const bool cap = args.softcap > 0, drop = args.dropout_p > 0;
@@ -102,70 +105,82 @@ template <class T, int kDim> static void backward_worker(const AttentionArgs& ar
 
   for (int64_t index; (index = args.next_task->fetch_add(1)) < n_tasks;) {
     const Task task = task_at(args, index);
-    const int nq = task.nq;
-    load_tile(qn, kLdd, args.q, task.b, task.q0, task.h, nq, args.D, args.dtype);
-    load_tile(don, kLdd, args.dout, task.b, task.q0, task.h, nq, args.Dv, args.dtype);
-    transpose(qt, kLdq, qn, kLdd, nq, args.D, constants.q_factor);
-    transpose(dot, kLdq, don, kLdd, nq, args.Dv, T(1));
-    for (int r = 0; r < nq; ++r) {
-      const int64_t at = (task.b * args.T + task.q0 + r) * args.H + task.h;
-      lse2[r] = static_cast<const T*>(args.lse)[at] * T(1.44269504088896340736);
-      delta[r] = static_cast<const T*>(args.delta)[at];
+    const int n_tiles = int(tiles(task.nq));
+    for (int t = 0; t < n_tiles; ++t) {
+      const Task tile = tile_of(task, t);
+      Queries& x = of[t];
+      load_tile(x.qn, kLdd, args.q, tile.b, tile.q0, tile.h, tile.nq, args.D, args.dtype);
+      load_tile(x.don, kLdd, args.dout, tile.b, tile.q0, tile.h, tile.nq, args.Dv, args.dtype);
+      transpose(x.qt, kLdq, x.qn, kLdd, tile.nq, args.D, constants.q_factor);
+      transpose(x.dot, kLdq, x.don, kLdd, tile.nq, args.Dv, T(1));
+      for (int r = 0; r < tile.nq; ++r) {
+        const int64_t at = (tile.b * args.T + tile.q0 + r) * args.H + tile.h;
+        x.lse2[r] = static_cast<const T*>(args.lse)[at] * T(1.44269504088896340736);
+        x.delta[r] = static_cast<const T*>(args.delta)[at];
+      }
+      if (drop) dropout_rows(args, tile, x.hash_a, x.hash_b);
+      std::fill(x.dq, x.dq + kTile * kLdd, T(0));
     }
-    if (drop) dropout_rows(args, task, hash_a, hash_b);
-    std::fill(dq, dq + kTile * kLdd, T(0));
 
     for_each_key_tile(args, task, [&](int64_t key_tile) {
       const int64_t k0 = task.doc->k_start + key_tile * kTile;
-      const int nk = int(std::min<int64_t>(kTile, task.doc->k_stop - k0));
-      const int rows_k = padded_rows(nk), rows_q = padded_rows(nq), columns = padded<T>(nq);
-      mask.build(args, task, k0, nk);
+      const int nk = int(std::min<int64_t>(kTile, task.doc->k_stop - k0)), rows_k = padded_rows(nk);
       load_tile(kn, kLdd, args.k, task.b, k0, task.kv, nk, args.D, args.dtype);
       load_tile(vn, kLdd, args.v, task.b, k0, task.kv, nk, args.Dv, args.dtype);
-      mask.set_depth(int(args.D));
-      gemm<false, kLdd, kLdq, kLdq>(kn, qt, st, rows_k, columns, mask.by_key, false);
-      mask.set_depth(int(args.Dv));
-      gemm<false, kLdd, kLdq, kLdq>(vn, dot, dpt, rows_k, columns, mask.by_key, false);
-      const int64_t position = k0 + args.k_offset;
-      const auto gradient = [&](auto function) {
-        function(st, dpt, nk, nq, mask, constants, hash_a, hash_b, position, lse2, delta);
-      };
-      if (mask.full)
-        cap ? (drop ? gradient(gradient_tile<true, true, false, T>) : gradient(gradient_tile<true, false, false, T>))
-            : (drop ? gradient(gradient_tile<false, true, false, T>) : gradient(gradient_tile<false, false, false, T>));
-      else
-        cap ? (drop ? gradient(gradient_tile<true, true, true, T>) : gradient(gradient_tile<true, false, true, T>))
-            : (drop ? gradient(gradient_tile<false, true, true, T>) : gradient(gradient_tile<false, false, true, T>));
+      bool add = false; // whether dk, dv hold what an earlier query tile gave
+      for (int t = 0; t < n_tiles; ++t) {
+        const Task tile = tile_of(task, t);
+        Queries& x = of[t];
+        const int nq = tile.nq, rows_q = padded_rows(nq), columns = padded<T>(nq);
+        mask.build(args, tile, k0, nk);
+        if (mask.empty) continue;
+        mask.set_depth(int(args.D));
+        gemm<false, kLdd, kLdq, kLdq>(kn, x.qt, st, rows_k, columns, mask.by_key, false);
+        mask.set_depth(int(args.Dv));
+        gemm<false, kLdd, kLdq, kLdq>(vn, x.dot, dpt, rows_k, columns, mask.by_key, false);
+        const int64_t position = k0 + args.k_offset;
+        const auto gradient = [&](auto function) {
+          function(st, dpt, nk, nq, mask, constants, x.hash_a, x.hash_b, position, x.lse2, x.delta);
+        };
+        if (mask.full)
+          cap ? (drop ? gradient(gradient_tile<true, true, false, T>) : gradient(gradient_tile<true, false, false, T>))
+              : (drop ? gradient(gradient_tile<false, true, false, T>) : gradient(gradient_tile<false, false, false, T>));
+        else
+          cap ? (drop ? gradient(gradient_tile<true, true, true, T>) : gradient(gradient_tile<true, false, true, T>))
+              : (drop ? gradient(gradient_tile<false, true, true, T>) : gradient(gradient_tile<false, false, true, T>));
 
-      const bool clean = mask.full || (all_finite(kn, kLdd, nk, args.D) && all_finite(qn, kLdd, nq, args.D) &&
-                                       all_finite(don, kLdd, nq, args.Dv));
-      if (clean) {
-        gemm<false, kLdq, kLdd, kLdd>(st, don, dv, rows_k, padded<T>(args.Dv), mask.by_key_depth, false);
-        gemm<false, kLdq, kLdd, kLdd>(dpt, qn, dk, rows_k, padded<T>(args.D), mask.by_key_depth, false);
-        gemm<true, kLdq, kLdd, kLdd>(dpt, kn, dq, rows_q, padded<T>(args.D), mask.by_query, true);
-      } else {
-        const auto key_sees = [&](int j, int q) { return mask.sees(j, q); };
-        masked_product(dv, kLdd, nk, args.Dv, nq, key_sees, [&](int j, int q) { return st[j * kLdq + q]; }, don, kLdd, false);
-        masked_product(dk, kLdd, nk, args.D, nq, key_sees, [&](int j, int q) { return dpt[j * kLdq + q]; }, qn, kLdd, false);
-        masked_product(
-            dq, kLdd, nq, args.D, nk, [&](int q, int j) { return mask.sees(j, q); },
-            [&](int q, int j) { return dpt[j * kLdq + q]; }, kn, kLdd, true);
+        const bool clean = mask.full || (all_finite(kn, kLdd, nk, args.D) && all_finite(x.qn, kLdd, nq, args.D) &&
+                                         all_finite(x.don, kLdd, nq, args.Dv));
+        if (clean) {
+          gemm<false, kLdq, kLdd, kLdd>(st, x.don, dv, rows_k, padded<T>(args.Dv), mask.by_key_depth, add);
+          gemm<false, kLdq, kLdd, kLdd>(dpt, x.qn, dk, rows_k, padded<T>(args.D), mask.by_key_depth, add);
+          gemm<true, kLdq, kLdd, kLdd>(dpt, kn, x.dq, rows_q, padded<T>(args.D), mask.by_query, true);
+        } else {
+          const auto key_sees = [&](int j, int q) { return mask.sees(j, q); };
+          masked_product(dv, kLdd, nk, args.Dv, nq, key_sees, [&](int j, int q) { return st[j * kLdq + q]; }, x.don, kLdd, add);
+          masked_product(dk, kLdd, nk, args.D, nq, key_sees, [&](int j, int q) { return dpt[j * kLdq + q]; }, x.qn, kLdd, add);
+          masked_product(
+              x.dq, kLdd, nq, args.D, nk, [&](int q, int j) { return mask.sees(j, q); },
+              [&](int q, int j) { return dpt[j * kLdq + q]; }, kn, kLdd, true);
+        }
+        add = true;
       }
 
       std::atomic<int32_t>& ticket =
           args.tickets[(task.b * args.K + task.kv) * n_key_tiles + task.first_key_tile + key_tile];
-      const int32_t turn = int32_t((tiles_seeing(args, task, key_tile).hi - 1 - task.tile) * group + task.g);
+      const int32_t turn = int32_t((tasks_seeing(args, task, key_tile).hi - 1 - task.number) * group + task.g);
       wait_for_turn(ticket, turn);
-      add_tile(args.dk, task.b, k0, task.kv, nk, args.D, dk, kLdd, T(args.scale));
-      add_tile(args.dv, task.b, k0, task.kv, nk, args.Dv, dv, kLdd, T(1));
+      if (add) {
+        add_tile(args.dk, task.b, k0, task.kv, nk, args.D, dk, kLdd, T(args.scale));
+        add_tile(args.dv, task.b, k0, task.kv, nk, args.Dv, dv, kLdd, T(1));
+      }
       ticket.store(turn + 1, std::memory_order_release);
     });
 
     const int64_t size = element_size(args.dtype);
-    for (int r = 0; r < nq; ++r) {
-      char* dst = args.dq.data +
-                  (task.b * args.dq.batch + (task.q0 + r) * args.dq.token + task.h * args.dq.head) * size;
-      store_row(dst, args.dq.dim, dq + r * kLdd, T(args.scale), int(args.D), args.dtype);
+    for (int r = 0; r < task.nq; ++r) {
+      char* dst = args.dq.data + (task.b * args.dq.batch + (task.q0 + r) * args.dq.token + task.h * args.dq.head) * size;
+      store_row(dst, args.dq.dim, of[r / kTile].dq + (r % kTile) * kLdd, T(args.scale), int(args.D), args.dtype);
     }
   }
 }

@@ -1,4 +1,4 @@
-// Forward: one task is one query tile of one head, key tiles streamed past it with an online softmax
+// Forward: one task is a few query tiles of one head, key tiles streamed past them with an online softmax
 // (FlashAttention-2, arXiv 2307.08691, algorithm 1), in base 2 and transposed.
 #pragma once
 #include "attention_tiles.h"
@@ -47,15 +47,21 @@ static void softmax_tile(T* st, int nk, int nq, const TileMask& mask, const Cons
 template <class T, int kDim> static void forward_worker(const AttentionArgs& args) {
   using V = typename Simd<T>::V;
   constexpr int kLdd = kDim + 16;
-  Scratch<T> scratch(int64_t(4) * kTile * kLdd + int64_t(kDim) * kLdq + int64_t(kTile) * kLdq + 3 * kTile);
+  struct Queries {
+    T *o, *qt, *m, *l;
+    uint32_t hash_a[kTile] = {}, hash_b[kTile] = {};
+  } of[kTilesOfTask];
+  Scratch<T> scratch(int64_t(3 + kTilesOfTask) * kTile * kLdd + int64_t(kTilesOfTask) * kDim * kLdq + int64_t(kTile) * kLdq +
+                     (1 + 2 * kTilesOfTask) * kTile);
   T* qn = scratch.take(kTile * kLdd);
   T* kn = scratch.take(kTile * kLdd);
   T* vn = scratch.take(kTile * kLdd);
-  T* o = scratch.take(kTile * kLdd);
-  T* qt = scratch.take(int64_t(kDim) * kLdq);
   T* st = scratch.take(kTile * kLdq);
-  T *m = scratch.take(kTile), *l = scratch.take(kTile), *alpha = scratch.take(kTile);
-  uint32_t hash_a[kTile] = {}, hash_b[kTile] = {};
+  T* alpha = scratch.take(kTile);
+  for (Queries& x : of) {
+    x.o = scratch.take(kTile * kLdd), x.qt = scratch.take(int64_t(kDim) * kLdq);
+    x.m = scratch.take(kTile), x.l = scratch.take(kTile);
+  }
   TileMask mask;
   const Constants<T> constants(args);
   const bool cap = args.softcap > 0, drop = args.dropout_p > 0;
@@ -63,51 +69,63 @@ template <class T, int kDim> static void forward_worker(const AttentionArgs& arg
 
   for (int64_t index; (index = args.next_task->fetch_add(1)) < n_tasks;) {
     const Task task = task_at(args, index);
-    const int nq = task.nq;
-    load_tile(qn, kLdd, args.q, task.b, task.q0, task.h, nq, args.D, args.dtype);
-    transpose(qt, kLdq, qn, kLdd, nq, args.D, constants.q_factor);
-    if (drop) dropout_rows(args, task, hash_a, hash_b);
-    std::fill(m, m + kTile, -std::numeric_limits<T>::infinity());
-    std::fill(l, l + kTile, T(0));
-    std::fill(o, o + kTile * kLdd, T(0));
+    const int n_tiles = int(tiles(task.nq));
+    for (int t = 0; t < n_tiles; ++t) {
+      const Task tile = tile_of(task, t);
+      Queries& x = of[t];
+      load_tile(qn, kLdd, args.q, tile.b, tile.q0, tile.h, tile.nq, args.D, args.dtype);
+      transpose(x.qt, kLdq, qn, kLdd, tile.nq, args.D, constants.q_factor);
+      if (drop) dropout_rows(args, tile, x.hash_a, x.hash_b);
+      std::fill(x.m, x.m + kTile, -std::numeric_limits<T>::infinity());
+      std::fill(x.l, x.l + kTile, T(0));
+      std::fill(x.o, x.o + kTile * kLdd, T(0));
+    }
 
     for_each_key_tile(args, task, [&](int64_t key_tile) {
       const int64_t k0 = task.doc->k_start + key_tile * kTile;
       const int nk = int(std::min<int64_t>(kTile, task.doc->k_stop - k0));
-      mask.build(args, task, k0, nk);
-      mask.set_depth(int(args.D));
       load_tile(kn, kLdd, args.k, task.b, k0, task.kv, nk, args.D, args.dtype);
       load_tile(vn, kLdd, args.v, task.b, k0, task.kv, nk, args.Dv, args.dtype);
-      gemm<false, kLdd, kLdq, kLdq>(kn, qt, st, padded_rows(nk), padded<T>(nq), mask.by_key, false);
-      const int64_t position = k0 + args.k_offset;
-      const auto softmax = [&](auto function) {
-        function(st, nk, nq, mask, constants, hash_a, hash_b, position, m, l, alpha);
-      };
-      if (mask.full)
-        cap ? (drop ? softmax(softmax_tile<true, true, false, T>) : softmax(softmax_tile<true, false, false, T>))
-            : (drop ? softmax(softmax_tile<false, true, false, T>) : softmax(softmax_tile<false, false, false, T>));
-      else
-        cap ? (drop ? softmax(softmax_tile<true, true, true, T>) : softmax(softmax_tile<true, false, true, T>))
-            : (drop ? softmax(softmax_tile<false, true, true, T>) : softmax(softmax_tile<false, false, true, T>));
-      for (int r = 0; r < nq; ++r) {
-        if (alpha[r] == T(1)) continue;
-        T* row = o + r * kLdd;
-        for (int d = 0; d < padded<T>(args.Dv); d += lanes<T>) store(row + d, load<V>(row + d) * alpha[r]);
+      for (int t = 0; t < n_tiles; ++t) {
+        const Task tile = tile_of(task, t);
+        Queries& x = of[t];
+        const int nq = tile.nq;
+        mask.build(args, tile, k0, nk);
+        if (mask.empty) continue;
+        mask.set_depth(int(args.D));
+        gemm<false, kLdd, kLdq, kLdq>(kn, x.qt, st, padded_rows(nk), padded<T>(nq), mask.by_key, false);
+        const int64_t position = k0 + args.k_offset;
+        const auto softmax = [&](auto function) {
+          function(st, nk, nq, mask, constants, x.hash_a, x.hash_b, position, x.m, x.l, alpha);
+        };
+        if (mask.full)
+          cap ? (drop ? softmax(softmax_tile<true, true, false, T>) : softmax(softmax_tile<true, false, false, T>))
+              : (drop ? softmax(softmax_tile<false, true, false, T>) : softmax(softmax_tile<false, false, false, T>));
+        else
+          cap ? (drop ? softmax(softmax_tile<true, true, true, T>) : softmax(softmax_tile<true, false, true, T>))
+              : (drop ? softmax(softmax_tile<false, true, true, T>) : softmax(softmax_tile<false, false, true, T>));
+        for (int r = 0; r < nq; ++r) {
+          if (alpha[r] == T(1)) continue;
+          T* row = x.o + r * kLdd;
+          for (int d = 0; d < padded<T>(args.Dv); d += lanes<T>) store(row + d, load<V>(row + d) * alpha[r]);
+        }
+        if (mask.full || all_finite(vn, kLdd, nk, args.Dv))
+          gemm<true, kLdq, kLdd, kLdd>(st, vn, x.o, padded_rows(nq), padded<T>(args.Dv), mask.by_query, true);
+        else
+          masked_product(
+              x.o, kLdd, nq, args.Dv, nk, [&](int q, int j) { return mask.sees(j, q); },
+              [&](int q, int j) { return st[j * kLdq + q]; }, vn, kLdd, true);
       }
-      if (mask.full || all_finite(vn, kLdd, nk, args.Dv))
-        gemm<true, kLdq, kLdd, kLdd>(st, vn, o, padded_rows(nq), padded<T>(args.Dv), mask.by_query, true);
-      else
-        masked_product(
-            o, kLdd, nq, args.Dv, nk, [&](int q, int j) { return mask.sees(j, q); },
-            [&](int q, int j) { return st[j * kLdq + q]; }, vn, kLdd, true);
     });
 
     const int64_t size = element_size(args.dtype);
-    for (int r = 0; r < nq; ++r) {
-      const int64_t t = task.q0 + r;
-      double lse = l[r] == T(0) ? -std::numeric_limits<double>::infinity()
-                                : double(m[r]) * double(constants.rate) * 0.693147180559945309417 + std::log(double(l[r]));
-      double factor = l[r] == T(0) ? 0.0 : 1.0 / double(l[r]);
+    for (int i = 0; i < task.nq; ++i) {
+      const Queries& x = of[i / kTile];
+      const int r = i % kTile;
+      const int64_t t = task.q0 + i;
+      double lse = x.l[r] == T(0) ? -std::numeric_limits<double>::infinity()
+                                  : double(x.m[r]) * double(constants.rate) * 0.693147180559945309417 + std::log(double(x.l[r]));
+      double factor = x.l[r] == T(0) ? 0.0 : 1.0 / double(x.l[r]);
       if (args.sink_logits) {
         // The sink only enlarges the denominator.
         const double sink = double(static_cast<const T*>(args.sink_logits)[task.h]);
@@ -120,7 +138,7 @@ template <class T, int kDim> static void forward_worker(const AttentionArgs& arg
       }
       static_cast<T*>(args.lse)[(task.b * args.T + t) * args.H + task.h] = T(lse);
       char* dst = args.out.data + (task.b * args.out.batch + t * args.out.token + task.h * args.out.head) * size;
-      store_row(dst, args.out.dim, o + r * kLdd, T(factor), int(args.Dv), args.dtype);
+      store_row(dst, args.out.dim, x.o + r * kLdd, T(factor), int(args.Dv), args.dtype);
     }
   }
 }

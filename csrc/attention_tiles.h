@@ -37,32 +37,37 @@ template <class T> class Scratch {
   T* next_;
 };
 
-// One query tile of one head.
+// A few query tiles of one head, or one of them.
 struct Task {
   const Document* doc;
-  int64_t b, h, kv, g, tile, tiles; // tile index inside the document
-  int64_t q0;                       // first query
+  int64_t b, h, kv, g, number, count; // of the document's tasks
+  int64_t q0;                         // first query
   int nq;
   int64_t first_key_tile; // of the document, in the tickets
 };
 
-// Within a document the last (longest) query tile comes first; consecutive tasks belong to different kv heads, so that
+// Within a document the last (longest) task comes first; consecutive tasks belong to different kv heads, so that
 // threads seldom meet at one dK/dV tile.
 static inline Task task_at(const AttentionArgs& args, int64_t index) {
   const int64_t d = std::upper_bound(args.first_task, args.first_task + args.n_documents + 1, index) - args.first_task - 1;
   Task task;
   task.doc = args.documents + d;
   task.first_key_tile = args.first_key_tile[d];
-  task.tiles = tiles(task.doc->q_stop - task.doc->q_start);
+  task.count = tasks(task.doc->q_stop - task.doc->q_start);
   const int64_t in_doc = index - args.first_task[d], heads = args.B * args.H, pairs = args.B * args.K;
-  task.tile = task.tiles - 1 - in_doc / heads;
+  task.number = task.count - 1 - in_doc / heads;
   const int64_t rest = in_doc % heads;
   task.g = rest / pairs;
   task.b = (rest % pairs) / args.K;
   task.kv = (rest % pairs) % args.K;
   task.h = task.kv * (args.H / args.K) + task.g;
-  task.q0 = task.doc->q_start + task.tile * kTile;
-  task.nq = int(std::min<int64_t>(kTile, task.doc->q_stop - task.q0));
+  task.q0 = task.doc->q_start + task.number * kTaskQueries;
+  task.nq = int(std::min<int64_t>(kTaskQueries, task.doc->q_stop - task.q0));
+  return task;
+}
+static inline Task tile_of(Task task, int tile) {
+  task.q0 += tile * kTile;
+  task.nq = std::min(kTile, task.nq - tile * kTile);
   return task;
 }
 
@@ -95,16 +100,16 @@ static inline Interval seen_by(const AttentionArgs& args, bool special, int64_t 
   return i;
 }
 
-// Query tiles [lo, hi) of a document that see one of its key tiles. Contiguous for every mask: that is what makes the
+// Tasks [lo, hi) of a document that see one of its key tiles. Contiguous for every mask: that is what makes the
 // order in which tasks add to dK, dV computable (`backward`).
-static inline Interval tiles_seeing(const AttentionArgs& args, const Task& task, int64_t key_tile) {
+static inline Interval tasks_seeing(const AttentionArgs& args, const Task& task, int64_t key_tile) {
   const Document& doc = *task.doc;
   const int64_t k0 = doc.k_start + key_tile * kTile, k1 = std::min(k0 + kTile, doc.k_stop);
   const int64_t s0 = k0 + args.k_offset, s1 = k1 + args.k_offset;
   const Interval p = seen_by(args, any_special_key(args, doc, s0, s1), s0, s1);
   const int64_t first = p.lo - doc.q_shift - doc.q_start, last = p.hi - 1 - doc.q_shift - doc.q_start;
   if (last < first) return {0, 0};
-  return {std::max<int64_t>(0, floor_div(first, kTile)), std::min(task.tiles, floor_div(last, kTile) + 1)};
+  return {std::max<int64_t>(0, floor_div(first, kTaskQueries)), std::min(task.count, floor_div(last, kTaskQueries) + 1)};
 }
 
 // Calls visit(key tile) for every key tile that the task's queries may see, ascending.
@@ -124,15 +129,15 @@ template <class F> static void for_each_key_tile(const AttentionArgs& args, cons
   for (int64_t j = 0; j < end; ++j) {
     if (j == sinks_end && j < begin) j = begin;
     if (j >= end) break;
-    const Interval seeing = tiles_seeing(args, task, j);
-    if (task.tile >= seeing.lo && task.tile < seeing.hi) visit(j);
+    const Interval seeing = tasks_seeing(args, task, j);
+    if (task.number >= seeing.lo && task.number < seeing.hi) visit(j);
   }
 }
 
 // The visible lanes of every key of a tile, and what the products may skip.
 struct TileMask {
   int32_t lo[kTile], hi[kTile]; // lanes [lo, hi) see key j
-  bool full;
+  bool full, empty;
   Extent by_key[kBlocks], by_key_depth[kBlocks], by_query[kBlocks];
   // by_key: columns = queries (S^T, dP^T). by_key_depth: depth = queries (dV, dK). by_query: depth = keys (O, dQ).
 
@@ -140,13 +145,14 @@ struct TileMask {
     const Document& doc = *task.doc;
     const int64_t p0 = task.q0 + doc.q_shift;
     const bool specials = args.sink_tokens > 0 || args.stride > 0;
-    full = true;
+    full = empty = true;
     for (int j = 0; j < nk; ++j) {
       const int64_t s = k0 + j + args.k_offset;
       const Interval i = seen_by(args, specials && special_key(args, doc, s), s, s + 1);
       lo[j] = int32_t(std::min<int64_t>(task.nq, std::max<int64_t>(0, i.lo - p0)));
       hi[j] = int32_t(std::min<int64_t>(task.nq, std::max<int64_t>(lo[j], i.hi - p0)));
       full = full && lo[j] == 0 && hi[j] == task.nq;
+      empty = empty && lo[j] == hi[j];
     }
     for (int m = 0; m < kBlocks; ++m) by_query[m] = Extent{0, kMaxHeadDim, nk, 0};
     for (int m = 0; m * kRows < nk; ++m) {

@@ -1,5 +1,5 @@
-"""Backward from the global out and lse (FlashAttention-2, arXiv 2307.08691, algorithm 2), in passes that need no atomics, so
-that every run gives the same bits:
+"""Backward from the global out and lse (FlashAttention-2, arXiv 2307.08691, algorithm 2), in passes in which every sum has
+one owner, so that every run gives the same bits:
 
     delta      delta_i = dout_i . out_i - dlse_i
     dk, dv     one program is one tile of keys of one kv head; past it go the tiles of queries of all heads of its group.
@@ -183,6 +183,7 @@ def _add_rows(base, tile, rows, strides, present, DIM: tl.constexpr, BLOCK_DIM: 
     dims = tl.arange(0, BLOCK_DIM)
     at = base + rows[:, None] * strides[1] + dims[None, :] * strides[3]
     mask = present[:, None] & (dims[None, :] < DIM)
+    # Nobody else adds here: a reduction, only because it keeps the old values out of the registers.
     tl.atomic_add(at, tile, mask=mask, sem="relaxed")
 
 

@@ -109,6 +109,8 @@ def no_query_or_no_key() -> None:
     for T, S in ((0, 5), (5, 0), (0, 0)):
         found = through_kernels(tensors_of(T, S), {"causal": True}, TILES[0])
         assert all(not found[name].any() for name in ("out", "dq", "dk", "dv")) and found["lse"].isneginf().all()
+    no_document = {"cu_seqlens_q": torch.tensor([0]), "window_size": (3, 0), "sink_tokens": 2}
+    assert through_kernels(tensors_of(0, 0), {"causal": True, **no_document}, TILES[0])["out"].shape == (1, 0, 1, 16)
 
 
 if __name__ == "__main__":

@@ -113,6 +113,15 @@ def test_workspace_is_bounded():
     assert float(done.stdout) < 64
 
 
+@pytest.mark.parametrize("queries,keys", [(384, 384), (385, 600), (800, 800), (577, 100)])
+@pytest.mark.parametrize("options", [{}, {"window_size": (150, 0), "sink_tokens": 2}, {"causal": False, "window_size": (30, 200)}, {"q_offset": -250}])
+def test_tasks_of_several_query_tiles_equal_the_reference(queries, keys, options):
+    x = {name: torch.randn(1, n, h, 8, dtype=torch.float64) for name, n, h in (("q", queries, 2), ("k", keys, 1), ("v", keys, 1), ("dout", queries, 2))}
+    x |= {"sink_logits": None, "dlse": None}
+    options = {"causal": True, **options}
+    assert_close(forward_backward(x, options, "cpp"), forward_backward(x, options, "reference"), 1e-12)
+
+
 def test_strided_and_expanded_inputs_are_read_in_place():
     fused = torch.randn(1, 50, 3, 4, 16)
     q, k, v = fused.unbind(2)

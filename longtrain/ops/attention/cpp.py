@@ -1,7 +1,7 @@
 """The C++ kernels in `csrc/attention*`: every option, any CPU, all cores on one sequence.
 
 Scores are tiled (192 x 192), bf16/fp16 tiles converted once, accumulation in float32 (float64 for float64); tiles outside
-the mask are never computed; workspace is under 5 MB a thread. Results are bitwise the same for any number of threads.
+the mask are never computed; workspace is under 7 MB a thread. Results are bitwise the same for any number of threads.
 """
 
 from __future__ import annotations
