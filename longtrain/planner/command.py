@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 from longtrain.config import load_config
 from longtrain.nn import LanguageModel
-from longtrain.plan import InfeasibleBudget, Plan
+from longtrain.plan import SPLITS, InfeasibleBudget, Plan
 from longtrain.planner.cost import measure_model, peak, step_memory
 from longtrain.planner.search import held_beside_model, plan
+from longtrain.planner.tiers import tier_use
 from longtrain.units import format_bytes
 
 
@@ -41,4 +42,11 @@ def run(config_path: str, overrides: Sequence[str]) -> int:
         print(f"  {format_bytes(size):>10}  {name}")
     total = top.total + taken
     print(f"  {format_bytes(total):>10}  in all" + (f", of {config.memory.budget}" if config.memory.budget else ""))
+    if chosen.offload is not None:
+        print("\nwhat leaves the device (share on the host, share on disk):")
+        for what in SPLITS:
+            split = chosen.offload.split(what, 0)
+            print(f"  {what:10} {split.host:.2f}  {split.disk:.2f}")
+        for tier, use in tier_use(footprint, chosen, tokens).items():
+            print(f"  {tier:10} holds at most {format_bytes(use.held)}, {format_bytes(use.written)} written a step")
     return 0

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from longtrain.nn.ends import TokenLoss
-from longtrain.offload.regions import ALIGNMENT
 from longtrain.ops.linear_cross_entropy import default_chunk_tokens, footprint_bytes
 from longtrain.plan import Plan
 from longtrain.stream.footprint import LayerFootprint, probe_layer
@@ -18,9 +16,6 @@ from longtrain.stream.protocol import StreamableLayer
 
 CHUNK_OVERHEAD_TOKENS = 40
 """A chunk costs about as much time as this many more tokens would: launches, sums of weight gradients (tools/bench_step.py)."""
-
-COMPRESSION = 2
-"""FP8 with scales takes about half of bf16's bytes; of float32's a quarter. The smaller gain is counted."""
 
 CPU_WORKSPACE = 112 * 2**20
 """Resident memory of a CPU step that no tensor accounts for: kernel scratch, thread pools, freed blocks that the allocator keeps.
@@ -144,47 +139,6 @@ def step_memory(model: ModelFootprint, plan: Plan, tokens: int, batch: int = 1) 
 
 def _whole(items: dict[str, float]) -> dict[str, int]:
     return {name: round(size) for name, size in items.items()}
-
-
-@dataclass(frozen=True, slots=True)
-class TierUse:
-    """What a step takes of a slower tier, in bytes."""
-
-    held: int
-    """At most at one time: when the backward pass begins."""
-    written: int
-    """In the whole step."""
-
-
-def tier_use(model: ModelFootprint, plan: Plan, tokens: int, batch: int = 1) -> dict[str, TierUse]:
-    """Bytes of a step in "host" and "disk": every extent is written once, rounded up to `ALIGNMENT`."""
-    uses = {}
-    for tier in ("host", "disk"):
-        held = written = 0
-        for what, layer, token_bytes, stored in _offloaded(model, plan, tokens):
-            split = plan.offload.split(what, layer)
-            moved = getattr(split, tier) * stored
-            extents = math.ceil(moved / min(plan.chunk_tokens, tokens))
-            size = moved * token_bytes * batch / (COMPRESSION if split.compress else 1) + extents * ALIGNMENT / 2
-            written += size
-            held += size if what != "gradients" or layer == len(model.layers) else 0  # one boundary's gradient at a time
-        uses[tier] = TierUse(round(held), round(written))
-    return uses
-
-
-def _offloaded(model: ModelFootprint, plan: Plan, tokens: int) -> Iterator[tuple[str, int, int, int]]:
-    """(what, layer, bytes a token, tokens) of everything that a plan with `offload` puts into the store."""
-    if plan.offload is None:
-        return
-    layers, end = model.layers, len(model.layers)
-    for i in [*range(0, end, plan.segment_layers), end]:
-        if plan.boundaries == "stream":
-            yield "inputs", i, layers[min(i, end - 1)].x, tokens
-            yield "gradients", i, layers[min(i, end - 1)].x, tokens
-    for i, f in enumerate(layers):
-        yield "outputs", i, f.output, len(plan.stored_outputs(i, tokens))
-        slides = f.carry_tokens(tokens, min(plan.chunk_tokens, tokens)) < tokens
-        yield "kv", i, f.carry, tokens if slides else len(plan.stored_kv(i, tokens))
 
 
 def relative_time(plan: Plan, layers: int, tokens: int) -> float:

@@ -10,7 +10,8 @@ from torch import nn
 
 from longtrain.offload import DiskSettings
 from longtrain.plan import SPLITS, InfeasibleBudget, Offload, Plan, Split
-from longtrain.planner.cost import ModelFootprint, measure_model, peak, relative_time, step_memory, tier_use
+from longtrain.planner.cost import ModelFootprint, measure_model, peak, relative_time, step_memory
+from longtrain.planner.tiers import tier_use
 from longtrain.units import format_bytes, parse_bytes
 
 CHUNKS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)

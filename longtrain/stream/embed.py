@@ -14,7 +14,13 @@ from longtrain.stream.segment import Chain
 
 
 def streamed_token_embed(input_ids_BT: Tensor, embedding: nn.Embedding, *, chain: Chain, to_loss: bool = False) -> Tensor:
-    """As `longtrain.nn.TokenEmbed.forward`; returns the stand-in of the first layer's input."""
+    """As `longtrain.nn.TokenEmbed.forward`; returns the stand-in of the first layer's input.
+
+    An embedding that is more than a table (hooks, noise, adapters, a padding row) is called as it is, whole.
+    """
+    if not _is_plain(embedding):
+        chain.boundary = None
+        return embedding(input_ids_BT)
     weight_VE = embedding.weight
     shape = torch.Size((*input_ids_BT.shape, weight_VE.shape[1]))
     boundary = chain.new_boundary(0, shape, weight_VE.device)
@@ -22,6 +28,12 @@ def streamed_token_embed(input_ids_BT: Tensor, embedding: nn.Embedding, *, chain
     stand_in = _Embed.apply(weight_VE, input_ids_BT, boundary, spans)
     chain.boundary, chain.from_ids, chain.to_loss = boundary, True, to_loss
     return stand_in
+
+
+def _is_plain(embedding: nn.Embedding) -> bool:
+    own = type(embedding).forward is nn.Embedding.forward and "forward" not in vars(embedding)
+    hooks = embedding._forward_hooks or embedding._forward_pre_hooks or embedding._backward_hooks or embedding._backward_pre_hooks
+    return own and not hooks and embedding.padding_idx is None and embedding.max_norm is None and not embedding.sparse
 
 
 class _Embed(torch.autograd.Function):

@@ -1,7 +1,7 @@
 """What streaming a layer costs in bytes a token, probed on the layer's own tiny example: the planner adds these up.
 
     x        one boundary between layers, E elements
-    output   what the mixers give for a token, with its LSE: kept for the stored share
+    output   what the mixers give for a token, with its LSE (`lse` of it): kept for the stored share
     carry    K/V of a token; adjoint: their accumulators, float32 or wider
     graph    what autograd saves of a token while its chunk is replayed, with what the backward of a chunk holds at once
 """
@@ -31,6 +31,7 @@ class LayerFootprint:
 
     x: int
     output: int
+    lse: int
     carry: int
     adjoint: int
     graph: int
@@ -62,6 +63,7 @@ def probe_layer(layer: nn.Module) -> LayerFootprint:
     return LayerFootprint(
         x=slopes["x"],
         output=slopes["output"],
+        lse=slopes["lse"],
         carry=slopes["carry"],
         adjoint=slopes["adjoint"],
         graph=slopes["saved"] + GRADIENTS_AT_ONCE * slopes["widest"],
@@ -76,7 +78,7 @@ def _observe(layer: nn.Module, tokens: int) -> dict[str, int]:
     device = next(layer.parameters()).device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad():
         x, arguments = layer.example(tokens)
-        seen = {"x": x.nbytes // x.shape[0], "output": 0, "carry": 0, "adjoint": 0, "saved": 0, "widest": 0}
+        seen = {"x": x.nbytes // x.shape[0], "output": 0, "lse": 0, "carry": 0, "adjoint": 0, "saved": 0, "widest": 0}
         parameters = {p.untyped_storage().data_ptr() for p in layer.parameters()}
         storages: dict[int, int] = {}
 
@@ -92,6 +94,7 @@ def _observe(layer: nn.Module, tokens: int) -> dict[str, int]:
                 out = mixer(*inputs)
             lse = out.shape[:3].numel() * 4 if out.ndim == 4 else 0
             seen["output"] += out.nbytes + lse
+            seen["lse"] += lse
             if is_causal(mixer):
                 carry = make_carry(mixer, [Span(0, tokens)])
                 carry.append(Span(0, tokens), *inputs[1:])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import longtrain as lt
-from tests.stream.conftest import VOCAB, loss_and_grads, make_model
+from tests.stream.conftest import VOCAB, assert_same, loss_and_grads, make_model
 
 TOKENS = 40
 
@@ -283,3 +283,14 @@ def test_progress_is_reported_and_can_stop(ids, plan):
     seen.clear()
     model(ids, labels=ids)
     assert not seen
+
+
+@pytest.mark.usefixtures("float64")
+def test_hooks_on_the_embedding_are_called(ids):
+    """Noise on embeddings and adapters' `enable_input_require_grads` come as hooks: the result is what the hook gives out."""
+    model = make_model()
+    handle = model.model.embed_tokens.register_forward_hook(lambda module, inputs, output: output * 2)
+    expected = loss_and_grads(model, {"input_ids": ids, "labels": ids})[1]
+    expected = {name: g.clone() for name, g in expected.items()}
+    lt.apply(model, lt.Plan(chunk_tokens=8))
+    assert_same(loss_and_grads(model, {"input_ids": ids, "labels": ids})[1], expected)

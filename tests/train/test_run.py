@@ -98,7 +98,8 @@ def test_a_run_is_not_overwritten_unless_asked(config_file, out, capsys):
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
     capsys.readouterr()
     assert train(config_file, "train.seed=5") == 2
-    assert capsys.readouterr().err.startswith(f"{config_file}:22: output.dir: {out} already holds a finished run of 4 steps; ")
+    line = next(number for number, text in enumerate(config_file.read_text().splitlines(), 1) if "dir:" in text)
+    assert capsys.readouterr().err.startswith(f"{config_file}:{line}: output.dir: {out} already holds a finished run of 4 steps; ")
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
     assert train(config_file, "train.seed=5", "output.overwrite=true") == 0
     assert (out / "model.safetensors").read_bytes() != before[out / "model.safetensors"]

@@ -1,0 +1,69 @@
+"""What a step holds in the slower tiers and writes to them: every extent by its size, at the moments when most are there."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from longtrain.offload.regions import padded
+from longtrain.plan import Plan
+from longtrain.planner.cost import ModelFootprint
+from longtrain.span import Span, chunk_spans
+
+FP8_SHARE = {2: 0.53, 4: 0.28, 8: 0.14}
+"""Bytes of a compressed value with its share of a scale (4 bytes for 128 values), over those of the value, by its item size."""
+
+
+@dataclass(frozen=True, slots=True)
+class TierUse:
+    """What a step takes of one tier, in bytes."""
+
+    held: int
+    """At most at one time."""
+    written: int
+    """In the whole step."""
+
+
+def tier_use(model: ModelFootprint, plan: Plan, tokens: int, batch: int = 1) -> dict[str, TierUse]:
+    """Use of "host" and "disk". Most is held when the loss begins, or when a segment's backward pass has restored its keys and values."""
+    if plan.offload is None:
+        return dict.fromkeys(("host", "disk"), TierUse(0, 0))
+    layers, end = model.layers, len(model.layers)
+    chunk = min(plan.chunk_tokens, tokens)
+    spans = chunk_spans(tokens, chunk)
+
+    def extents(what: str, layer: int, token_bytes: Sequence[int], kept: Span, *, exact: Sequence[int] = ()) -> Counter:
+        """Bytes by tier of tensors with `token_bytes` each (`exact`: never compressed), extent by extent."""
+        split, sizes = plan.offload.split(what, layer), Counter()
+        for span in spans:
+            for part in span.split(kept.start):
+                place = split.place(part, tokens)
+                if part.start >= kept.start and place.tier != "device":
+                    factor = FP8_SHARE[model.dtype.itemsize] if place.compress else 1
+                    sizes[place.tier] += sum(padded(round(b * factor) * len(part) * batch) for b in token_bytes)
+                    sizes[place.tier] += sum(padded(b * len(part) * batch) for b in exact if b)
+        return sizes
+
+    whole = Span(0, tokens)
+    starts = [*range(0, end, plan.segment_layers), end] if plan.boundaries == "stream" else []
+    inputs, gradients = ({i: extents(what, i, [layers[min(i, end - 1)].x], whole) for i in starts} for what in ("inputs", "gradients"))
+    outputs = [extents("outputs", i, [f.output - f.lse], plan.stored_outputs(i, tokens), exact=[f.lse]) for i, f in enumerate(layers)]
+    halves = [[f.carry // 2] * 2 for f in layers]
+    kept_kv = [extents("kv", i, halves[i], plan.stored_kv(i, tokens)) for i in range(end)]
+    slides = [f.causal and f.carry_tokens(tokens, chunk) < tokens for f in layers]
+    all_kv = [extents("kv", i, halves[i], whole) if slides[i] else kept_kv[i] for i in range(end)]
+
+    moments = [_sum([*inputs.values(), *outputs, *kept_kv])]
+    for first in range(0, end, plan.segment_layers):
+        after = min(first + plan.segment_layers, end)
+        moments.append(_sum([
+            *(size for i, size in inputs.items() if i <= first), *outputs[:after], *kept_kv[:first], *all_kv[first:after],
+            gradients.get(after, Counter()),
+        ]))  # fmt: skip
+    written = _sum([*inputs.values(), *gradients.values(), *outputs, *all_kv])
+    return {tier: TierUse(max(moment[tier] for moment in moments), written[tier]) for tier in ("host", "disk")}
+
+
+def _sum(sizes: Sequence[Counter]) -> Counter:
+    return sum(sizes, Counter())

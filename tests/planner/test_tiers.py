@@ -1,0 +1,86 @@
+"""What leaves the device: chosen to fit the budget, and predicted to the byte's neighbourhood."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+import longtrain as lt
+from longtrain.nn import LanguageModel, ModelConfig
+from longtrain.planner import measure_model, peak, step_memory
+from longtrain.planner.search import _smallest, held_beside_model
+from longtrain.planner.tiers import tier_use
+
+TOKENS = 4096
+
+
+def model(**changes) -> LanguageModel:
+    shape = dict(vocab_size=64, num_layers=3, hidden_size=64, intermediate_size=96, num_heads=4, num_kv_heads=2)
+    return LanguageModel(ModelConfig(**{**shape, **changes}))
+
+
+@pytest.fixture
+def tiers(tmp_path):
+    return lt.Offload(disk=lt.DiskSettings(path=str(tmp_path), budget=1 << 28), host_bytes=1 << 24, staging_bytes=1 << 20)
+
+
+def drawn(seed: int, tiers: lt.Offload) -> tuple[LanguageModel, lt.Plan]:
+    draw = random.Random(seed)
+    m = model(num_layers=draw.randint(2, 5), window=draw.choice([None, (200,), (None, 300)]), num_kv_heads=draw.choice([1, 2, 4]))
+    split = lambda: (lambda device: lt.Split(device=device, host=draw.choice([0.0, 0.5, 1.0]) * (1 - device)))(draw.choice([0.0, 0.25, 0.5]))
+    offload = lt.Offload(
+        inputs=split(), gradients=split(), outputs=split(), kv=split(), host_bytes=1 << 26, disk=tiers.disk, staging_bytes=1 << 20
+    )
+    k = draw.choice([1, 2])
+    return m, lt.Plan(
+        chunk_tokens=draw.choice([128, 256]), segment_layers=k, store_outputs=draw.choice([0.5, 1.0]), store_kv=draw.choice([0.0, 1.0]),
+        offload=offload,
+    )
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_what_a_tier_holds_and_is_written_is_what_was_predicted(seed, tiers):
+    """Every extent, padding included; a released extent's space is free a little later, so the most that is held may be above."""
+    m, plan = drawn(seed, tiers)
+    predicted = tier_use(measure_model(m), plan, TOKENS)
+    report = lt.apply(m, plan)
+    ids = torch.randint(64, (1, TOKENS))
+    m(ids, labels=ids).loss.backward()
+    for tier, use in predicted.items():
+        assert report.store.regions[tier].most == pytest.approx(use.held, rel=0.05, abs=1 << 16), tier
+        assert report.store.stats.written.get(tier, 0) == pytest.approx(use.written, rel=0.05, abs=1 << 16), tier
+    report.undo()
+
+
+def test_as_little_leaves_as_the_budget_asks(tiers):
+    m = model()
+    footprint = measure_model(m)
+    without = _smallest(footprint, TOKENS, 1, None)[1]
+    least = _smallest(footprint, TOKENS, 1, tiers)[1]
+    taken = held_beside_model(footprint) + 2**22
+    tight, loose = (lt.plan(m, TOKENS, room + taken, tiers=tiers) for room in (least + (without - least) // 8, 4 * without))
+    assert loose.offload is None
+    used = tier_use(footprint, tight, TOKENS)
+    assert 0 < used["host"].held <= tiers.host_bytes and used["disk"].held <= tiers.disk.budget
+    assert peak(step_memory(footprint, tight, TOKENS)).total <= tight.predicted_peak <= least + (without - least) // 8 + taken
+
+
+def test_a_budget_that_a_disk_would_fit_says_so():
+    m = model()
+    footprint = measure_model(m)
+    everything = lt.Offload(disk=lt.DiskSettings(path=".", budget=2**62))
+    needed = _smallest(footprint, 200_000, 1, everything)[1] + held_beside_model(footprint) + 2**24
+    with pytest.raises(lt.InfeasibleBudget, match=r"memory\.disk or memory\.host_budget"):
+        lt.plan(m, seq_len=200_000, budget=needed)
+
+
+def test_a_wear_limit_is_respected(tmp_path):
+    m = model()
+    footprint = measure_model(m)
+    disk = lt.DiskSettings(path=str(tmp_path), budget=1 << 30, max_written=1 << 16)
+    tiers = lt.Offload(disk=disk, staging_bytes=1 << 20)
+    without = _smallest(footprint, TOKENS, 1, None)[1]
+    with pytest.raises(lt.InfeasibleBudget):
+        lt.plan(m, TOKENS, without - 2**21 + held_beside_model(footprint), tiers=tiers)
