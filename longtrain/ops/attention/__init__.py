@@ -2,7 +2,8 @@
 
 Read `mask.py` (who sees whom) and `reference.py` (the mathematics) first, then `interface.py` (the public functions),
 `call.py` (what a call is, checked) and `select.py` (which backend serves it). The backends: `cpp.py` (with `csrc/`),
-`sdpa.py`, `tiled.py`, `reference.py`.
+`triton.py` (with `kernels/`), `tiled.py`, `reference.py`; and libraries, which get a call in `pieces.py`: `sdpa.py`,
+`flash.py`, `cudnn.py`, `flash_attn.py`.
 """
 
 from longtrain.ops.attention.interface import attention, attention_backward, explain
