@@ -17,9 +17,12 @@ from torch import Tensor
 from longtrain.apply import apply
 from longtrain.config import Config, load_config
 from longtrain.nn import LanguageModel, ModelConfig
-from longtrain.plan import Plan
+from longtrain.offload import check_disk
+from longtrain.plan import SPLITS, Offload, Plan, Split
 
 CHUNK = 24
+TIER_BYTES = 64 * 2**20
+"""Of each slower tier, where the config has any: the small model needs less."""
 FLOAT64_BOUND = 1e-12
 """Relative norm per tensor: 1.1e-16 of rounding times the 10^4 terms, at most, of sums whose order changes."""
 DTYPE_BOUND = 2.0
@@ -38,8 +41,13 @@ class Row:
 
 def run(config_path: str, overrides: Sequence[str]) -> int:
     """Print the table and the verdict; 0 when everything holds, 1 otherwise."""
-    config, _ = load_config(config_path, overrides)
+    config, where = load_config(config_path, overrides)
     shape, plan, tokens = shrink(config)
+    if plan.offload is not None and plan.offload.disk is not None:
+        try:
+            check_disk(plan.offload.disk)
+        except ValueError as error:
+            raise where.explain(error, "memory.disk") from None
     print(f"{config_path}: {config.data.seq_len} tokens shrink to {tokens}, chunks to {plan.chunk_tokens}")
     print(
         f"model: {shape.num_layers} layers, width {shape.hidden_size}, {shape.num_heads} heads, {shape.num_kv_heads} kv heads of "
@@ -75,6 +83,8 @@ def shrink(config: Config) -> tuple[ModelConfig, Plan, int]:
             settings[name] = settings[name][:layers]
     if settings.get("loss_chunk_tokens"):
         settings["loss_chunk_tokens"] = CHUNK + 5
+    if (tiers := config.memory.tiers()) is not None:
+        settings["offload"] = _shrink_tiers(tiers, planned=config.memory.offload is None)
     shape = replace(
         model,
         vocab_size=min(model.vocab_size, 211),
@@ -88,6 +98,13 @@ def shrink(config: Config) -> tuple[ModelConfig, Plan, int]:
         initializer_range=0.1,
     )
     return shape, Plan(**{**settings, "chunk_tokens": CHUNK}), tokens
+
+
+def _shrink_tiers(tiers: Offload, *, planned: bool) -> Offload:
+    """The tiers at a size for small models; where the planner would choose what leaves the device, everything does."""
+    disk = tiers.disk and replace(tiers.disk, budget=min(tiers.disk.budget, TIER_BYTES), max_written=None)
+    splits = dict.fromkeys(SPLITS, Split(host=0.0 if disk else 1.0)) if planned else {}
+    return replace(tiers, disk=disk, host_bytes=min(tiers.host_bytes, TIER_BYTES), staging_bytes=min(tiers.staging_bytes, TIER_BYTES), **splits)
 
 
 def check(shape: ModelConfig, plan: Plan, tokens: int, dtype: torch.dtype) -> Iterator[Row]:
@@ -138,7 +155,7 @@ def _variants(plan: Plan, layers: int) -> Iterator[tuple[str, Plan]]:
     if layers > 1:
         yield "segments of 2 layers", replace(split, store_kv=0.7, segment_layers=2)
     other = "tensor" if plan.boundaries == "stream" else "stream"
-    yield f"boundaries: {other}", replace(plan, boundaries=other)
+    yield f"boundaries: {other}", replace(plan, boundaries=other, offload=None)
     yield "nothing stored", replace(plan, store_outputs=0.0, store_kv=0.0)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from longtrain import verify
+from longtrain.config import load_config
 from longtrain.nn import ModelConfig
 from longtrain.ops.mixers import AttentionMixer
 from longtrain.plan import Plan
@@ -46,3 +47,11 @@ class RoundsTheCarry(carry.KVCarry):
 def test_planted_faults_are_found(wrong, monkeypatch):
     monkeypatch.setitem(carry.CARRIES, AttentionMixer, wrong)
     assert not all(row.good for row in rows())
+
+
+def test_a_config_with_a_disk_is_verified_with_everything_on_it(tmp_path, capsys):
+    disk = f"memory.disk={{path: {tmp_path}, budget: 1GiB}}"
+    assert verify.run("configs/quickstart.yaml", [disk]) == 0
+    shape, plan, _ = verify.shrink(load_config("configs/quickstart.yaml", [disk])[0])
+    assert plan.offload.outputs.disk == plan.offload.inputs.disk == 1.0
+    assert capsys.readouterr().out.endswith("exact\n")
