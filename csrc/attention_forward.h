@@ -37,7 +37,8 @@ static void softmax_tile(T* st, int nk, int nq, const TileMask& mask, const Cons
       if (Drop) p *= keep_factor(hash_a + v, hash_b + v, uint32_t(first_position + j), c.threshold, c.kept);
       store(st + j * kLdq + v, p);
     }
-    const V rescale = exp2v(m_old * c.rate - base);
+    // Exactly 1 where the maximum stays: rounding in the exponent would gather over the tiles of a long row.
+    const V rescale = m_new == m_old ? zero + T(1) : exp2v(m_old * c.rate - base);
     store(alpha + v, rescale);
     store(l + v, load<V>(l + v) * rescale + sum);
     store(m + v, m_new);
@@ -124,7 +125,7 @@ template <class T, int kDim> static void forward_worker(const AttentionArgs& arg
       const int r = i % kTile;
       const int64_t t = task.q0 + i;
       double lse = x.l[r] == T(0) ? -std::numeric_limits<double>::infinity()
-                                  : double(x.m[r]) * double(constants.rate) * 0.693147180559945309417 + std::log(double(x.l[r]));
+                                  : double(T(x.m[r] * constants.rate)) * 0.693147180559945309417 + std::log(double(x.l[r]));
       double factor = x.l[r] == T(0) ? 0.0 : 1.0 / double(x.l[r]);
       if (args.sink_logits) {
         // The sink only enlarges the denominator.

@@ -29,7 +29,7 @@ static inline __attribute__((always_inline)) void micro(const T* a, const T* b, 
   constexpr int W = lanes<T>;
   V acc[kRows][NV];
   for (int m = 0; m < kRows; ++m)
-    for (int n = 0; n < NV; ++n) acc[m][n] = accumulate ? load<V>(c + m * LDC + n * W) : V{};
+    for (int n = 0; n < NV; ++n) acc[m][n] = V{};
   // One moving pointer for A and one for B: the rows are constant offsets, with no index arithmetic between products.
   const T* ak = ACol ? a + int64_t(k0) * LDA : a + k0;
   const T* bk = b + int64_t(k0) * LDB;
@@ -41,8 +41,12 @@ static inline __attribute__((always_inline)) void micro(const T* a, const T* b, 
       for (int n = 0; n < NV; ++n) acc[m][n] += am * bn[n];
     }
   }
+  // C is added last: a sum of short sums loses less to rounding than one long chain.
   for (int m = 0; m < kRows; ++m)
-    for (int n = 0; n < NV; ++n) store(c + m * LDC + n * W, acc[m][n]);
+    for (int n = 0; n < NV; ++n) {
+      T* to = c + m * LDC + n * W;
+      store(to, accumulate ? load<V>(to) + acc[m][n] : acc[m][n]);
+    }
 }
 
 // C[rows, columns] (+)= A B, restricted per block of rows to `extents`.

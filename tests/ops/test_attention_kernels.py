@@ -83,6 +83,14 @@ def test_error_is_at_most_one_and_a_half_times_that_of_sdpa(dtype):
 
 
 @pytest.mark.slow
+def test_the_lse_of_a_long_row_is_right_to_its_last_place():
+    """What a tile loses to rounding must not gather over the tiles of a row."""
+    q, k, v = (torch.randn(1, n, 1, 64) for n in (64, 16384, 16384))
+    lse = attention(q, k, v, causal=True, return_lse=True, backend="cpp")[1]
+    exact = attention(q.double(), k.double(), v.double(), causal=True, return_lse=True, backend="cpp")[1]
+    assert (lse - exact).abs().mean() <= 8 * 2**-23  # one unit in the last place of numbers from 8 to 16
+
+
 def test_bf16_gradients_of_keys_do_not_lose_accuracy_with_length():
     short, long = low_precision_errors(4096, torch.bfloat16), low_precision_errors(16384, torch.bfloat16)
     for name in ("dk", "dv"):
