@@ -118,7 +118,8 @@ def table(rows: list[dict], against: list[str], tokens: int) -> str:
         peak, seconds = row.get("peak"), row["seconds"]
         line = f"{row['method']:<{width}} {_mb(row.get('base'))} {_mb(peak)} {'-' if seconds is None else f'{seconds:.2f}':>9}"
         for m in others:
-            memory = f"{peak / by_method[m]['peak']:.3f}" if peak else "-"
+            other = by_method[m].get("peak")  # 0 where a tiny step never rose above its base
+            memory = f"{peak / other:.3f}" if peak and other else "-"
             ratio = f"{paired_ratio(row, by_method[m]):.3f}" if seconds else "-"
             line += f"   {memory + ', ' + ratio:>{len(m) + 14}}"
         lines.append(line)
