@@ -103,13 +103,14 @@ class Candidate:
     """Whether it is a layer of the model, and not the norm behind them."""
 
 
-def apply(model: nn.Module, plan: Plan) -> Report:
+def apply(model: nn.Module, plan: Plan, *, store: TokenStore | None = None) -> Report:
     """Stream `model`'s layers and head by `plan`, in place.
 
     Returns a printable report. Raises ValueError, with the model left as it was, when no layer can be streamed, when a layer fails its
     proof (unless ``plan.layer_fallback == "unstreamed"``), when one layer stands in two places, and when the model was applied already.
+    `store`: a token store of one's own, closed by the report's `undo`; when not given, the one that the plan asks for.
     """
-    report = Report(plan, _open_store(model, plan))
+    report = Report(plan, _open_store(model, plan) if store is None else store)
     try:
         _apply(model, report)
     except BaseException:

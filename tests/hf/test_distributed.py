@@ -1,16 +1,13 @@
 """Two gloo processes: DDP and FSDP2 around a streamed transformers model; a model that is sharded already is refused."""
 
-import socket
-
 import hf_families
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import longtrain as lt
+from tests.processes import run_ranks
 
 WORLD, CLOSE = 2, 1e-6
 PLAN = lt.Plan(chunk_tokens=8, loss_chunk_tokens=8)
@@ -34,9 +31,7 @@ def one_process(family):
     return {name: p.grad for name, p in model.named_parameters()}
 
 
-def worker(rank, port, family, how):
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD)
-    torch.set_num_threads(1)
+def worker(rank, world, family, how):
     expected, model = one_process(family), hf_families.build(family)
 
     def shard():
@@ -58,13 +53,9 @@ def worker(rank, port, family, how):
         report.undo()
         with pytest.raises(ValueError, match="sharded already: call lt.apply before fully_shard"):
             lt.apply(model, PLAN)
-    dist.destroy_process_group()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how, family", [("DDP", "llama"), ("FSDP2", "mixtral")])
 def test_gradients_are_those_of_one_process(how, family):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(worker, (port, family, how), nprocs=WORLD)
+    run_ranks(worker, WORLD, family, how)
