@@ -89,6 +89,9 @@ class AttentionMixer:
         """The mixer of a run of heads that begins at `head`."""
         return replace(self, head_offset=self.head_offset + head)
 
+    def with_seed(self, seed: int) -> AttentionMixer:
+        return replace(self, dropout_seed=seed)
+
     @property
     def shows_all_before(self) -> bool:
         """Whether a query sees every key before it alike, so that where they stand makes no difference."""

@@ -47,13 +47,25 @@ class Pending:
         return {message.what: message.tensors for message in self._received}
 
 
+@dataclass(frozen=True, slots=True)
 class Ranks:
-    """A process group and the counter of its traffic. Ranks are numbered within the group."""
+    """Processes of a group, numbered within it, and the counter of what passes between them."""
 
-    def __init__(self, group: dist.ProcessGroup | None = None, traffic: Traffic | None = None) -> None:
-        self.group = dist.group.WORLD if group is None else group
-        self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
-        self.traffic = Traffic() if traffic is None else traffic
+    group: dist.ProcessGroup | None
+    rank: int
+    size: int
+    traffic: Traffic
+
+    @classmethod
+    def of(cls, group: dist.ProcessGroup | None = None, traffic: Traffic | None = None) -> Ranks:
+        """This process among those of `group`; None: among all."""
+        group = dist.group.WORLD if group is None else group
+        return cls(group, dist.get_rank(group), dist.get_world_size(group), Traffic() if traffic is None else traffic)
+
+    @classmethod
+    def alone(cls, traffic: Traffic | None = None) -> Ranks:
+        """This process by itself."""
+        return cls(None, 0, 1, Traffic() if traffic is None else traffic)
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
         """Start all of them at once. Between two ranks, messages must be listed in the same order on both."""
@@ -85,4 +97,10 @@ class Ranks:
         """The largest over ranks, entry by entry."""
         x = x.clone()
         dist.all_reduce(x, op=dist.ReduceOp.MAX, group=self.group)
+        return x
+
+    def first(self, x: Tensor) -> Tensor:
+        """What rank 0 has."""
+        x = x.clone()
+        dist.broadcast(x, group=self.group, group_src=0)
         return x

@@ -93,8 +93,10 @@ class KVCarry:
             dq_BCHD = part if dq_BCHD is None else dq_BCHD + part
         return dq_BCHD
 
-    def take_grad(self, span: Span) -> tuple[Tensor, Tensor]:
-        return self._dk_BSKD[span].to(self._k_BSKD[span].dtype), self._dv_BSKD[span].to(self._v_BSKD[span].dtype)
+    def take_grad(self, span: Span, *, wide: bool = False) -> tuple[Tensor, Tensor]:
+        """With `wide` the sums as they are, for who adds more to them."""
+        dk, dv = self._dk_BSKD[span], self._dv_BSKD[span]
+        return (dk, dv) if wide else (dk.to(self._k_BSKD[span].dtype), dv.to(self._v_BSKD[span].dtype))
 
     def _extend_adjoints(self, span: Span) -> None:
         """Zeros for the keys that the queries of `span` are the last to see."""
