@@ -221,7 +221,7 @@ def _after_layers(chain: Chain, whole: Callable[[Tensor], Tensor], streamed: Cal
 
 def _find_layers(model: nn.Module) -> list[list[Candidate]]:
     return [
-        [Candidate(f"{name}.{i}" if name else str(i), layer) for i, layer in enumerate(module)]
+        [Candidate(f"{name}.{i}" if name else str(i), layer, call=getattr(layer, "call", None)) for i, layer in enumerate(module)]
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) and all(isinstance(layer, StreamableLayer) for layer in module)
     ]

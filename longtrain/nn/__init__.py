@@ -7,19 +7,37 @@ from longtrain.nn.ends import TokenEmbed, TokenLoss, count_targets
 from longtrain.nn.mlp import SwiGLU
 from longtrain.nn.model import LanguageModel, ModelOutput
 from longtrain.nn.norm import RMSNorm
+from longtrain.nn.replacements import (
+    Conv1d,
+    FP8Linear,
+    LinearCrossEntropy,
+    MultiheadAttention,
+    TransformerDecoderLayer,
+    TransformerEncoderLayer,
+    by_chunks,
+    hf_attention,
+)
 from longtrain.nn.rotary import RotaryEmbedding
 
 __all__ = [
     "Attention",
+    "Conv1d",
     "Decoder",
     "DecoderLayer",
+    "FP8Linear",
     "LanguageModel",
+    "LinearCrossEntropy",
     "ModelConfig",
     "ModelOutput",
+    "MultiheadAttention",
     "RMSNorm",
     "RotaryEmbedding",
     "SwiGLU",
     "TokenEmbed",
     "TokenLoss",
+    "TransformerDecoderLayer",
+    "TransformerEncoderLayer",
+    "by_chunks",
     "count_targets",
+    "hf_attention",
 ]

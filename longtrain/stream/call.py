@@ -98,10 +98,14 @@ class Call:
         return call_layer(self.layers[layer], x, arguments, Mix(steps), parameters)
 
     def live_mixers(self, layer: int, replica: Replica) -> Sequence[Any]:
-        """The layer's mixers with their shared tensors (filters) in the graph of the replica's parameters."""
+        """The layer's mixers with their shared tensors (filters) in the graph of the replica's parameters; all else, such as the seed of
+        dropout, is as the forward pass had it."""
+        if not any(mixer.shared for mixer in self.mixers[layer]):
+            return self.mixers[layer]
         arguments = self.arguments.on(Span(0, self.tokens), replica.leaves)
         module = LayerMixers(self.layers[layer].layer)
-        return functional_call(module, self.parameters.named(layer, replica.parameters), (arguments,))
+        live = functional_call(module, self.parameters.named(layer, replica.parameters), (arguments,))
+        return [mixer.with_shared(*made.shared) for mixer, made in zip(self.mixers[layer], live, strict=True)]
 
     def announce(self, order: Iterable[tuple[Sequenced, Span]]) -> None:
         """Tell the store what will be asked of it, in order."""
