@@ -4,8 +4,11 @@ from longtrain.nn.attention import Attention
 from longtrain.nn.config import ModelConfig
 from longtrain.nn.decoder import Decoder, DecoderLayer
 from longtrain.nn.ends import TokenEmbed, TokenLoss, count_targets
+from longtrain.nn.hyena import Hyena
+from longtrain.nn.long_conv import LongConv, LongConvMixerModule, parameter_groups
 from longtrain.nn.mlp import SwiGLU
 from longtrain.nn.model import LanguageModel, ModelOutput
+from longtrain.nn.monarch_mixer import MonarchMixerBlock
 from longtrain.nn.norm import RMSNorm
 from longtrain.nn.replacements import (
     Conv1d,
@@ -25,11 +28,15 @@ __all__ = [
     "Decoder",
     "DecoderLayer",
     "FP8Linear",
+    "Hyena",
     "LanguageModel",
     "LinearCrossEntropy",
+    "LongConv",
+    "LongConvMixerModule",
     "ModelConfig",
     "ModelOutput",
     "MultiheadAttention",
+    "MonarchMixerBlock",
     "RMSNorm",
     "RotaryEmbedding",
     "SwiGLU",
@@ -40,4 +47,5 @@ __all__ = [
     "by_chunks",
     "count_targets",
     "hf_attention",
+    "parameter_groups",
 ]

@@ -142,6 +142,12 @@ class Replica:
         for slot, grad in zip(self._slots, grads, strict=True):
             self._sums.add(slot, grad)
 
+    def add_made(self, made: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+        """Add what the gradients of tensors made of parameters (filters) come to, where they are."""
+        pairs = [(t, g.to(t.dtype)) for t, g in zip(made, grads, strict=True) if t.requires_grad]
+        if pairs and self.wanted:
+            self.add(torch.autograd.grad([t for t, _ in pairs], self.wanted, [g for _, g in pairs], allow_unused=True))
+
     def gradients(self) -> list[Tensor | None]:
         """The sums, in the order and form in which the autograd Function returns them."""
         return [delivered(t, total) for t, total in zip(self._tensors, self._sums.totals, strict=True)]
