@@ -83,7 +83,8 @@ setup(
     install_requires=["torch>=2.11", "numpy", "einops", "pyyaml", "safetensors"],
     extras_require={
         "flash": ["flash-attn"],
-        "hf": ["transformers>=5.21,<6"],
+        "hf": ["transformers>=5.21,<6", "jinja2"],
+        "lora": ["transformers>=5.21,<6", "jinja2", "peft"],
         "trainers": ["transformers>=5.21,<6", "accelerate", "peft", "trl"],
         "gpu": ["triton>=3.6; sys_platform == 'linux' and platform_machine == 'x86_64'"],
         "plot": ["matplotlib"],
