@@ -79,7 +79,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["longtrain", "longtrain.*"]) + KERNELS,
     package_dir={name: "kernels" for name in KERNELS},
-    package_data={"longtrain.report": ["page.css", "page.js"]},
+    package_data={"longtrain.report": ["page.css", "page.js"], "longtrain.memory": ["page.css", "page.js"]},
     install_requires=["torch>=2.11", "numpy", "einops", "pyyaml", "safetensors"],
     extras_require={
         "flash": ["flash-attn"],
@@ -98,7 +98,7 @@ setup(
     ext_modules=[
         Extension(
             "longtrain._C",
-            sources=["csrc/attention.cpp"],
+            sources=["csrc/attention.cpp", "csrc/memory_trace.cpp"],
             depends=["csrc/attention_kernels.cpp", *(f"csrc/attention_{part}.h" for part in (
                 "args", "simd", "gemm", "tiles", "forward", "backward"))],
         )
