@@ -89,7 +89,7 @@ def export_pretrained(
     wanted = getattr(torch, config.train.dtype if dtype == "trained" else dtype)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(wanted)
-    files = pretrained.save(model, config.model, directory, shard_bytes)
+    files = pretrained.save(model, config, directory, shard_bytes)
     print(f"{checkpoint} as {'an adapter' if config.model.lora else type(model).__name__}, {str(wanted).removeprefix('torch.')}, in {directory}: {', '.join(files)}")
     return 0
 

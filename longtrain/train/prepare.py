@@ -173,7 +173,7 @@ def make_plan(model: nn.Module, config: Config, where: Locations) -> lt.Plan | N
     if config.memory.budget is not None:
         try:
             return lt.plan(model, seq_len=config.data.seq_len, budget=config.memory.budget, tiers=config.memory.tiers())
-        except lt.InfeasibleBudget as error:
+        except ValueError as error:  # nothing fits, or a layer cannot be streamed
             raise where.error("memory.budget", str(error)) from None
     settings = config.memory.plan_settings()
     return lt.Plan(**settings) if settings else None
@@ -188,7 +188,7 @@ def save_model(setup: Setup, directory: Path) -> str:
 
     if setup.report is not None:
         setup.report.undo()  # it changed settings of the model's configuration, which is saved too
-    pretrained.save(setup.model, setup.config.model, directory / output.MODEL)
+    pretrained.save(setup.model, setup.config, directory / output.MODEL)
     return f"{output.MODEL}/"
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from longtrain.config import Locations
+from longtrain.config import Config, Locations
 from longtrain.config.hf import HfModelConfig, LoraConfig
 from longtrain.data.corpus import say_tokenizer
 from longtrain.train.output import said_plainly
@@ -41,9 +41,17 @@ class Pretrained:
     """What a reader of the run's first lines should know."""
 
 
-def build(settings: HfModelConfig, reach: int, dtype: torch.dtype, where: Locations, *, read_weights: bool = True) -> Pretrained:
+def build(
+    settings: HfModelConfig,
+    reach: int,
+    dtype: torch.dtype,
+    where: Locations,
+    *,
+    read_weights: bool = True,
+    change: Callable[[Any], None] | None = None,
+) -> Pretrained:
     """Build the model that `model.hf` names for sequences of at most `reach` tokens; where it has no weights, or they are not to be read,
-    with random ones by torch's generator.
+    with random ones by torch's generator. `change` may change its (text) configuration first.
 
     Raises ConfigError naming what is missing, does not fit or cannot be trained.
     """
@@ -51,6 +59,8 @@ def build(settings: HfModelConfig, reach: int, dtype: torch.dtype, where: Locati
     source, weights = locate(settings.hf, where)
     read_weights = read_weights and weights
     described = load_config(transformers, source, where)
+    if change is not None:
+        change(described.get_text_config())
     rope = Rope.of(described, reach)
     if settings.rope is not None:
         try:
@@ -64,7 +74,6 @@ def build(settings: HfModelConfig, reach: int, dtype: torch.dtype, where: Locati
         notes += [f"{len(unread)} tensors of {source} have no place in {type(model).__name__} (such as {unread[0]})"] if unread else []
     else:
         model = transformers.AutoModelForCausalLM.from_config(described, dtype=dtype)
-        model.name_or_path = ""
     check_trainable(model, where)
     if settings.lora is not None:
         model = add_adapters(model, settings.lora, where)
@@ -166,7 +175,7 @@ def add_adapters(model: nn.Module, lora: LoraConfig, where: Locations) -> nn.Mod
         raise where.error("model.lora.target_modules", f"{error}; name linear layers") from None
 
 
-def save(model: nn.Module, settings: HfModelConfig, directory: Path, shard: str | int = SHARD) -> list[str]:
+def save(model: nn.Module, config: Config, directory: Path, shard: str | int = SHARD) -> list[str]:
     """Write what `from_pretrained` reads (of LoRA: the adapter, as peft reads it), with the tokenizer's files; returns the file names.
 
     `directory` is made; it is the old one or the new one whole, never a part.
@@ -175,23 +184,23 @@ def save(model: nn.Module, settings: HfModelConfig, directory: Path, shard: str 
     with said_plainly(directory):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        if settings.lora is None:
+        if config.model.lora is None:
             model.save_pretrained(str(partial), max_shard_size=shard)
         else:
-            save_adapter(model, settings, partial, directory, shard)
-        for file in tokenizer_files(settings.hf):
+            save_adapter(model, config, partial, directory, shard)
+        for file in tokenizer_files(config.model.hf):
             (shutil.copytree if file.is_dir() else shutil.copyfile)(file, partial / file.name)
         shutil.rmtree(directory, ignore_errors=True)
         partial.rename(directory)
     return sorted(p.name for p in directory.iterdir())
 
 
-def save_adapter(model: nn.Module, settings: HfModelConfig, partial: Path, directory: Path, shard: str | int) -> None:
+def save_adapter(model: nn.Module, config: Config, partial: Path, directory: Path, shard: str | int) -> None:
     """The adapter, and its base model where nobody else has that: one drawn at random, or whose rotary positions were changed."""
-    described = next(iter(model.peft_config.values()))
-    changed = settings.rope is not None or not Path(settings.hf).is_dir()
-    described.base_model_name_or_path = str(directory / BASE if changed else Path(settings.hf))
-    model.save_pretrained(str(partial))
+    given, described = Path(config.model.hf), next(iter(model.peft_config.values()))
+    changed = not given.is_dir() or any(stage.rope is not None for stage in config.stages())
+    described.base_model_name_or_path = str((directory / BASE if changed else given).resolve())
+    model.save_pretrained(str(partial), save_embedding_layers=False)
     if changed:
         adapters = {n for n, _ in model.named_parameters() if ".lora_" in n}
         base = {

@@ -64,7 +64,9 @@ class Rope:
         text.rope_parameters = parameters
         if self.positions is not None:
             further = wanted is not None and not _dynamic(parameters)  # dynamic ones grow from the original length
-            text.max_position_embeddings = max(self.positions, self.reach) if further else self.positions
+            scaled = parameters.get(FULL, parameters) if parameters else {}
+            meant = round((scaled.get("factor") or 0) * (scaled.get("original_max_position_embeddings") or 0))
+            text.max_position_embeddings = max(self.positions, self.reach, meant) if further else self.positions
 
     def set(self, model: nn.Module, wanted: RopeConfig | None) -> None:
         """Give a live model the positions that `wanted` says. `dynamic` ones, which depend on what was read before, begin anew.
