@@ -77,11 +77,12 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["longtrain", "longtrain.*"]) + KERNELS,
     package_dir={name: "kernels" for name in KERNELS},
-    package_data={"longtrain.report": ["page.css", "page.js"]},
+    package_data={"longtrain.report": ["page.css", "page.js"], "longtrain.memory": ["page.css", "page.js"]},
     install_requires=["torch>=2.11", "numpy", "einops", "pyyaml", "safetensors"],
     extras_require={
         "flash": ["flash-attn"],
-        "hf": ["transformers>=5.21,<6"],
+        "hf": ["transformers>=5.21,<6", "jinja2"],
+        "lora": ["transformers>=5.21,<6", "jinja2", "peft"],
         "trainers": ["transformers>=5.21,<6", "accelerate", "peft", "trl"],
         "gpu": ["triton>=3.6; sys_platform == 'linux' and platform_machine == 'x86_64'"],
         "plot": ["matplotlib"],
@@ -95,7 +96,7 @@ setup(
     ext_modules=[
         Extension(
             "longtrain._C",
-            sources=["csrc/attention.cpp"],
+            sources=["csrc/attention.cpp", "csrc/memory_trace.cpp"],
             depends=["csrc/attention_kernels.cpp", *(f"csrc/attention_{part}.h" for part in (
                 "args", "simd", "gemm", "tiles", "pairs", "forward", "backward"))],
         )

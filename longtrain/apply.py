@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from longtrain.culprit import part_that_looks_across, what_changed
 from longtrain.nn.ends import TokenEmbed, TokenLoss
 from longtrain.offload import DeviceStore, TieredStore, TokenStore
 from longtrain.plan import Plan
@@ -221,7 +222,7 @@ def _after_layers(chain: Chain, whole: Callable[[Tensor], Tensor], streamed: Cal
 
 def _find_layers(model: nn.Module) -> list[list[Candidate]]:
     return [
-        [Candidate(f"{name}.{i}" if name else str(i), layer) for i, layer in enumerate(module)]
+        [Candidate(f"{name}.{i}" if name else str(i), layer, call=getattr(layer, "call", None)) for i, layer in enumerate(module)]
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) and all(isinstance(layer, StreamableLayer) for layer in module)
     ]
@@ -276,20 +277,34 @@ def prove(layer: nn.Module) -> str | None:
 def _difference_in_chunks(layer: nn.Module) -> str | None:
     x, arguments = layer.example(PROOF_TOKENS)
     x, arguments = tree_map(lambda t: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t, (x, arguments))
-    buffers = [b.clone() for b in layer.buffers()]
+    buffers = {name: buffer.clone() for name, buffer in layer.named_buffers()}
     whole = _outcome(layer, layer.forward, x, arguments)
-    if any(not torch.equal(a, b) for a, b in zip(buffers, layer.buffers(), strict=True)):
-        return "it changes its buffers in forward, and a streamed layer runs several times"
+    if changed := what_changed(layer, buffers):
+        return f"it changes its buffers in forward, and a streamed layer runs several times: {changed}"
     if whole[0].shape != x.shape:
         return f"it turns {list(x.shape)} into {list(whole[0].shape)}, and hidden states must keep their shape"
     plan = Plan(chunk_tokens=PROOF_CHUNK, store_outputs=0.5, boundaries="tensor")
     segment = Segment(Chain(plan, DeviceStore()), [layer], [0], first=True, last=True)
-    chunked = _outcome(layer, segment.forward, x, arguments)
-    for name, a, b in zip(("output", "input gradient", "parameter gradients"), whole, chunked, strict=True):
-        error = (a - b).norm() / a.norm().clamp_min(torch.finfo(a.dtype).tiny)
-        if not error <= PROOF_BOUND:
-            return f"its {name} in chunks of {PROOF_CHUNK} differs from the whole by {error:.1e}: something besides mix looks across tokens"
+    what, error = _difference(whole, _outcome(layer, segment.forward, x, arguments))
+    if what:
+        part = part_that_looks_across(layer, x, arguments, _differs_in_chunks)
+        return f"its {what} in chunks of {PROOF_CHUNK} differs from the whole by {error:.1e}: something besides mix looks across tokens{part}"
     return None
+
+
+def _differs_in_chunks(module: nn.Module, x: Tensor) -> str:
+    """What of a token-local module is another in chunks; "" where nothing is."""
+    in_chunks = lambda x: torch.cat([module(part) for part in x.split(PROOF_CHUNK, dim=1)], dim=1)
+    return _difference(*(_outcome(module, forward, x, {}) for forward in (module, in_chunks)))[0]
+
+
+def _difference(whole: Sequence[Tensor], chunked: Sequence[Tensor]) -> tuple[str, float]:
+    """Which of two outcomes' parts differ, first of all, and by how much; "" where none does."""
+    for name, a, b in zip(("output", "input gradient", "parameter gradients"), whole, chunked, strict=True):
+        error = float((a - b).norm() / a.norm().clamp_min(torch.finfo(a.dtype).tiny))
+        if not error <= PROOF_BOUND:
+            return name, error
+    return "", 0.0
 
 
 def _outcome(layer: nn.Module, forward: Callable[..., Tensor], x: Tensor, arguments: dict) -> tuple[Tensor, Tensor, Tensor]:

@@ -106,6 +106,21 @@ class LongConvMixer:
             u_BTE, self.filter, self.skip, gate_in_BTE, gate_out_BTE, causal=self.causal, cu_seqlens=cu_seqlens, backend=self.backend
         )
 
+    def streams_by_span(self, chunk_tokens: int) -> bool:
+        """Whether it is cheaper with the inputs before a chunk at hand than by channel group: at most a chunk of them."""
+        return self.causal and self.filter.shape[1] - 1 <= chunk_tokens
+
+    def keys_for(self, queries: Span) -> Span:
+        """The smallest span of inputs that the outputs of `queries` depend on, when causal."""
+        start = self.documents.first_visible(queries.start) if self.documents is not None else 0
+        return Span(max(start, queries.start - self.filter.shape[1] + 1), queries.stop)
+
+    def carried(self, mix, u_BTE: Tensor, gate_in_BTE: Tensor | None = None, gate_out_BTE: Tensor | None = None) -> Tensor:
+        """The call with what is token-local in it, the gates, outside of `mix`, whose query is empty: its carry has all that it needs."""
+        v_BTE = u_BTE if gate_in_BTE is None else u_BTE * gate_in_BTE
+        y_BTE = mix(v_BTE[..., :0], v_BTE)
+        return y_BTE if gate_out_BTE is None else y_BTE * gate_out_BTE
+
     @property
     def shared(self) -> tuple[Tensor, Tensor]:
         """The tensors beside the inputs that take part, and receive gradients."""

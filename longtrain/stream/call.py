@@ -98,10 +98,15 @@ class Call:
         return call_layer(self.layers[layer], x, arguments, Mix(steps), parameters)
 
     def live_mixers(self, layer: int, replica: Replica) -> Sequence[Any]:
-        """The layer's mixers with their shared tensors (filters) in the graph of the replica's parameters."""
+        """The layer's mixers with their shared tensors (filters) in the graph of the replica's parameters; all else, such as the seed of
+        dropout, is as the forward pass had it."""
+        if not any(getattr(mixer, "shared", ()) for mixer in self.mixers[layer]):
+            return self.mixers[layer]
         arguments = self.arguments.on(Span(0, self.tokens), replica.leaves)
         module = LayerMixers(self.layers[layer].layer)
-        return functional_call(module, self.parameters.named(layer, replica.parameters), (arguments,))
+        live = functional_call(module, self.parameters.named(layer, replica.parameters), (arguments,))
+        pairs = zip(self.mixers[layer], live, strict=True)
+        return [mixer.with_shared(*made.shared) if getattr(mixer, "shared", ()) else mixer for mixer, made in pairs]
 
     def announce(self, order: Iterable[tuple[Sequenced, Span]]) -> None:
         """Tell the store what will be asked of it, in order."""
@@ -137,6 +142,12 @@ class Replica:
         """Add the gradients of `wanted`."""
         for slot, grad in zip(self._slots, grads, strict=True):
             self._sums.add(slot, grad)
+
+    def add_made(self, made: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+        """Add what the gradients of tensors made of parameters (filters) come to, where they are."""
+        pairs = [(t, g.to(t.dtype)) for t, g in zip(made, grads, strict=True) if t.requires_grad]
+        if pairs and self.wanted:
+            self.add(torch.autograd.grad([t for t, _ in pairs], self.wanted, [g for _, g in pairs], allow_unused=True))
 
     def gradients(self) -> list[Tensor | None]:
         """The sums, in the order and form in which the autograd Function returns them."""

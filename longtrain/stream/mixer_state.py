@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ class MixerState:
     `replay`. What is kept by the plan is the last part of the outputs (`keep_outputs`) and of what the carry was given (`keep_written`).
     """
 
+    mixer: Any
     new_carry: Callable[[], Carry]
     carry: Carry | None
     spans: list[Span]
@@ -55,6 +57,7 @@ class MixerState:
         place_kv, place_outputs = plan.place("kv", index, tokens), plan.place("outputs", index, tokens)
         place_lse = None if place_outputs is None else (lambda span: replace(place_outputs(span), compress=False))
         return cls(
+            mixer=mixer,
             new_carry=new_carry,
             carry=carry,
             spans=call.spans,
@@ -67,6 +70,11 @@ class MixerState:
             slides=slides,
             seen={} if call.check_replay else None,
         )
+
+    def step(self, run: Callable[..., Tensor], *args, **settings) -> Callable[..., Tensor]:
+        """What the layer calls as `mix`: one of the methods below, inside of what of the mixer is token-local."""
+        run, carried = partial(run, *args, **settings), getattr(self.mixer, "carried", None)
+        return run if carried is None else partial(carried, run)
 
     def forward(self, span: Span, q: Tensor, *written: Tensor, keep: bool) -> Tensor:
         if self.seen is not None:

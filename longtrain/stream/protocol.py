@@ -87,3 +87,6 @@ class Carry(Protocol):
 
     def written(self, span: Span) -> tuple[Tensor, ...]:
         """What `append` took for a span, to store it (kind "append" only)."""
+
+    # Of a mixer with `shared` tensors (filters) also: shared_grads() -> their gradients, once every span had its turn. Such a mixer's
+    # `carried(mix, *inputs)` calls `mix(q, *written)` and does by itself what of it is token-local (gates).

@@ -183,4 +183,4 @@ class _StreamedSegment(torch.autograd.Function):
 
 
 def _algorithm(call: Call):
-    return causal if all(is_causal(mixer) for mixers in call.mixers for mixer in mixers) else twopass
+    return causal if all(is_causal(mixer, call.plan.chunk_tokens) for mixers in call.mixers for mixer in mixers) else twopass
