@@ -17,10 +17,8 @@ from setuptools.errors import BaseError, CCompilerError
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 INSTRUCTION_SETS = [("generic", [])]
 if X86:
-    INSTRUCTION_SETS += [
-        ("avx2", ["-mavx2", "-mfma", "-mf16c"]),
-        ("avx512", ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mf16c"]),
-    ]
+    AVX512 = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mf16c"]
+    INSTRUCTION_SETS += [("avx2", ["-mavx2", "-mfma", "-mf16c"]), ("avx512", AVX512), ("avx512bf16", [*AVX512, "-mavx512bf16"])]
 FLAGS = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-g0", "-Wno-psabi"]
 KERNELS = ["longtrain.kernels"] if os.path.isdir("kernels") else []
 PER_INSTRUCTION_SET = ["csrc/attention_kernels.cpp"]
@@ -100,7 +98,7 @@ setup(
             "longtrain._C",
             sources=["csrc/attention.cpp", "csrc/memory_trace.cpp"],
             depends=["csrc/attention_kernels.cpp", *(f"csrc/attention_{part}.h" for part in (
-                "args", "simd", "gemm", "tiles", "forward", "backward"))],
+                "args", "simd", "gemm", "tiles", "pairs", "forward", "backward"))],
         )
     ],
     cmdclass={"build_ext": BuildExtension},
