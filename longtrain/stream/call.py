@@ -103,12 +103,13 @@ class Call:
     def live_mixers(self, layer: int, replica: Replica) -> Sequence[Any]:
         """The layer's mixers with their shared tensors (filters) in the graph of the replica's parameters; all else, such as the seed of
         dropout, is as the forward pass had it."""
-        if not any(mixer.shared for mixer in self.mixers[layer]):
+        if not any(getattr(mixer, "shared", ()) for mixer in self.mixers[layer]):
             return self.mixers[layer]
         arguments = self.arguments.on(Span(0, self.tokens), replica.leaves)
         module = LayerMixers(self.layers[layer].layer)
         live = functional_call(module, self.parameters.named(layer, replica.parameters), (arguments,))
-        return [mixer.with_shared(*made.shared) for mixer, made in zip(self.mixers[layer], live, strict=True)]
+        pairs = zip(self.mixers[layer], live, strict=True)
+        return [mixer.with_shared(*made.shared) if getattr(mixer, "shared", ()) else mixer for mixer, made in pairs]
 
     def kept(self, what: Literal["outputs", "kv"], layer: int) -> Span:
         """The tokens of a layer whose mixer outputs, or keys and values, are kept. Processes that share a sequence keep whole chunks, the same ones."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 
 import pytest
 import torch
@@ -72,7 +73,7 @@ def test_a_budget_that_a_disk_would_fit_says_so():
     footprint = measure_model(m)
     everything = lt.Offload(disk=lt.DiskSettings(path=".", budget=2**62))
     needed = _smallest(footprint, 200_000, 1, everything)[1] + held_beside_model(footprint) + 2**24
-    with pytest.raises(lt.InfeasibleBudget, match=r"memory\.disk or memory\.host_budget"):
+    with pytest.raises(lt.InfeasibleBudget, match=r"memory\.disk \(of \d+ MiB\) or memory\.host_budget"):
         lt.plan(m, seq_len=200_000, budget=needed)
 
 
@@ -84,3 +85,20 @@ def test_a_wear_limit_is_respected(tmp_path):
     without = _smallest(footprint, TOKENS, 1, None)[1]
     with pytest.raises(lt.InfeasibleBudget):
         lt.plan(m, TOKENS, without - 2**21 + held_beside_model(footprint), tiers=tiers)
+
+
+def test_a_disk_that_is_too_small_says_which_size_would_do(tmp_path):
+    m = model()
+    footprint = measure_model(m)
+    def on_disk(budget: int, **limits) -> lt.Offload:
+        return lt.Offload(disk=lt.DiskSettings(path=str(tmp_path), budget=budget, **limits), staging_bytes=1 << 20)
+
+    room = _smallest(footprint, TOKENS, 1, on_disk(1 << 40))[1] + held_beside_model(footprint) + 2**20
+    with pytest.raises(lt.InfeasibleBudget, match=r"more \(of which") as refusal:
+        lt.plan(m, TOKENS, room, tiers=on_disk(1 << 16))
+    enough = int(re.search(r"memory\.disk\.budget to (\d+)MiB", str(refusal.value))[1]) << 20
+    assert lt.plan(m, TOKENS, room + 2**21, tiers=on_disk(enough)).offload is not None
+    with pytest.raises(lt.InfeasibleBudget, match=r"max_written to \d+MiB \(50 steps\)") as refusal:
+        lt.plan(m, TOKENS, room, tiers=on_disk(1 << 40, max_written=1 << 20), steps=50)
+    enough = int(re.search(r"max_written to (\d+)MiB", str(refusal.value))[1]) << 20
+    assert lt.plan(m, TOKENS, room + 2**21, tiers=on_disk(1 << 40, max_written=enough), steps=50).offload is not None
