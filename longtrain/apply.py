@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +25,15 @@ from torch.utils._pytree import tree_map
 from longtrain.culprit import part_that_looks_across, what_changed
 from longtrain.nn.ends import TokenEmbed, TokenLoss
 from longtrain.offload import DeviceStore, TieredStore, TokenStore
+from longtrain.parallel.settings import Parallel
 from longtrain.plan import Plan
 from longtrain.stream.embed import streamed_token_embed
 from longtrain.stream.loss import streamed_token_loss
 from longtrain.stream.protocol import StreamableLayer
 from longtrain.stream.segment import Chain, Progress, Segment
+
+if TYPE_CHECKING:
+    from longtrain.parallel.spread import Sharing
 
 PROOF_TOKENS = 13
 PROOF_CHUNK = 5
@@ -53,6 +57,8 @@ class Report:
     plan: Plan
     store: TokenStore = field(repr=False)
     """Where the streamed tensors live: the device, or the tiers of `plan.offload`."""
+    sharing: Sharing | None = field(default=None, repr=False)
+    """The processes that share every sequence; `sharing.explain(tokens)` says which way each layer goes."""
     entries: list[Entry] = field(default_factory=list)
     _chains: list[Chain] = field(default_factory=list, repr=False)
     _undo: list[Callable[[], Any]] = field(default_factory=list, repr=False)
@@ -104,23 +110,28 @@ class Candidate:
     """Whether it is a layer of the model, and not the norm behind them."""
 
 
-def apply(model: nn.Module, plan: Plan, *, store: TokenStore | None = None) -> Report:
+def apply(
+    model: nn.Module, plan: Plan, *, store: TokenStore | None = None, group: Any = None, parallel: Parallel | None = None
+) -> Report:
     """Stream `model`'s layers and head by `plan`, in place.
 
     Returns a printable report. Raises ValueError, with the model left as it was, when no layer can be streamed, when a layer fails its
     proof (unless ``plan.layer_fallback == "unstreamed"``), when one layer stands in two places, and when the model was applied already.
     `store`: a token store of one's own, closed by the report's `undo`; when not given, the one that the plan asks for.
+
+    `group`: processes that share every sequence (a process group, or a device mesh with the dimensions cp_ring and cp_ulysses); all of
+    them call this at the same time. `parallel` says how; given alone it means all processes. See `longtrain.parallel.spread`.
     """
     report = Report(plan, _open_store(model, plan) if store is None else store)
     try:
-        _apply(model, report)
+        _apply(model, report, group, parallel)
     except BaseException:
         report.undo()
         raise
     return report
 
 
-def _apply(model: nn.Module, report: Report) -> None:
+def _apply(model: nn.Module, report: Report, group, parallel: Parallel | None) -> None:
     plan = report.plan
     if any(_is_streamed(module) for module in model.modules()):
         raise ValueError("lt.apply was called on this model already: call undo() of its report first")
@@ -161,6 +172,8 @@ def _apply(model: nn.Module, report: Report) -> None:
             index += candidate.counts
     if not any(candidate.counts for chain in chains for _, candidate in chain):
         raise ValueError(f"no layer of {type(model).__name__} can be streamed:\n{report}")
+    if group is not None or parallel is not None:
+        report.sharing = _share(model, report, [entry for chain in chains for entry in chain], group, parallel or Parallel())
     for chain in filter(None, chains):
         _stream_chain(report, chain)
     ends = {kind: [(name, m) for name, m in model.named_modules() if isinstance(m, kind)] for kind in (TokenEmbed, TokenLoss)}
@@ -170,10 +183,26 @@ def _apply(model: nn.Module, report: Report) -> None:
         report._replace(module, partial(streamed_token_embed, chain=chain))
         report.entries.append(Entry(name, "streamed embedding"))
     for name, module in ends[TokenLoss]:
-        report._replace(module, partial(streamed_token_loss, chunk_tokens=plan.loss_chunk_tokens, chain=chain))
+        streamed = partial(streamed_token_loss, chunk_tokens=plan.loss_chunk_tokens, chain=chain)
+        report._replace(module, streamed if report.sharing is None else partial(report.sharing.loss, streamed))
         report.entries.append(Entry(name, "streamed loss"))
     places = {name: place for place, (name, _) in enumerate(model.named_modules())}
     report.entries.sort(key=lambda entry: places[entry.name])
+
+
+def _share(model: nn.Module, report: Report, layers: Sequence[tuple[int, Candidate]], group, parallel: Parallel) -> Sharing:
+    """Have the processes of a group share the sequences that `model` is given. Raises ValueError for what cannot be spread over them."""
+    from longtrain.parallel.spread import Sharing, shapes_of  # with torch.distributed, which not every torch has
+
+    if any(entry.became == "left as it is" for entry in report.entries):
+        raise ValueError(f"a layer that is not streamed sees the tokens of one process only; all must be streamed:\n{report}")
+    if not hasattr(model, "make_layout"):
+        raise ValueError(f"{type(model).__name__} has no make_layout, by which it is told the positions that a process holds")
+    shapes = [shapes_of(candidate.layer) for _, candidate in layers if candidate.counts]
+    sharing = Sharing(report.plan, parallel, group, shapes)
+    before, model.make_layout = model.make_layout, sharing.layout
+    report._undo.append(partial(setattr, model, "make_layout", before))
+    return sharing
 
 
 def _open_store(model: nn.Module, plan: Plan) -> TokenStore:
@@ -199,6 +228,8 @@ def _is_streamed(module: nn.Module) -> bool:
 def _stream_chain(report: Report, candidates: Sequence[tuple[int, Candidate]]) -> None:
     """Replace the forwards of layers that follow each other."""
     chain, k = Chain(report.plan, report.store), report.plan.segment_layers
+    if report.sharing is not None:
+        chain.spread = lambda: report.sharing.present
     report._chains.append(chain)
     layers = [entry for entry in candidates if entry[1].counts]
     groups = [layers[at : at + k] for at in range(0, len(layers), k)] + [[entry] for entry in candidates if not entry[1].counts]

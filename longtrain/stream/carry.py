@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from longtrain.ops.attention import attention, attention_backward, merge_attention
+from longtrain.ops.attention import merge_attention
 from longtrain.ops.mixers import AttentionMixer, LongConvMixer
 from longtrain.span import Span
 from longtrain.stream.conv_carry import ConvCarry
@@ -72,26 +72,30 @@ class KVCarry:
         if stored is not None:
             return stored
         merged = None
-        for block in self.blocks(span):
-            arguments = self.mixer.arguments(span, block.span)
-            part = attention(q_BCHD, block.k_BSKD, block.v_BSKD, **arguments, return_lse=True)
+        for block in self.blocks(span):  # a sink is one more key: of the first block
+            part = self.mixer.attend(span, block.span, q_BCHD, block.k_BSKD, block.v_BSKD, with_sinks=merged is None)
             merged = part if merged is None else merge_attention(*merged, *part)
         out_BCHD, lse_BCH = merged
         return out_BCHD.to(q_BCHD.dtype), lse_BCH  # merges are wide
 
-    def mix_vjp(self, span: Span, q_BCHD: Tensor, out_BCHD: Tensor, lse_BCH: Tensor, dout_BCHD: Tensor) -> Tensor:
+    def mix_vjp(
+        self, span: Span, q_BCHD: Tensor, out_BCHD: Tensor | None, lse_BCH: Tensor, dout_BCHD: Tensor, delta_BCH: Tensor | None = None
+    ) -> Tensor:
+        """`delta_BCH` may stand for `out_BCHD`, as in `AttentionMixer.attend_vjp`."""
         self._extend_adjoints(span)
         dq_BCHD = None
         for block in self.blocks(span):
-            arguments = self.mixer.arguments(span, block.span)
-            part = attention_backward(
-                dout_BCHD, q_BCHD, block.k_BSKD, block.v_BSKD, out_BCHD, lse_BCH, dk=block.dk_BSKD, dv=block.dv_BSKD, **arguments
+            part = self.mixer.attend_vjp(
+                span, block.span, dout_BCHD, q_BCHD, block.k_BSKD, block.v_BSKD, out_BCHD, lse_BCH,
+                dk=block.dk_BSKD, dv=block.dv_BSKD, with_sinks=dq_BCHD is None, delta=delta_BCH,
             )
             dq_BCHD = part if dq_BCHD is None else dq_BCHD + part
         return dq_BCHD
 
-    def take_grad(self, span: Span) -> tuple[Tensor, Tensor]:
-        return self._dk_BSKD[span].to(self._k_BSKD[span].dtype), self._dv_BSKD[span].to(self._v_BSKD[span].dtype)
+    def take_grad(self, span: Span, *, wide: bool = False) -> tuple[Tensor, Tensor]:
+        """With `wide` the sums as they are, for who adds more to them."""
+        dk, dv = self._dk_BSKD[span], self._dv_BSKD[span]
+        return (dk, dv) if wide else (dk.to(self._k_BSKD[span].dtype), dv.to(self._v_BSKD[span].dtype))
 
     def _extend_adjoints(self, span: Span) -> None:
         """Zeros for the keys that the queries of `span` are the last to see."""

@@ -52,7 +52,7 @@ class MixerState:
     def make(cls, call: Call, layer: int, mixer) -> MixerState:
         index, plan, tokens = call.indices[layer], call.plan, call.tokens
         new_carry = partial(make_carry, mixer, call.spans)
-        carry, keep_written = new_carry(), plan.stored_kv(index, tokens)
+        carry, keep_written = new_carry(), call.kept("kv", layer)
         slides = getattr(carry, "slides", False)
         place_kv, place_outputs = plan.place("kv", index, tokens), plan.place("outputs", index, tokens)
         place_lse = None if place_outputs is None else (lambda span: replace(place_outputs(span), compress=False))
@@ -61,12 +61,12 @@ class MixerState:
             new_carry=new_carry,
             carry=carry,
             spans=call.spans,
-            keep_outputs=plan.stored_outputs(index, tokens),
+            keep_outputs=call.kept("outputs", layer),
             keep_written=keep_written,
             outputs=Stored(call.store, f"layer {index} mixer output", place_outputs),
             lses=Stored(call.store, f"layer {index} LSE", place_lse),
             new_written=lambda name: Stored(call.store, f"layer {index} {name}", place_kv),
-            hand_over=keep_written.start == 0 and not slides and place_kv is None,
+            hand_over=keep_written.start == 0 and not slides and place_kv is None and getattr(carry, "hands_over", True),
             slides=slides,
             seen={} if call.check_replay else None,
         )

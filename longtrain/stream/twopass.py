@@ -74,7 +74,7 @@ def backward(call: Call, replica: Replica, x: Sequenced, dy: Sequenced, dx: Sequ
 
 def _keeps_outputs(call: Call) -> bool:
     """A mixer that sees the future has no last tokens: its output is kept whole (store_outputs = 1) or not at all."""
-    return call.plan.stored_outputs(call.indices[0], call.tokens) == Span(0, call.tokens)
+    return call.kept("outputs", 0) == Span(0, call.tokens)
 
 
 def _pass(
