@@ -11,7 +11,6 @@ the layer has been proved: run whole and in chunks on its own `example`, with gr
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from longtrain.nn.ends import TokenEmbed, TokenLoss
 from longtrain.offload import DeviceStore, TieredStore, TokenStore
 from longtrain.parallel.settings import Parallel
 from longtrain.plan import Plan
+from longtrain.sharded import plain_copy, whole
 from longtrain.stream.embed import streamed_token_embed
 from longtrain.stream.loss import streamed_token_loss
 from longtrain.stream.protocol import StreamableLayer
@@ -159,7 +159,7 @@ def _apply(model: nn.Module, report: Report, group, parallel: Parallel | None) -
                 continue
             if refusal is None:
                 kind = id(candidate) if candidate.kind is None else candidate.kind
-                refusal = proved[kind] = proved[kind] if kind in proved else prove(candidate.layer)
+                refusal = proved[kind] = proved[kind] if kind in proved else prove(candidate.layer, model)
             if candidate.starts:
                 chains.append([])
             if refusal is None:
@@ -289,16 +289,18 @@ def _find_transformers_layers(model: nn.Module, report: Report) -> list[list[Can
     ]
 
 
-def prove(layer: nn.Module) -> str | None:
+def prove(layer: nn.Module, model: nn.Module | None = None) -> str | None:
     """Why a layer is not what its protocol says, or None: run whole and in chunks on its own tiny example, output and gradients agree.
 
-    A copy in float64 is run, so that the bound holds whatever the training dtype; the layer itself and the generator stay untouched.
+    A copy in float64 is run, so that the bound holds whatever the training dtype; the layer itself and the generator stay untouched. A
+    layer that is sharded is gathered for the copy, in the `model` that it is part of.
     """
     devices = {p.device for p in layer.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(0)
         try:
-            copied = layer.copy_in_float64() if hasattr(layer, "copy_in_float64") else copy.deepcopy(layer).double().eval()
+            with whole(layer, layer if model is None else model):
+                copied = layer.copy_in_float64() if hasattr(layer, "copy_in_float64") else plain_copy(layer).double().eval()
             own = copied.difference_from_eager() if hasattr(copied, "difference_from_eager") else None
             return own or _difference_in_chunks(copied)
         except Exception as error:  # whatever it is, it is the reason: reported by name, never dropped
