@@ -131,22 +131,22 @@ def test_two_ranks():
     run_ranks(quick, 2)
 
 
-def everything(rank: int, world: int) -> None:
+def everything(rank: int, world: int, feature: str) -> None:
     torch.set_default_dtype(torch.float64)
     torch.manual_seed(0)
-    ways = {**WAYS, **(TWO_D if world == 4 else {})}
-    for feature, (changes, make_call) in FEATURES.items():
-        model = make_model(layers=3, **changes)
-        for name, plan in PLANS.items():
-            for way, parallel in ways.items():
-                if fits(plan, parallel):
-                    check(model, plan, parallel, make_call(), f"P={world}, {feature}, {name}, {way}")
+    changes, make_call = FEATURES[feature]
+    model = make_model(layers=3, **changes)
+    for name, plan in PLANS.items():
+        for way, parallel in {**WAYS, **(TWO_D if world == 4 else {})}.items():
+            if fits(plan, parallel):
+                check(model, plan, parallel, make_call(), f"P={world}, {name}, {way}")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_every_feature_plan_and_way(world):
-    run_ranks(everything, world)
+@pytest.mark.parametrize("feature", FEATURES)
+def test_every_feature_plan_and_way(feature, world):
+    run_ranks(everything, world, feature)
 
 
 @pytest.mark.parametrize("wrong, says", [
