@@ -21,6 +21,7 @@ from longtrain.config.hf import HfModelConfig
 from longtrain.nn import LanguageModel
 from longtrain.offload import check_disk
 from longtrain.plan import SPLITS, Offload, Plan, Split
+from longtrain.planner.pretrained import layers_differ
 from longtrain.span import Layout
 
 CHUNK = 24
@@ -166,6 +167,8 @@ def check(model: nn.Module, plan: Plan, tokens: int, dtype: torch.dtype) -> Iter
     else:
         inputs |= {"position_ids": Layout(tokens, edges).positions()[None], "use_cache": False}
     exact = _step(model, inputs)
+    if not own and layers_differ(model):
+        layers = 1
     for name, variant in _variants(plan, layers):
         try:
             streamed = _streamed_step(model, variant, inputs)

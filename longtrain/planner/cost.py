@@ -11,7 +11,7 @@ from torch import nn
 from longtrain.nn.ends import TokenLoss
 from longtrain.ops.linear_cross_entropy import default_chunk_tokens, footprint_bytes
 from longtrain.plan import Plan
-from longtrain.planner.pretrained import probe_transformers
+from longtrain.planner.pretrained import layers_differ, probe_transformers
 from longtrain.stream.footprint import LayerFootprint, probe_layer
 from longtrain.stream.protocol import StreamableLayer
 
@@ -37,6 +37,8 @@ class ModelFootprint:
     width: int
     dtype: torch.dtype
     device: torch.device
+    alike: bool = True
+    """Whether all layers are given the same arguments, as those of one segment must be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,7 @@ def measure_model(model: nn.Module, optimizer_bytes_per_parameter: int = 8) -> M
         width=head.in_features if head is not None else 0,
         dtype=first.dtype,
         device=first.device,
+        alike=not layers_differ(model),
     )
 
 
