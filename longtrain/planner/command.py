@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from longtrain.config import load_config
-from longtrain.plan import SPLITS
 from longtrain.planner.cost import measure_model, peak, step_memory
 from longtrain.planner.search import held_beside_model
-from longtrain.planner.tiers import tier_use
-from longtrain.train.prepare import build_model, make_plan
+from longtrain.planner.tiers import describe
+from longtrain.train.prepare import build_model, make_plan, step_count
 from longtrain.units import format_bytes
 
 
@@ -39,11 +38,6 @@ def run(config_path: str, overrides: Sequence[str]) -> int:
         print(f"  {format_bytes(size):>10}  {name}")
     total = top.total + taken
     print(f"  {format_bytes(total):>10}  in all" + (f", of {config.memory.budget}" if config.memory.budget else ""))
-    if chosen.offload is not None:
-        print("\nwhat leaves the device (share on the host, share on disk):")
-        for what in SPLITS:
-            split = chosen.offload.split(what, 0)
-            print(f"  {what:10} {split.host:.2f}  {split.disk:.2f}")
-        for tier, use in tier_use(footprint, chosen, tokens).items():
-            print(f"  {tier:10} holds at most {format_bytes(use.held)}, {format_bytes(use.written)} written a step")
+    if tiers := describe(footprint, chosen, tokens, steps=step_count(config)):
+        print("", *tiers, sep="\n")
     return 0

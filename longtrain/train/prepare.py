@@ -23,6 +23,7 @@ from longtrain.data.packing import PackedDocuments
 from longtrain.nn import LanguageModel
 from longtrain.nn.attention import Attention
 from longtrain.nn.rotary import RotaryEmbedding
+from longtrain.planner.pretrained import layers_differ
 from longtrain.train import output
 from longtrain.train.calls import described, vocabulary
 from longtrain.train.flops import RULE, Costs, costs_of, measure_rate
@@ -156,6 +157,8 @@ def settle_fallback(model: nn.Module, device: torch.device, config: Config, wher
 
 def stream(model: nn.Module, plan: lt.Plan, where: Locations) -> lt.Report:
     """Put the plan on the model; a tier that cannot be had is the configuration's error."""
+    if plan.segment_layers > 1 and layers_differ(model):
+        raise where.error("memory.segment_layers", "the model's layers are of several kinds and are not given the same, so they cannot share a segment; set 1")
     try:
         if plan.offload is not None and plan.offload.disk is not None:
             lt.offload.check_disk(plan.offload.disk)
@@ -172,11 +175,20 @@ def make_plan(model: nn.Module, config: Config, where: Locations) -> lt.Plan | N
     """The planner's plan for a budget, the hand-made one, or None: nothing is streamed."""
     if config.memory.budget is not None:
         try:
-            return lt.plan(model, seq_len=config.data.seq_len, budget=config.memory.budget, tiers=config.memory.tiers())
+            tokens, tiers = config.data.seq_len, config.memory.tiers()
+            return lt.plan(model, seq_len=tokens, budget=config.memory.budget, tiers=tiers, steps=step_count(config))
         except ValueError as error:  # nothing fits, or a layer cannot be streamed
             raise where.error("memory.budget", str(error)) from None
     settings = config.memory.plan_settings()
     return lt.Plan(**settings) if settings else None
+
+
+def step_count(config: Config) -> int:
+    """Forward and backward passes over ``data.seq_len`` tokens that the run's updates come to."""
+    stages = config.stages()
+    ends = [*(stage.from_step for stage in stages[1:]), config.train.steps]
+    tokens = sum(stage.tokens_per_update * max(0, end - stage.from_step) for stage, end in zip(stages, ends, strict=True))
+    return max(1, -(-tokens // config.data.seq_len))
 
 
 def save_model(setup: Setup, directory: Path) -> str:

@@ -11,8 +11,11 @@ import torch
 import longtrain as lt
 from longtrain.nn import LanguageModel, ModelConfig
 from longtrain.planner import measure_model, peak, step_memory
-from longtrain.planner.search import _smallest, held_beside_model
-from longtrain.planner.tiers import tier_use
+from longtrain.planner.rates import usual_rates
+from longtrain.planner.search import Asked, _fastest, _smallest, _what_to_change, held_beside_model
+from longtrain.config import load_config
+from longtrain.planner.tiers import describe, tier_use
+from longtrain.train.prepare import step_count
 
 TOKENS = 4096
 
@@ -88,17 +91,38 @@ def test_a_wear_limit_is_respected(tmp_path):
 
 
 def test_a_disk_that_is_too_small_says_which_size_would_do(tmp_path):
-    m = model()
-    footprint = measure_model(m)
-    def on_disk(budget: int, **limits) -> lt.Offload:
-        return lt.Offload(disk=lt.DiskSettings(path=str(tmp_path), budget=budget, **limits), staging_bytes=1 << 20)
+    footprint = measure_model(model())
 
-    room = _smallest(footprint, TOKENS, 1, on_disk(1 << 40))[1] + held_beside_model(footprint) + 2**20
-    with pytest.raises(lt.InfeasibleBudget, match=r"more \(of which") as refusal:
-        lt.plan(m, TOKENS, room, tiers=on_disk(1 << 16))
-    enough = int(re.search(r"memory\.disk\.budget to (\d+)MiB", str(refusal.value))[1]) << 20
-    assert lt.plan(m, TOKENS, room + 2**21, tiers=on_disk(enough)).offload is not None
-    with pytest.raises(lt.InfeasibleBudget, match=r"max_written to \d+MiB \(50 steps\)") as refusal:
-        lt.plan(m, TOKENS, room, tiers=on_disk(1 << 40, max_written=1 << 20), steps=50)
-    enough = int(re.search(r"max_written to (\d+)MiB", str(refusal.value))[1]) << 20
-    assert lt.plan(m, TOKENS, room + 2**21, tiers=on_disk(1 << 40, max_written=enough), steps=50).offload is not None
+    def asked(budget: int, steps: int = 1, **limits) -> Asked:
+        disk = lt.DiskSettings(path=str(tmp_path), budget=budget, **limits)
+        return Asked(footprint, TOKENS, 1, lt.Offload(disk=disk, staging_bytes=1 << 20), usual_rates(footprint.device), steps)
+
+    room = _smallest(footprint, TOKENS, 1, asked(1 << 40).tiers)[1] + 2**20
+    assert _fastest(asked(1 << 16), room) is None
+    message = _what_to_change(asked(1 << 16), room, 0)
+    enough = int(re.search(r"memory\.disk\.budget to (\d+)MiB \(.* more\)", message)[1]) << 20
+    assert _fastest(asked(enough), room).offload is not None
+    worn = asked(1 << 40, steps=50, max_written=1 << 20)
+    assert _fastest(worn, room) is None
+    enough = int(re.search(r"max_written to (\d+)MiB \(50 steps\)", _what_to_change(worn, room, 0))[1]) << 20
+    assert _fastest(asked(1 << 40, steps=50, max_written=enough), room).offload is not None
+
+
+def test_what_leaves_is_described_with_its_wear(tmp_path):
+    disk = lt.DiskSettings(path=str(tmp_path), budget=1 << 28, max_written=10**9)
+    by_layer = (lt.Split(device=1.0), lt.Split(), lt.Split())
+    plan = lt.Plan(chunk_tokens=256, offload=lt.Offload(inputs=lt.Split(), outputs=by_layer, disk=disk, staging_bytes=1 << 20))
+    footprint = measure_model(model())
+    lines = describe(footprint, plan, TOKENS, steps=1000)
+    written = tier_use(footprint, plan, TOKENS)["disk"].written
+    assert any("outputs" in line and "0.00  1.00  layers 1 to 2" in line for line in lines)
+    assert lines[-1].startswith(f"  disk wear  {written / 1e12:.4f} TB a step, {written / 1e9:.2f} TB in 1000 steps, of 0.00 TB allowed")
+    assert f"reached after {10**9 // written} steps" in lines[-1]
+    assert describe(footprint, lt.Plan(chunk_tokens=256), TOKENS) == []
+
+
+def test_the_steps_of_a_run_are_counted_in_tokens():
+    config, _ = load_config("configs/quickstart.yaml")
+    stages, last = config.stages(), config.train.steps
+    tokens = sum(s.tokens_per_update * (e - s.from_step) for s, e in zip(stages, [*(s.from_step for s in stages[1:]), last], strict=True))
+    assert step_count(config) == -(-tokens // config.data.seq_len)
