@@ -235,7 +235,7 @@ def _stream_chain(report: Report, candidates: Sequence[tuple[int, Candidate]]) -
     """Replace the forwards of layers that follow each other."""
     chain, k = Chain(report.plan, report.store), report.plan.segment_layers
     if report.sharing is not None:
-        chain.spread = lambda: report.sharing.present
+        chain.spread = report.sharing.of
     report._chains.append(chain)
     layers = [entry for entry in candidates if entry[1].counts]
     groups = [layers[at : at + k] for at in range(0, len(layers), k)] + [[entry] for entry in candidates if not entry[1].counts]

@@ -59,6 +59,15 @@ class Sharing:
         self.present = OnRank(self, self.shards(tokens), whole.edges)
         return Layout(tokens, whole.edges, self.present.shards.spans(everyone.rank))
 
+    def of(self, tokens: int) -> OnRank:
+        """The present sequence, of which this process holds `tokens`. Raises ValueError where layers are given anything else."""
+        if self.present is None or self.present.spans[-1].stop != tokens:
+            raise ValueError(
+                f"the layers were given {tokens} tokens, which is not this process's part of a sequence: call the model itself with the whole "
+                "sequence (lt.token_logprobs cannot be shared by processes yet)"
+            )
+        return self.present
+
     def shards(self, tokens: int) -> Shards:
         inside = self.parallel.layout
         if inside == "auto":
