@@ -8,6 +8,7 @@ import os
 import platform
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from glob import glob
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
@@ -23,7 +24,7 @@ if X86:
     ]
 FLAGS = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-g0", "-Wno-psabi"]
 KERNELS = ["longtrain.kernels"] if os.path.isdir("kernels") else []
-PER_INSTRUCTION_SET = ["csrc/attention_kernels.cpp"]
+PER_INSTRUCTION_SET = ["csrc/attention_kernels.cpp", "csrc/long_conv_kernels.cpp"]
 
 
 class BuildExtension(build_ext):
@@ -97,9 +98,8 @@ setup(
     ext_modules=[
         Extension(
             "longtrain._C",
-            sources=["csrc/attention.cpp"],
-            depends=["csrc/attention_kernels.cpp", *(f"csrc/attention_{part}.h" for part in (
-                "args", "simd", "gemm", "tiles", "forward", "backward"))],
+            sources=["csrc/attention.cpp", "csrc/long_conv.cpp"],
+            depends=[*PER_INSTRUCTION_SET, *sorted(glob("csrc/*.h"))],
         )
     ],
     cmdclass={"build_ext": BuildExtension},
