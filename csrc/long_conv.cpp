@@ -4,6 +4,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <memory>
 #include <optional>
 #include <string>
@@ -95,11 +96,11 @@ struct Inputs {
 
   LongConvArgs args() const {
     LongConvArgs a;
-    TORCH_CHECK_VALUE(u.dim() == 3 && k.dim() == 2 && k.size(0) > 0 && k.size(1) > 0 && u.size(2) % k.size(0) == 0 && k.is_cpu() &&
+    TORCH_CHECK_VALUE(u.dim() == 3 && u.numel() > 0 && k.dim() == 2 && k.size(0) > 0 && k.size(1) > 0 && u.size(2) % k.size(0) == 0 && k.is_cpu() &&
                           (k.stride(1) == 1 || k.size(1) == 1),
                       "long_conv: u or k: found shapes ", u.sizes(), " and ", k.sizes());
-    for (size_t i = 0; i < edges.size(); ++i)
-      TORCH_CHECK_VALUE(edges[i] >= (i ? edges[i - 1] : 0) && edges[i] <= u.size(1), "long_conv: edges lie outside the tokens");
+    TORCH_CHECK_VALUE(edges.size() >= 2 && edges.front() == 0 && edges.back() == u.size(1) && std::is_sorted(edges.begin(), edges.end()),
+                      "long_conv: edges: expected them to ascend from 0 to ", u.size(1));
     a.dtype = dtype_of(u), a.k_dtype = dtype_of(k);
     a.B = u.size(0), a.E = u.size(2), a.W = k.size(1), a.share = a.E / k.size(0);
     a.u = rows_of(u, shape(), dtype()), a.gate_in = rows_of(gate_in, shape(), dtype()), a.gate_out = rows_of(gate_out, shape(), dtype());
@@ -121,7 +122,7 @@ template <class T> void run(LongConvArgs& a, const Inputs& in, bool backward, co
   std::atomic<int64_t> bad_row{-1};
   a.bad_row = &bad_row, a.first = true;
   const Planner planner{a.B, a.E, a.W, lanes, int64_t(sizeof(T)), in.causal, method};
-  const auto classes = a.B * a.E == 0 ? std::vector<PieceClass>() : planner.plan(in.edges.vec());
+  const auto classes = planner.plan(in.edges.vec());
   for (const PieceClass& c : classes) {
     a.direct = c.direct, a.size = c.size, a.odd = c.odd, a.past = c.past, a.future = c.future;
     a.pieces = c.pieces.data(), a.n_pieces = int64_t(c.pieces.size());
@@ -142,8 +143,6 @@ template <class T> void run(LongConvArgs& a, const Inputs& in, bool backward, co
     at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t) { isa.worker(a, backward, int(begin)); });
     a.first = false;
   }
-  if (classes.empty() && a.dk) std::memset(a.dk, 0, sizeof(T) * filters * a.W);
-  if (classes.empty() && a.dskip) std::memset(a.dskip, 0, sizeof(T) * a.E);
   TORCH_CHECK_VALUE(bad_row < 0, "long_conv: k: found a tap in row ", bad_row.load(), " that is not finite, expected finite taps");
 }
 
