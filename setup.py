@@ -18,10 +18,8 @@ from setuptools.errors import BaseError, CCompilerError
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 INSTRUCTION_SETS = [("generic", [])]
 if X86:
-    INSTRUCTION_SETS += [
-        ("avx2", ["-mavx2", "-mfma", "-mf16c"]),
-        ("avx512", ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mf16c"]),
-    ]
+    AVX512 = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mf16c"]
+    INSTRUCTION_SETS += [("avx2", ["-mavx2", "-mfma", "-mf16c"]), ("avx512", AVX512), ("avx512bf16", [*AVX512, "-mavx512bf16"])]
 FLAGS = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-g0", "-Wno-psabi"]
 KERNELS = ["longtrain.kernels"] if os.path.isdir("kernels") else []
 PER_INSTRUCTION_SET = ["csrc/attention_kernels.cpp", "csrc/long_conv_kernels.cpp"]
@@ -62,7 +60,7 @@ class BuildExtension(build_ext):
     def compile_kernels(self, instruction_set):
         name, flags = instruction_set
         return self.compiler.compile(
-            PER_INSTRUCTION_SET,
+            PER_INSTRUCTION_SET[:1] if name == "avx512bf16" else PER_INSTRUCTION_SET,  # bf16 products are attention's alone
             output_dir=os.path.join(self.build_temp, name),
             macros=[("LT_ISA", name)],
             include_dirs=["csrc"],
@@ -80,11 +78,12 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["longtrain", "longtrain.*"]) + KERNELS,
     package_dir={name: "kernels" for name in KERNELS},
-    package_data={"longtrain.report": ["page.css", "page.js"]},
+    package_data={"longtrain.report": ["page.css", "page.js"], "longtrain.memory": ["page.css", "page.js"]},
     install_requires=["torch>=2.11", "numpy", "einops", "pyyaml", "safetensors"],
     extras_require={
         "flash": ["flash-attn"],
-        "hf": ["transformers>=5.21,<6"],
+        "hf": ["transformers>=5.21,<6", "jinja2"],
+        "lora": ["transformers>=5.21,<6", "jinja2", "peft"],
         "trainers": ["transformers>=5.21,<6", "accelerate", "peft", "trl"],
         "gpu": ["triton>=3.6; sys_platform == 'linux' and platform_machine == 'x86_64'"],
         "plot": ["matplotlib"],
@@ -98,7 +97,7 @@ setup(
     ext_modules=[
         Extension(
             "longtrain._C",
-            sources=["csrc/attention.cpp", "csrc/long_conv.cpp"],
+            sources=["csrc/attention.cpp", "csrc/long_conv.cpp", "csrc/memory_trace.cpp"],
             depends=[*PER_INSTRUCTION_SET, *sorted(glob("csrc/*.h"))],
         )
     ],

@@ -15,6 +15,9 @@
 namespace longtrain {
 
 #if defined(LT_X86)
+namespace avx512bf16 {
+void attention_worker(const AttentionArgs& args, bool backward);
+}
 namespace avx512 {
 void attention_worker(const AttentionArgs& args, bool backward);
 }
@@ -30,30 +33,32 @@ namespace {
 
 using Worker = void (*)(const AttentionArgs&, bool);
 
-// The instruction sets of this build that this processor can run, best first.
-std::vector<std::pair<std::string, Worker>> workers() {
+// The instruction sets of this build that this processor can run for `dtype`, best first.
+std::vector<std::pair<std::string, Worker>> workers(at::ScalarType dtype) {
   std::vector<std::pair<std::string, Worker>> found;
 #if defined(LT_X86)
   const bool f16c = __builtin_cpu_supports("f16c"), fma = __builtin_cpu_supports("fma");
   if (f16c && fma && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
+    if (__builtin_cpu_supports("avx512bf16") && dtype == at::kBFloat16) found.emplace_back("avx512bf16", avx512bf16::attention_worker);
     found.emplace_back("avx512", avx512::attention_worker);
+  }
   if (f16c && fma && __builtin_cpu_supports("avx2")) found.emplace_back("avx2", avx2::attention_worker);
 #endif
   found.emplace_back("generic", generic::attention_worker);
   return found;
 }
 
-std::vector<std::string> instruction_sets() {
+std::vector<std::string> instruction_sets(at::ScalarType dtype) {
   std::vector<std::string> names;
-  for (const auto& [name, worker] : workers()) names.push_back(name);
+  for (const auto& [name, worker] : workers(dtype)) names.push_back(name);
   return names;
 }
 
-Worker worker_for(const std::string& name) {
-  for (const auto& [candidate, worker] : workers())
+Worker worker_for(const std::string& name, at::ScalarType dtype) {
+  for (const auto& [candidate, worker] : workers(dtype))
     if (name.empty() || name == candidate) return worker;
-  TORCH_CHECK_VALUE(false, "attention: instruction set: found ", name, ", expected one that this processor runs");
+  TORCH_CHECK_VALUE(false, "attention: instruction set: found ", name, ", expected one that this processor runs for ", dtype);
 }
 
 DType dtype_of(const at::Tensor& x) {
@@ -117,8 +122,8 @@ void prepare(Prepared& p, const at::Tensor& q, const at::Tensor& k, const at::Te
   a.next_task = &p.next_task;
 }
 
-void run(const Prepared& p, bool backward, const std::string& instruction_set) {
-  const Worker worker = worker_for(instruction_set);
+void run(const Prepared& p, bool backward, const std::string& instruction_set, at::ScalarType dtype) {
+  const Worker worker = worker_for(instruction_set, dtype);
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), p.first_task.back());
   at::parallel_for(0, threads, 1, [&](int64_t, int64_t) { worker(p.args, backward); });
 }
@@ -142,7 +147,7 @@ std::tuple<at::Tensor, at::Tensor> attention_forward(
     sinks = sink_logits->to(wide).contiguous();
     a.sink_logits = sinks.const_data_ptr();
   }
-  run(p, false, instruction_set);
+  run(p, false, instruction_set, q.scalar_type());
   return {out, lse};
 }
 
@@ -169,7 +174,7 @@ at::Tensor attention_backward(const at::Tensor& dout, const at::Tensor& q, const
   a.dv = view_of(dv, {a.B, a.S, a.K, a.Dv}, wide);
   p.tickets = std::make_unique<std::atomic<int32_t>[]>(a.B * a.K * p.first_key_tile.back());
   a.tickets = p.tickets.get();
-  run(p, true, instruction_set);
+  run(p, true, instruction_set, dtype);
   return dq;
 }
 
@@ -179,7 +184,7 @@ TORCH_LIBRARY_FRAGMENT(longtrain, m) {
   const std::string mask =
       "Tensor documents, bool causal, int left, int right, int k_offset, int sink_tokens, int block, int stride, "
       "float softcap, float scale, float dropout_p, int dropout_seed, int head_offset, str instruction_set";
-  m.def("_attention_instruction_sets() -> str[]", instruction_sets);
+  m.def("_attention_instruction_sets(ScalarType dtype) -> str[]", instruction_sets);
   const std::string forward =
       "_attention_forward(Tensor q, Tensor k, Tensor v, Tensor? sink_logits, " + mask + ") -> (Tensor, Tensor)";
   const std::string backward =

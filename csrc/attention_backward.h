@@ -7,7 +7,7 @@
 // the same for any number of threads. FlashAttention-2 does the same for dQ in its deterministic mode.
 #pragma once
 #include <thread>
-#include "attention_tiles.h"
+#include "attention_pairs.h"
 
 namespace longtrain {
 namespace LT_ISA {
@@ -78,16 +78,17 @@ static inline void wait_for_turn(const std::atomic<int32_t>& ticket, int32_t tur
     if (spins > 64) std::this_thread::yield();
 }
 
-template <class T, int kDim> static void backward_worker(const AttentionArgs& args) {
+template <class T, int kDim, bool Pairs> static void backward_worker(const AttentionArgs& args) {
   constexpr int kLdd = kDim + 16;
   struct Queries {
     T *qn, *don, *dq, *qt, *dot, *lse2, *delta;
     uint32_t hash_a[kTile] = {}, hash_b[kTile] = {};
   } of[kTilesOfTask];
-  Scratch<T> scratch(int64_t(4 + 3 * kTilesOfTask) * kTile * kLdd + int64_t(2 * kTilesOfTask) * kDim * kLdq + int64_t(2) * kTile * kLdq +
+  Scratch<T> scratch(int64_t(4 + Pairs + 3 * kTilesOfTask) * kTile * kLdd + int64_t(2 * kTilesOfTask) * kDim * kLdq + int64_t(2) * kTile * kLdq +
                      2 * kTilesOfTask * kTile);
   T* kn = scratch.take(kTile * kLdd);
-  T* vn = scratch.take(kTile * kLdd);
+  T* k_scores = Pairs ? scratch.take(kTile * kLdd) : kn;
+  T* v_scores = scratch.take(kTile * kLdd);
   T* dk = scratch.take(kTile * kLdd);
   T* dv = scratch.take(kTile * kLdd);
   T* st = scratch.take(kTile * kLdq);
@@ -111,8 +112,12 @@ template <class T, int kDim> static void backward_worker(const AttentionArgs& ar
       Queries& x = of[t];
       load_tile(x.qn, kLdd, args.q, tile.b, tile.q0, tile.h, tile.nq, args.D, args.dtype);
       load_tile(x.don, kLdd, args.dout, tile.b, tile.q0, tile.h, tile.nq, args.Dv, args.dtype);
-      transpose(x.qt, kLdq, x.qn, kLdd, tile.nq, args.D, constants.q_factor);
-      transpose(x.dot, kLdq, x.don, kLdd, tile.nq, args.Dv, T(1));
+      const auto transposed = [&](T* to, T* rows, const Tensor4& from, int64_t dim, T sign) {
+        if constexpr (Pairs) load_operand<Pairs>(rows = v_scores, kLdd, from, tile.b, tile.q0, tile.h, tile.nq, dim, args.dtype);
+        transpose_operand<Pairs>(to, kLdq, rows, kLdd, tile.nq, dim, sign);
+      };
+      transposed(x.qt, x.qn, args.q, args.D, constants.q_factor);
+      transposed(x.dot, x.don, args.dout, args.Dv, T(1));
       for (int r = 0; r < tile.nq; ++r) {
         const int64_t at = (tile.b * args.T + tile.q0 + r) * args.H + tile.h;
         x.lse2[r] = static_cast<const T*>(args.lse)[at] * T(1.44269504088896340736);
@@ -126,7 +131,8 @@ template <class T, int kDim> static void backward_worker(const AttentionArgs& ar
       const int64_t k0 = task.doc->k_start + key_tile * kTile;
       const int nk = int(std::min<int64_t>(kTile, task.doc->k_stop - k0)), rows_k = padded_rows(nk);
       load_tile(kn, kLdd, args.k, task.b, k0, task.kv, nk, args.D, args.dtype);
-      load_tile(vn, kLdd, args.v, task.b, k0, task.kv, nk, args.Dv, args.dtype);
+      if constexpr (Pairs) load_operand<Pairs>(k_scores, kLdd, args.k, task.b, k0, task.kv, nk, args.D, args.dtype);
+      load_operand<Pairs>(v_scores, kLdd, args.v, task.b, k0, task.kv, nk, args.Dv, args.dtype);
       bool add = false; // whether dk, dv hold what an earlier query tile gave
       for (int t = 0; t < n_tiles; ++t) {
         const Task tile = tile_of(task, t);
@@ -134,10 +140,10 @@ template <class T, int kDim> static void backward_worker(const AttentionArgs& ar
         const int nq = tile.nq, rows_q = padded_rows(nq), columns = padded<T>(nq);
         mask.build(args, tile, k0, nk);
         if (mask.empty) continue;
-        mask.set_depth(int(args.D));
-        gemm<false, kLdd, kLdq, kLdq>(kn, x.qt, st, rows_k, columns, mask.by_key, false);
-        mask.set_depth(int(args.Dv));
-        gemm<false, kLdd, kLdq, kLdq>(vn, x.dot, dpt, rows_k, columns, mask.by_key, false);
+        mask.set_depth(depth_of<Pairs>(args.D));
+        scores<Pairs, kLdd, kLdq, kLdq>(k_scores, x.qt, st, rows_k, columns, mask.by_key);
+        mask.set_depth(depth_of<Pairs>(args.Dv));
+        scores<Pairs, kLdd, kLdq, kLdq>(v_scores, x.dot, dpt, rows_k, columns, mask.by_key);
         const int64_t position = k0 + args.k_offset;
         const auto gradient = [&](auto function) {
           function(st, dpt, nk, nq, mask, constants, x.hash_a, x.hash_b, position, x.lse2, x.delta);

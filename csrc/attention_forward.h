@@ -1,7 +1,7 @@
 // Forward: one task is a few query tiles of one head, key tiles streamed past them with an online softmax
 // (FlashAttention-2, arXiv 2307.08691, algorithm 1), in base 2 and transposed.
 #pragma once
-#include "attention_tiles.h"
+#include "attention_pairs.h"
 
 namespace longtrain {
 namespace LT_ISA {
@@ -45,7 +45,7 @@ static void softmax_tile(T* st, int nk, int nq, const TileMask& mask, const Cons
   }
 }
 
-template <class T, int kDim> static void forward_worker(const AttentionArgs& args) {
+template <class T, int kDim, bool Pairs> static void forward_worker(const AttentionArgs& args) {
   using V = typename Simd<T>::V;
   constexpr int kLdd = kDim + 16;
   struct Queries {
@@ -74,8 +74,8 @@ template <class T, int kDim> static void forward_worker(const AttentionArgs& arg
     for (int t = 0; t < n_tiles; ++t) {
       const Task tile = tile_of(task, t);
       Queries& x = of[t];
-      load_tile(qn, kLdd, args.q, tile.b, tile.q0, tile.h, tile.nq, args.D, args.dtype);
-      transpose(x.qt, kLdq, qn, kLdd, tile.nq, args.D, constants.q_factor);
+      load_operand<Pairs>(qn, kLdd, args.q, tile.b, tile.q0, tile.h, tile.nq, args.D, args.dtype);
+      transpose_operand<Pairs>(x.qt, kLdq, qn, kLdd, tile.nq, args.D, constants.q_factor);
       if (drop) dropout_rows(args, tile, x.hash_a, x.hash_b);
       std::fill(x.m, x.m + kTile, -std::numeric_limits<T>::infinity());
       std::fill(x.l, x.l + kTile, T(0));
@@ -85,7 +85,7 @@ template <class T, int kDim> static void forward_worker(const AttentionArgs& arg
     for_each_key_tile(args, task, [&](int64_t key_tile) {
       const int64_t k0 = task.doc->k_start + key_tile * kTile;
       const int nk = int(std::min<int64_t>(kTile, task.doc->k_stop - k0));
-      load_tile(kn, kLdd, args.k, task.b, k0, task.kv, nk, args.D, args.dtype);
+      load_operand<Pairs>(kn, kLdd, args.k, task.b, k0, task.kv, nk, args.D, args.dtype);
       load_tile(vn, kLdd, args.v, task.b, k0, task.kv, nk, args.Dv, args.dtype);
       for (int t = 0; t < n_tiles; ++t) {
         const Task tile = tile_of(task, t);
@@ -93,8 +93,8 @@ template <class T, int kDim> static void forward_worker(const AttentionArgs& arg
         const int nq = tile.nq;
         mask.build(args, tile, k0, nk);
         if (mask.empty) continue;
-        mask.set_depth(int(args.D));
-        gemm<false, kLdd, kLdq, kLdq>(kn, x.qt, st, padded_rows(nk), padded<T>(nq), mask.by_key, false);
+        mask.set_depth(depth_of<Pairs>(args.D));
+        scores<Pairs, kLdd, kLdq, kLdq>(kn, x.qt, st, padded_rows(nk), padded<T>(nq), mask.by_key);
         const int64_t position = k0 + args.k_offset;
         const auto softmax = [&](auto function) {
           function(st, nk, nq, mask, constants, x.hash_a, x.hash_b, position, x.m, x.l, alpha);

@@ -39,7 +39,8 @@ struct InstructionSet {
   int (*lanes)(bool);
 };
 
-InstructionSet instruction_set(const std::string& name) {
+// Those of this build that this processor can run, best first.
+std::vector<InstructionSet> available() {
   std::vector<InstructionSet> found;
 #if defined(LT_X86)
   const bool f16c = __builtin_cpu_supports("f16c"), fma = __builtin_cpu_supports("fma");
@@ -49,8 +50,18 @@ InstructionSet instruction_set(const std::string& name) {
   if (f16c && fma && __builtin_cpu_supports("avx2")) found.push_back({"avx2", avx2::long_conv_worker, avx2::long_conv_lanes});
 #endif
   found.push_back({"generic", generic::long_conv_worker, generic::long_conv_lanes});
-  for (const InstructionSet& candidate : found)
-    if (name.empty() || name == candidate.name) return candidate;
+  return found;
+}
+
+std::vector<std::string> instruction_sets() {
+  std::vector<std::string> names;
+  for (const InstructionSet& set : available()) names.push_back(set.name);
+  return names;
+}
+
+InstructionSet instruction_set(const std::string& name) {
+  for (const InstructionSet& set : available())
+    if (name.empty() || name == set.name) return set;
   TORCH_CHECK_VALUE(false, "long_conv: instruction set: found ", name, ", expected one that this processor runs");
 }
 
@@ -178,6 +189,7 @@ void long_conv_backward(const at::Tensor& dy, const at::Tensor& u, const at::Ten
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(longtrain, m) {
+  m.def("_long_conv_instruction_sets() -> str[]", instruction_sets);
   const std::string inputs = "Tensor u, Tensor k, Tensor? skip, Tensor? gate_in, Tensor? gate_out, int[] edges, bool causal, ";
   m.def(("_long_conv_forward(" + inputs + "Tensor(a!) y, str instruction_set, str method) -> ()").c_str());
   m.def(("_long_conv_backward(Tensor dy, " + inputs +

@@ -11,24 +11,29 @@ the layer has been proved: run whole and in chunks on its own `example`, with gr
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from longtrain.culprit import part_that_looks_across, what_changed
 from longtrain.nn.ends import TokenEmbed, TokenLoss
 from longtrain.offload import DeviceStore, TieredStore, TokenStore
+from longtrain.parallel.settings import Parallel
 from longtrain.plan import Plan
+from longtrain.sharded import plain_copy, whole
 from longtrain.stream.embed import streamed_token_embed
 from longtrain.stream.loss import streamed_token_loss
 from longtrain.stream.protocol import StreamableLayer
 from longtrain.stream.segment import Chain, Progress, Segment
+
+if TYPE_CHECKING:
+    from longtrain.parallel.spread import Sharing
 
 PROOF_TOKENS = 13
 PROOF_CHUNK = 5
@@ -52,6 +57,8 @@ class Report:
     plan: Plan
     store: TokenStore = field(repr=False)
     """Where the streamed tensors live: the device, or the tiers of `plan.offload`."""
+    sharing: Sharing | None = field(default=None, repr=False)
+    """The processes that share every sequence; `sharing.explain(tokens)` says which way each layer goes."""
     entries: list[Entry] = field(default_factory=list)
     _chains: list[Chain] = field(default_factory=list, repr=False)
     _undo: list[Callable[[], Any]] = field(default_factory=list, repr=False)
@@ -103,22 +110,28 @@ class Candidate:
     """Whether it is a layer of the model, and not the norm behind them."""
 
 
-def apply(model: nn.Module, plan: Plan) -> Report:
+def apply(
+    model: nn.Module, plan: Plan, *, store: TokenStore | None = None, group: Any = None, parallel: Parallel | None = None
+) -> Report:
     """Stream `model`'s layers and head by `plan`, in place.
 
     Returns a printable report. Raises ValueError, with the model left as it was, when no layer can be streamed, when a layer fails its
     proof (unless ``plan.layer_fallback == "unstreamed"``), when one layer stands in two places, and when the model was applied already.
+    `store`: a token store of one's own, closed by the report's `undo`; when not given, the one that the plan asks for.
+
+    `group`: processes that share every sequence (a process group, or a device mesh with the dimensions cp_ring and cp_ulysses); all of
+    them call this at the same time. `parallel` says how; given alone it means all processes. See `longtrain.parallel.spread`.
     """
-    report = Report(plan, _open_store(model, plan))
+    report = Report(plan, _open_store(model, plan) if store is None else store)
     try:
-        _apply(model, report)
+        _apply(model, report, group, parallel)
     except BaseException:
         report.undo()
         raise
     return report
 
 
-def _apply(model: nn.Module, report: Report) -> None:
+def _apply(model: nn.Module, report: Report, group, parallel: Parallel | None) -> None:
     plan = report.plan
     if any(_is_streamed(module) for module in model.modules()):
         raise ValueError("lt.apply was called on this model already: call undo() of its report first")
@@ -146,7 +159,7 @@ def _apply(model: nn.Module, report: Report) -> None:
                 continue
             if refusal is None:
                 kind = id(candidate) if candidate.kind is None else candidate.kind
-                refusal = proved[kind] = proved[kind] if kind in proved else prove(candidate.layer)
+                refusal = proved[kind] = proved[kind] if kind in proved else prove(candidate.layer, model)
             if candidate.starts:
                 chains.append([])
             if refusal is None:
@@ -159,6 +172,8 @@ def _apply(model: nn.Module, report: Report) -> None:
             index += candidate.counts
     if not any(candidate.counts for chain in chains for _, candidate in chain):
         raise ValueError(f"no layer of {type(model).__name__} can be streamed:\n{report}")
+    if group is not None or parallel is not None:
+        report.sharing = _share(model, report, [entry for chain in chains for entry in chain], group, parallel or Parallel())
     for chain in filter(None, chains):
         _stream_chain(report, chain)
     ends = {kind: [(name, m) for name, m in model.named_modules() if isinstance(m, kind)] for kind in (TokenEmbed, TokenLoss)}
@@ -168,10 +183,26 @@ def _apply(model: nn.Module, report: Report) -> None:
         report._replace(module, partial(streamed_token_embed, chain=chain))
         report.entries.append(Entry(name, "streamed embedding"))
     for name, module in ends[TokenLoss]:
-        report._replace(module, partial(streamed_token_loss, chunk_tokens=plan.loss_chunk_tokens, chain=chain))
+        streamed = partial(streamed_token_loss, chunk_tokens=plan.loss_chunk_tokens, chain=chain)
+        report._replace(module, streamed if report.sharing is None else partial(report.sharing.loss, streamed))
         report.entries.append(Entry(name, "streamed loss"))
     places = {name: place for place, (name, _) in enumerate(model.named_modules())}
     report.entries.sort(key=lambda entry: places[entry.name])
+
+
+def _share(model: nn.Module, report: Report, layers: Sequence[tuple[int, Candidate]], group, parallel: Parallel) -> Sharing:
+    """Have the processes of a group share the sequences that `model` is given. Raises ValueError for what cannot be spread over them."""
+    from longtrain.parallel.spread import Sharing, shapes_of  # with torch.distributed, which not every torch has
+
+    if any(entry.became == "left as it is" for entry in report.entries):
+        raise ValueError(f"a layer that is not streamed sees the tokens of one process only; all must be streamed:\n{report}")
+    if not hasattr(model, "make_layout"):
+        raise ValueError(f"{type(model).__name__} has no make_layout, by which it is told the positions that a process holds")
+    shapes = [shapes_of(candidate.layer) for _, candidate in layers if candidate.counts]
+    sharing = Sharing(report.plan, parallel, group, shapes)
+    before, model.make_layout = model.make_layout, sharing.layout
+    report._undo.append(partial(setattr, model, "make_layout", before))
+    return sharing
 
 
 def _open_store(model: nn.Module, plan: Plan) -> TokenStore:
@@ -197,6 +228,8 @@ def _is_streamed(module: nn.Module) -> bool:
 def _stream_chain(report: Report, candidates: Sequence[tuple[int, Candidate]]) -> None:
     """Replace the forwards of layers that follow each other."""
     chain, k = Chain(report.plan, report.store), report.plan.segment_layers
+    if report.sharing is not None:
+        chain.spread = lambda: report.sharing.present
     report._chains.append(chain)
     layers = [entry for entry in candidates if entry[1].counts]
     groups = [layers[at : at + k] for at in range(0, len(layers), k)] + [[entry] for entry in candidates if not entry[1].counts]
@@ -220,7 +253,7 @@ def _after_layers(chain: Chain, whole: Callable[[Tensor], Tensor], streamed: Cal
 
 def _find_layers(model: nn.Module) -> list[list[Candidate]]:
     return [
-        [Candidate(f"{name}.{i}" if name else str(i), layer) for i, layer in enumerate(module)]
+        [Candidate(f"{name}.{i}" if name else str(i), layer, call=getattr(layer, "call", None)) for i, layer in enumerate(module)]
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) and all(isinstance(layer, StreamableLayer) for layer in module)
     ]
@@ -256,16 +289,18 @@ def _find_transformers_layers(model: nn.Module, report: Report) -> list[list[Can
     ]
 
 
-def prove(layer: nn.Module) -> str | None:
+def prove(layer: nn.Module, model: nn.Module | None = None) -> str | None:
     """Why a layer is not what its protocol says, or None: run whole and in chunks on its own tiny example, output and gradients agree.
 
-    A copy in float64 is run, so that the bound holds whatever the training dtype; the layer itself and the generator stay untouched.
+    A copy in float64 is run, so that the bound holds whatever the training dtype; the layer itself and the generator stay untouched. A
+    layer that is sharded is gathered for the copy, in the `model` that it is part of.
     """
     devices = {p.device for p in layer.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(0)
         try:
-            copied = layer.copy_in_float64() if hasattr(layer, "copy_in_float64") else copy.deepcopy(layer).double().eval()
+            with whole(layer, layer if model is None else model):
+                copied = layer.copy_in_float64() if hasattr(layer, "copy_in_float64") else plain_copy(layer).double().eval()
             own = copied.difference_from_eager() if hasattr(copied, "difference_from_eager") else None
             return own or _difference_in_chunks(copied)
         except Exception as error:  # whatever it is, it is the reason: reported by name, never dropped
@@ -275,20 +310,34 @@ def prove(layer: nn.Module) -> str | None:
 def _difference_in_chunks(layer: nn.Module) -> str | None:
     x, arguments = layer.example(PROOF_TOKENS)
     x, arguments = tree_map(lambda t: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t, (x, arguments))
-    buffers = [b.clone() for b in layer.buffers()]
+    buffers = {name: buffer.clone() for name, buffer in layer.named_buffers()}
     whole = _outcome(layer, layer.forward, x, arguments)
-    if any(not torch.equal(a, b) for a, b in zip(buffers, layer.buffers(), strict=True)):
-        return "it changes its buffers in forward, and a streamed layer runs several times"
+    if changed := what_changed(layer, buffers):
+        return f"it changes its buffers in forward, and a streamed layer runs several times: {changed}"
     if whole[0].shape != x.shape:
         return f"it turns {list(x.shape)} into {list(whole[0].shape)}, and hidden states must keep their shape"
     plan = Plan(chunk_tokens=PROOF_CHUNK, store_outputs=0.5, boundaries="tensor")
     segment = Segment(Chain(plan, DeviceStore()), [layer], [0], first=True, last=True)
-    chunked = _outcome(layer, segment.forward, x, arguments)
-    for name, a, b in zip(("output", "input gradient", "parameter gradients"), whole, chunked, strict=True):
-        error = (a - b).norm() / a.norm().clamp_min(torch.finfo(a.dtype).tiny)
-        if not error <= PROOF_BOUND:
-            return f"its {name} in chunks of {PROOF_CHUNK} differs from the whole by {error:.1e}: something besides mix looks across tokens"
+    what, error = _difference(whole, _outcome(layer, segment.forward, x, arguments))
+    if what:
+        part = part_that_looks_across(layer, x, arguments, _differs_in_chunks)
+        return f"its {what} in chunks of {PROOF_CHUNK} differs from the whole by {error:.1e}: something besides mix looks across tokens{part}"
     return None
+
+
+def _differs_in_chunks(module: nn.Module, x: Tensor) -> str:
+    """What of a token-local module is another in chunks; "" where nothing is."""
+    in_chunks = lambda x: torch.cat([module(part) for part in x.split(PROOF_CHUNK, dim=1)], dim=1)
+    return _difference(*(_outcome(module, forward, x, {}) for forward in (module, in_chunks)))[0]
+
+
+def _difference(whole: Sequence[Tensor], chunked: Sequence[Tensor]) -> tuple[str, float]:
+    """Which of two outcomes' parts differ, first of all, and by how much; "" where none does."""
+    for name, a, b in zip(("output", "input gradient", "parameter gradients"), whole, chunked, strict=True):
+        error = float((a - b).norm() / a.norm().clamp_min(torch.finfo(a.dtype).tiny))
+        if not error <= PROOF_BOUND:
+            return name, error
+    return "", 0.0
 
 
 def _outcome(layer: nn.Module, forward: Callable[..., Tensor], x: Tensor, arguments: dict) -> tuple[Tensor, Tensor, Tensor]:

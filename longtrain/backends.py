@@ -16,6 +16,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from longtrain.ops.attention import explain as explain_attention
+from longtrain.ops.linear_attention import explain as explain_linear_attention
 from longtrain.ops.linear_cross_entropy import explain as explain_linear_cross_entropy
 from longtrain.ops.long_conv import explain as explain_long_conv
 
@@ -77,6 +78,9 @@ def typical_calls(device: torch.device) -> Iterator[tuple[str, str, dict[str, An
                     target=torch.empty(64, dtype=torch.int64, device=device))
         yield "linear_cross_entropy", name, head
         yield "linear_cross_entropy", f"{name} softcap and z-loss", {**head, "softcap": 30.0, "z_loss": 1e-4}
+        qkv = {x: torch.empty(1, 256, 2, 32, dtype=dtype, device=device) for x in "qkv"}
+        yield "linear_attention", f"{name} with decay by feature", {**qkv, "decay": qkv["q"]}
+        yield "linear_attention", f"{name} delta rule", {**qkv, "beta": qkv["q"][..., 0]}
         u, k = torch.empty(1, 256, 8, dtype=dtype, device=device), torch.empty(8, 256, device=device)
         yield "long_conv", f"{name} causal", dict(u=u, k=k)
         yield "long_conv", f"{name} two-sided", dict(u=u, k=k, causal=False)
@@ -110,6 +114,7 @@ def _by_reason(reasons: dict[str, str | None]) -> tuple[str, dict[str, str], tup
 
 _EXPLAIN = {
     "attention": _attention,
+    "linear_attention": lambda **call: _by_reason(explain_linear_attention(**call)),
     "linear_cross_entropy": lambda **call: _by_reason(explain_linear_cross_entropy(**call)),
     "long_conv": lambda **call: _by_reason(explain_long_conv(**call)),
 }

@@ -55,6 +55,18 @@ def build_parser() -> argparse.ArgumentParser:
             sub.add_argument("--eval", action="store_true", help="evaluate the weights instead; CONFIG may be a run's directory")
             sub.add_argument("--stop-after", metavar="TIME", type=seconds, help="save and end before so much time, such as 11h50m; exit code 75")
         sub.set_defaults(command=command)
+    sub = commands.add_parser("profile", help="show what a config's step holds in memory, predicted and measured")
+    sub.add_argument("config", metavar="CONFIG", help="YAML file, such as configs/quickstart.yaml")
+    sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace those of the file")
+    sub.add_argument("--out", metavar="DIR", help="directory to write (memory in the run's)")
+    sub.add_argument("--sampling", action="store_true", help="under 5%% of the step's time instead of under 30%%; no operations and lines")
+    sub.add_argument("--seq-len", nargs="+", type=int, default=[], metavar="T", help="measure these lengths too, for the chart of peak against length")
+    sub.set_defaults(command=profile)
+    sub = commands.add_parser("compare", help="show two memory profiles on one axis, and what the difference is made of")
+    sub.add_argument("a", metavar="A", help="directory that lt.profile or longtrain profile has written")
+    sub.add_argument("b", metavar="B", help="another one")
+    sub.add_argument("--out", metavar="FILE", help="where to write the page (comparison.html in B)")
+    sub.set_defaults(command=compare)
     sub = commands.add_parser("report", help="make one HTML page of what a run did")
     sub.add_argument("run", metavar="RUN", help="directory of the run, such as out/quickstart")
     sub.add_argument("--out", metavar="FILE", help="where to write the page (report.html in the run's directory)")
@@ -74,11 +86,12 @@ def build_parser() -> argparse.ArgumentParser:
     sub = data.add_parser("build", help="make them from text, JSONL, parquet, FASTA or WAV; run it again to go on after an interruption")
     sub.add_argument("out", metavar="OUT", help="directory to write")
     sub.add_argument("inputs", nargs="+", metavar="INPUT", help="file, directory or glob pattern")
-    formats = ("auto", "text", "bytes", "jsonl", "parquet", "fasta", "wav")
+    formats = ("auto", "text", "bytes", "jsonl", "parquet", "fasta", "wav", "chat")
     sub.add_argument("--format", choices=formats, default="auto", help="of the inputs; auto: what their names say, text otherwise")
     sub.add_argument("--field", default="text", metavar="NAME", help="field (JSONL) or column (parquet) that holds the text (text)")
     sub.add_argument("--case", choices=("keep", "upper", "lower"), default="keep", help="of FASTA letters (keep)")
-    sub.add_argument("--tokenizer", metavar="FILE", help="a local tokenizer.json; bytes are the tokens by default")
+    sub.add_argument("--turns", choices=("all", "last"), default="all", help="with --format chat: learn from these turns of the assistant (all)")
+    sub.add_argument("--tokenizer", metavar="FILE", help="a local tokenizer.json, or its directory; bytes are the tokens by default")
     sub.add_argument("--special-tokens", action="store_true", help="with --tokenizer: let it add its special tokens to every document")
     sub.add_argument("--end-token", type=int, metavar="ID", help="put this token behind every document")
     sub.add_argument("--shard-size", type=memory, default="256MiB", metavar="SIZE", help="tokens of a file, in bytes (256MiB)")
@@ -105,9 +118,9 @@ def train(args: argparse.Namespace) -> int:
 
 
 def export(args: argparse.Namespace) -> int:
-    from longtrain.train import weights
+    from longtrain.train import export
 
-    return weights.run(args.run, args.out, args.dtype, args.shard)
+    return export.run(args.run, args.out, args.dtype, args.shard)
 
 
 def verify(args: argparse.Namespace) -> int:
@@ -120,6 +133,18 @@ def plan(args: argparse.Namespace) -> int:
     from longtrain.planner import command
 
     return command.run(args.config, args.overrides)
+
+
+def profile(args: argparse.Namespace) -> int:
+    from longtrain.memory import command
+
+    return command.run(args.config, args.overrides, out=args.out, sampling=args.sampling, lengths=args.seq_len)
+
+
+def compare(args: argparse.Namespace) -> int:
+    from longtrain.memory import compare
+
+    return compare.run(args.a, args.b, args.out)
 
 
 def report(args: argparse.Namespace) -> int:

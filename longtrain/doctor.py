@@ -19,6 +19,7 @@ from torch import Tensor
 from longtrain import _extension as extension
 from longtrain import backends
 from longtrain.ops.attention import attention
+from longtrain.ops.linear_attention import linear_attention
 from longtrain.ops.linear_cross_entropy import linear_cross_entropy
 from longtrain.ops.long_conv import long_conv
 
@@ -114,12 +115,20 @@ def _trials(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Cal
            [random(1, 129, 4, 32), random(1, 300, 2, 32), random(1, 300, 2, 32)])
     yield ("linear_cross_entropy", lambda x, w, backend: linear_cross_entropy(x, w, target, chunk_tokens=128, backend=backend),
            [random(300, 64), random(501, 64)])
+    yield ("linear_attention", lambda q, k, v, g, b, backend: linear_attention(
+               q, torch.nn.functional.normalize(k, dim=-1), v, decay=-g.abs(), beta=b.sigmoid(), backend=backend),
+           [random(1, 300, 2, 32), random(1, 300, 2, 32), random(1, 300, 2, 32), random(1, 300, 2, 32), random(1, 300, 2)])
     yield ("long_conv", lambda u, k, skip, a, b, backend: long_conv(u, k, skip, a, b, backend=backend),
            [random(1, 300, 6), random(6, 300), random(6), random(1, 300, 6), random(1, 300, 6)])
 
 
 def _chosen(op: str, call: Callable[..., Tensor], inputs: list[Tensor]) -> str:
-    names = {"attention": ("q", "k", "v"), "linear_cross_entropy": ("input", "weight"), "long_conv": ("u", "k", "skip", "gate_in", "gate_out")}[op]
+    names = {
+        "attention": ("q", "k", "v"),
+        "linear_cross_entropy": ("input", "weight"),
+        "linear_attention": ("q", "k", "v", "decay", "beta"),
+        "long_conv": ("u", "k", "skip", "gate_in", "gate_out"),
+    }[op]
     arguments = dict(zip(names, inputs, strict=True))
     if op == "attention":
         arguments["causal"] = True

@@ -54,7 +54,7 @@ def chunk_spans(tokens: int, chunk_tokens: int) -> list[Span]:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Positions and documents of one packed sequence of `tokens` tokens.
+    """Positions and documents of one packed sequence of `tokens` tokens, and which of them this process holds.
 
     `edges` are the document boundaries ``(0, ..., tokens)``; one document when there are just two. Everything that depends on
     documents (rotary positions, label shift, the first key that a query may see) is derived here, once.
@@ -62,6 +62,8 @@ class Layout:
 
     tokens: int
     edges: tuple[int, ...]
+    held: tuple[Span, ...] | None = None
+    """The positions that this process holds, in its order (`longtrain.parallel.layout`); None: all of them."""
 
     @classmethod
     def make(cls, tokens: int, cu_seqlens: Tensor | Sequence[int] | None = None) -> Layout:
@@ -88,11 +90,20 @@ class Layout:
         edges = self.edges[first : last + 1]
         return [tuple(min(max(e, s.start), s.stop) - s.start for e in edges) for s in spans]
 
+    def take(self, x: Tensor, axis: int = 1) -> Tensor:
+        """The tokens that this process holds, of a tensor that has all of them along `axis`."""
+        return x if self.held is None else torch.cat([x.narrow(axis, span.start, len(span)) for span in self.held], dim=axis)
+
     def positions(self, device: torch.device | str = "cpu") -> Tensor:
-        """``[tokens]`` int64: every token's position within its document."""
+        """``[tokens held]`` int64: every token's position within its document."""
         edges = torch.tensor(self.edges, device=device)
         starts = torch.repeat_interleave(edges[:-1], edges.diff())
-        return torch.arange(self.tokens, device=device) - starts
+        return self.take(torch.arange(self.tokens, device=device) - starts, axis=0)
+
+    def document_ids(self, device: torch.device | str = "cpu") -> Tensor:
+        """``[tokens held]`` int64: the number of every token's document."""
+        lengths = torch.tensor(self.edges, device=device).diff()
+        return self.take(torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths), axis=0)
 
     def next_token_targets(self, labels_BT: Tensor) -> Tensor:
         """Labels moved one place left, ignored at each document's last token: ``target[t]`` is what token t must predict."""

@@ -1,7 +1,8 @@
 """`longtrain verify CONFIG`: is the streamed step of this config's model exact? Float64 against plain autograd, then the training dtype.
 
 Lengths shrink together, so that the check takes seconds and still meets what breaks: at least five chunks, the last one ragged,
-windows shorter than the sequence, three documents, masked labels, every stored range split inside a chunk.
+windows shorter than the sequence, three documents, masked labels, every stored range split inside a chunk. A model of transformers
+keeps its family and kinds of layers, with its adapters and rotary positions, on random weights.
 """
 
 from __future__ import annotations
@@ -12,19 +13,23 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from longtrain.apply import apply
-from longtrain.config import Config, load_config
-from longtrain.nn import LanguageModel, ModelConfig
+from longtrain.config import Config, Locations, load_config
+from longtrain.config.hf import HfModelConfig
+from longtrain.nn import LanguageModel
 from longtrain.offload import check_disk
 from longtrain.plan import SPLITS, Offload, Plan, Split
+from longtrain.span import Layout
 
 CHUNK = 24
 TIER_BYTES = 64 * 2**20
 """Of each slower tier, where the config has any: the small model needs less."""
 FLOAT64_BOUND = 1e-12
 """Relative norm per tensor: 1.1e-16 of rounding times the 10^4 terms, at most, of sums whose order changes."""
+TRANSFORMERS_BOUND = 1e-6
+"""Of transformers' models, which compute norms, rotation and loss in float32 whatever the dtype: its rounding, of 6e-8, a few times."""
 DTYPE_BOUND = 2.0
 """In the training dtype the streamed gradient may be this many times as far from the float64 one as the plain gradient is."""
 
@@ -42,19 +47,21 @@ class Row:
 def run(config_path: str, overrides: Sequence[str]) -> int:
     """Print the table and the verdict; 0 when everything holds, 1 otherwise."""
     config, where = load_config(config_path, overrides)
-    shape, plan, tokens = shrink(config)
+    plan, tokens = shrink_plan(config)
     if plan.offload is not None and plan.offload.disk is not None:
         try:
             check_disk(plan.offload.disk)
         except ValueError as error:
             raise where.explain(error, "memory.disk") from None
+    torch.manual_seed(0)
+    if isinstance(config.model, HfModelConfig):
+        model, plan, said = shrink_transformers(config, plan, tokens, where)
+    else:
+        model, plan, said = shrink(config, plan, tokens)
     print(f"{config_path}: {config.data.seq_len} tokens shrink to {tokens}, chunks to {plan.chunk_tokens}")
-    print(
-        f"model: {shape.num_layers} layers, width {shape.hidden_size}, {shape.num_heads} heads, {shape.num_kv_heads} kv heads of "
-        f"{shape.resolved_head_dim}, windows {shape.window}, vocabulary {shape.vocab_size}\n"
-    )
+    print(f"model: {said}\n")
     rows = []
-    for row in check(shape, plan, tokens, getattr(torch, config.train.dtype)):
+    for row in check(model, plan, tokens, getattr(torch, config.train.dtype)):
         rows.append(row)
         print(f"{'ok  ' if row.good else 'FAIL'}  {row.check:58}  {row.value:>32}  {row.bound}", flush=True)
     failed = sum(not row.good for row in rows)
@@ -62,29 +69,35 @@ def run(config_path: str, overrides: Sequence[str]) -> int:
     return 1 if failed else 0
 
 
-def shrink(config: Config) -> tuple[ModelConfig, Plan, int]:
-    """A small model, plan and length in the proportions of the config's."""
+def shrink_plan(config: Config) -> tuple[Plan, int]:
+    """The config's plan for small chunks, and the tokens of as many of them."""
     settings = config.memory.plan_settings() if config.memory.chunk_tokens else {"chunk_tokens": config.data.seq_len}
     chunks = min(9, max(5, math.ceil(config.data.seq_len / settings["chunk_tokens"])))
-    tokens = (chunks - 1) * CHUNK + 7
+    if settings.get("loss_chunk_tokens") or isinstance(config.model, HfModelConfig):
+        settings["loss_chunk_tokens"] = CHUNK + 5
+    if (tiers := config.memory.tiers()) is not None:
+        settings["offload"] = _shrink_tiers(tiers, planned=config.memory.offload is None)
+    return Plan(**{**settings, "chunk_tokens": CHUNK}), (chunks - 1) * CHUNK + 7
+
+
+def _of_layers(plan: Plan, layers: int) -> Plan:
+    """The plan of the first layers."""
+    cut = {name: value[:layers] for name in ("store_outputs", "store_kv") if isinstance(value := getattr(plan, name), tuple)}
+    return replace(plan, **cut)
+
+
+def shrink(config: Config, plan: Plan, tokens: int) -> tuple[LanguageModel, Plan, str]:
+    """A small float64 model in the proportions of the config's, the plan for its layers, and what it is."""
     model = config.model
     pattern = len(model.window or (None,))
-    layers = min(model.num_layers, max(2 * pattern, settings.get("segment_layers", 1) + 1))
+    layers = min(model.num_layers, max(2 * pattern, plan.segment_layers + 1))
     ratio = model.num_heads // model.num_kv_heads
     kv_heads = min(model.num_kv_heads, 2)
-    head_dim = min(model.resolved_head_dim, 32)
     window = None
     if model.window is not None:
         window = tuple(
             None if w is None or w >= config.data.seq_len else max(min(w, 5), w * tokens // config.data.seq_len) for w in model.window
         )
-    for name in ("store_outputs", "store_kv"):
-        if isinstance(settings.get(name), tuple):
-            settings[name] = settings[name][:layers]
-    if settings.get("loss_chunk_tokens"):
-        settings["loss_chunk_tokens"] = CHUNK + 5
-    if (tiers := config.memory.tiers()) is not None:
-        settings["offload"] = _shrink_tiers(tiers, planned=config.memory.offload is None)
     shape = replace(
         model,
         vocab_size=min(model.vocab_size, 211),
@@ -93,11 +106,42 @@ def shrink(config: Config) -> tuple[ModelConfig, Plan, int]:
         intermediate_size=min(model.intermediate_size, 96),
         num_heads=kv_heads * ratio,
         num_kv_heads=kv_heads,
-        head_dim=head_dim,
+        head_dim=min(model.resolved_head_dim, 32),
         window=window,
         initializer_range=0.1,
     )
-    return shape, Plan(**{**settings, "chunk_tokens": CHUNK}), tokens
+    said = (
+        f"{shape.num_layers} layers, width {shape.hidden_size}, {shape.num_heads} heads, {shape.num_kv_heads} kv heads of "
+        f"{shape.resolved_head_dim}, windows {shape.window}, vocabulary {shape.vocab_size}"
+    )
+    return LanguageModel(shape).double(), _of_layers(plan, layers), said
+
+
+def shrink_transformers(config: Config, plan: Plan, tokens: int, where: Locations) -> tuple[nn.Module, Plan, str]:
+    """The same of `model.hf`: a model of its family with a layer of each kind and two at least, its widths where they are small."""
+    from longtrain.train import pretrained
+
+    def shrunk(text) -> None:
+        kinds = getattr(text, "layer_types", None) or [None] * text.num_hidden_layers
+        needed = max(kinds.index(kind) for kind in set(kinds)) + 1
+        layers = min(text.num_hidden_layers, max(2, needed, plan.segment_layers + 1))
+        window = getattr(text, "sliding_window", None)
+        sizes = {"num_hidden_layers": layers, "vocab_size": min(text.vocab_size, 211), "initializer_range": 0.1}
+        sizes |= {"layer_types": kinds[:layers]} if kinds[0] else {}
+        sizes |= {"sliding_window": max(min(window, 5), window * tokens // config.data.seq_len)} if window else {}
+        sizes |= {name: None for name in ("pad_token_id", "bos_token_id", "eos_token_id") if hasattr(text, name)}
+        for name, value in sizes.items():
+            setattr(text, name, value)
+
+    built = pretrained.build(config.model, config.data.seq_len, torch.float64, where, read_weights=False, change=shrunk)
+    model = built.model.double()
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            nn.init.normal_(parameter, std=0.1)  # zeros would hide the gradients of lora_A
+    text = model.config.get_text_config()
+    kinds = sorted(set(getattr(text, "layer_types", None) or ["full_attention"]))
+    said = f"{model.config.model_type}, {text.num_hidden_layers} layers ({', '.join(kinds)}), width {text.hidden_size}, random weights"
+    return model, _of_layers(plan, text.num_hidden_layers), said
 
 
 def _shrink_tiers(tiers: Offload, *, planned: bool) -> Offload:
@@ -107,30 +151,35 @@ def _shrink_tiers(tiers: Offload, *, planned: bool) -> Offload:
     return replace(tiers, disk=disk, host_bytes=min(tiers.host_bytes, TIER_BYTES), staging_bytes=min(tiers.staging_bytes, TIER_BYTES), **splits)
 
 
-def check(shape: ModelConfig, plan: Plan, tokens: int, dtype: torch.dtype) -> Iterator[Row]:
-    """The rows, one by one."""
-    torch.manual_seed(0)
-    model = LanguageModel(shape).double()
-    ids = torch.randint(shape.vocab_size, (1, tokens))
+def check(model: nn.Module, plan: Plan, tokens: int, dtype: torch.dtype) -> Iterator[Row]:
+    """The rows for a small float64 model, one by one."""
+    own = isinstance(model, LanguageModel)
+    vocabulary, bound = (model.config.vocab_size, FLOAT64_BOUND) if own else (model.config.get_text_config().vocab_size, TRANSFORMERS_BOUND)
+    layers = model.config.num_layers if own else model.config.get_text_config().num_hidden_layers
+    ids = torch.randint(vocabulary, (1, tokens))
     labels = ids.clone()
     labels[:, : tokens // 5] = -100
     edges = (0, tokens // 4 + 1, tokens // 4 + 2, tokens)
-    inputs = {"input_ids": ids, "labels": labels, "cu_seqlens": torch.tensor(edges, dtype=torch.int32)}
+    inputs = {"input_ids": ids, "labels": labels}
+    if own:
+        inputs["cu_seqlens"] = torch.tensor(edges, dtype=torch.int32)
+    else:
+        inputs |= {"position_ids": Layout(tokens, edges).positions()[None], "use_cache": False}
     exact = _step(model, inputs)
-    for name, variant in _variants(plan, shape.num_layers):
+    for name, variant in _variants(plan, layers):
         try:
             streamed = _streamed_step(model, variant, inputs)
         except (ValueError, RuntimeError) as refusal:  # a layer failed its proof, or a replay gave other bits
-            yield Row(f"float64 gradients, {name}", str(refusal), f"<= {FLOAT64_BOUND:.0e}", False)
+            yield Row(f"float64 gradients, {name}", str(refusal), f"<= {bound:.0e}", False)
             return
         error, where = _worst(streamed, exact)
-        yield Row(f"float64 gradients, {name}", f"{error:.1e} ({where})", f"<= {FLOAT64_BOUND:.0e}", error <= FLOAT64_BOUND)
+        yield Row(f"float64 gradients, {name}", f"{error:.1e} ({where})", f"<= {bound:.0e}", error <= bound)
     report = apply(model, plan)
     torch.manual_seed(1)
     with torch.no_grad():
         loss_error = float(abs(model(**inputs).loss - exact["loss"]) / exact["loss"])
     report.undo()
-    yield Row("float64 loss without gradients", f"{loss_error:.1e}", f"<= {FLOAT64_BOUND:.0e}", loss_error <= FLOAT64_BOUND)
+    yield Row("float64 loss without gradients", f"{loss_error:.1e}", f"<= {bound:.0e}", loss_error <= bound)
 
     low = copy.deepcopy(model).to(dtype)
     name = str(dtype).removeprefix("torch.")
@@ -159,15 +208,15 @@ def _variants(plan: Plan, layers: int) -> Iterator[tuple[str, Plan]]:
     yield "nothing stored", replace(plan, store_outputs=0.0, store_kv=0.0)
 
 
-def _step(model: LanguageModel, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+def _step(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     torch.manual_seed(1)  # the same dropout
     model.zero_grad()
     loss = model(**inputs).loss
     loss.backward()
-    return {"loss": loss.detach(), **{name: p.grad.clone() for name, p in model.named_parameters()}}
+    return {"loss": loss.detach(), **{name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}}
 
 
-def _streamed_step(model: LanguageModel, plan: Plan, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+def _streamed_step(model: nn.Module, plan: Plan, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     report = apply(model, plan)
     report.check_replay()
     try:

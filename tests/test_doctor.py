@@ -36,7 +36,7 @@ def test_a_wrong_backend_fails_the_self_test(broken, monkeypatch, capsys):
 
 def test_every_op_is_explained_and_every_choice_is_a_backend_that_does_not_refuse():
     served = backends.explain(device="cpu")
-    assert {s.op for s in served} == {"attention", "linear_cross_entropy", "long_conv"}
+    assert {s.op for s in served} == {"attention", "linear_attention", "linear_cross_entropy", "long_conv"}
     for s in served:
         assert s.backend not in s.refusals and all(s.refusals.values()), s
 
@@ -50,7 +50,7 @@ def test_a_call_is_explained_by_its_own_arguments():
 
 
 def test_unknown_ops_and_calls_without_an_op_are_refused():
-    with pytest.raises(ValueError, match="op must be one of attention, linear_cross_entropy, long_conv"):
+    with pytest.raises(ValueError, match="op must be one of attention, linear_attention, linear_cross_entropy, long_conv"):
         backends.explain("conv")
     with pytest.raises(ValueError, match="needs its op"):
         backends.explain(causal=True)

@@ -6,7 +6,7 @@ import pytest
 
 from longtrain import verify
 from longtrain.config import load_config
-from longtrain.nn import ModelConfig
+from longtrain.nn import LanguageModel, ModelConfig
 from longtrain.ops.mixers import AttentionMixer
 from longtrain.plan import Plan
 from longtrain.stream import carry
@@ -17,7 +17,7 @@ SHAPE = dict(vocab_size=50, num_layers=2, hidden_size=24, intermediate_size=32, 
 def rows(**changes):
     import torch
 
-    return list(verify.check(ModelConfig(**{**SHAPE, **changes}), Plan(chunk_tokens=verify.CHUNK), 127, torch.bfloat16))
+    return list(verify.check(LanguageModel(ModelConfig(**{**SHAPE, **changes})).double(), Plan(chunk_tokens=verify.CHUNK), 127, torch.bfloat16))
 
 
 @pytest.mark.parametrize("changes", [dict(), dict(window=(9, None)), dict(window=(1,)), dict(attention_dropout=0.2), dict(tie_embeddings=True)])
@@ -52,6 +52,6 @@ def test_planted_faults_are_found(wrong, monkeypatch):
 def test_a_config_with_a_disk_is_verified_with_everything_on_it(tmp_path, capsys):
     disk = f"memory.disk={{path: {tmp_path}, budget: 1GiB}}"
     assert verify.run("configs/quickstart.yaml", [disk]) == 0
-    shape, plan, _ = verify.shrink(load_config("configs/quickstart.yaml", [disk])[0])
+    plan, _ = verify.shrink_plan(load_config("configs/quickstart.yaml", [disk])[0])
     assert plan.offload.outputs.disk == plan.offload.inputs.disk == 1.0
     assert capsys.readouterr().out.endswith("exact\n")

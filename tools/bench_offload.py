@@ -1,7 +1,8 @@
-"""Bandwidth of the token store's disk tier against the raw disk under the same pattern.
+"""Bandwidth of the token store's disk tier against the raw disk under the same pattern; a step with and without the disk.
 
     python tools/bench_offload.py --path /scratch
     python tools/bench_offload.py --path /scratch --bytes 256MiB --extent 1MiB --rounds 3
+    python tools/bench_offload.py step --path /scratch          # memory and time of a training step: see bench_offload_step.py
 
 Raw: as many threads, O_DIRECT, the same blocks in the same order into a file made the same way, from one aligned buffer a thread: what the
 disk gives, without sources, checksums, copies or states. Writing goes up the file, reading comes down it, as in a training step. Store and
@@ -33,6 +34,7 @@ from longtrain.offload.regions import ALIGNMENT
 from longtrain.offload.system import System
 from longtrain.span import chunk_spans
 from longtrain.units import format_bytes, parse_bytes
+import bench_offload_step
 from step_process import machine
 
 WIDTH = 1024  # values of a token; a token is 4 KiB
@@ -93,6 +95,9 @@ class Stored:
 
 
 def main(argv: list[str] | None = None) -> int:
+    given = sys.argv[1:] if argv is None else argv
+    if given[:1] == ["step"]:
+        return bench_offload_step.main(given[1:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--path", default=".", help="a directory on the disk")
     parser.add_argument("--bytes", type=parse_bytes, default=parse_bytes("1GiB"), help="written and read in a round")
@@ -102,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--bound", type=float, default=0.9)
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[1] / "benchmarks" / "bench_offload.json")
-    a = parser.parse_args(argv)
+    a = parser.parse_args(given)
     if a.extent % ALIGNMENT:
         parser.error(f"--extent: {a.extent} is no multiple of {ALIGNMENT}")
     a.bytes -= a.bytes % a.extent
@@ -124,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
     beside = fio(a.path, block, threads, a.bytes)
     print(beside or "fio is not installed: no third figure")
     a.out.parent.mkdir(parents=True, exist_ok=True)
-    command = " ".join(["python", "tools/bench_offload.py", *(sys.argv[1:] if argv is None else argv)])
+    command = " ".join(["python", "tools/bench_offload.py", *given])
     a.out.write_text(json.dumps({"command": command, "machine": machine(), "rows": rows, "rounds": rounds, "fio": beside}, indent=1) + "\n")
     return int(any(row["ratio"] < a.bound for row in rows.values()))
 

@@ -42,7 +42,7 @@ class Setting:
         """What could stand behind the colon: the docstring's own example, else another choice, else the default."""
         if found := _EXAMPLE.search(self.doc):
             return " ".join(found["value"].split())
-        if section_of(self.kind) is not None:
+        if sections_of(self.kind):
             return None
         choices = [c for kind in alternatives(self.kind) if typing.get_origin(kind) is typing.Literal for c in typing.get_args(kind)]
         others = [choice for choice in choices if choice != self.field.default]
@@ -86,8 +86,7 @@ def all_settings(section: type = Config, prefix: str = "") -> Iterator[Setting]:
     for f in fields(section):
         key = f"{prefix}{f.name}"
         yield Setting(key=key, kind=hints[f.name], field=f, doc=docs.get(f.name, ""))
-        inner = section_of(hints[f.name])
-        if inner is not None:
+        for inner in sections_of(hints[f.name]):
             yield from all_settings(inner, f"{key}.")
 
 
@@ -111,13 +110,10 @@ def is_list(kind) -> bool:
     return any(typing.get_origin(member) is tuple for member in alternatives(kind))
 
 
-def section_of(kind) -> type | None:
-    """The dataclass that a setting is, or a list of."""
-    for member in alternatives(kind):
-        inner = typing.get_args(member)[0] if typing.get_origin(member) is tuple else member
-        if is_dataclass(inner):
-            return inner
-    return None
+def sections_of(kind) -> list[type]:
+    """The dataclasses that a setting is, or is a list of: several where it can be one of them."""
+    inner = [typing.get_args(member)[0] if typing.get_origin(member) is tuple else member for member in alternatives(kind)]
+    return [member for member in inner if is_dataclass(member)]
 
 
 def say_type(kind) -> str:

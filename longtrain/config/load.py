@@ -72,9 +72,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config
     reader = _Reader(where, lines)
     values = {}
     for section in fields(Config):
-        section_type = _type_hints(Config)[section.name]
         if section.name in sections or section.default_factory is MISSING:
-            values[section.name] = reader.dataclass(section.name, section_type, sections.get(section.name, {}))
+            entries = sections.get(section.name, {})
+            values[section.name] = reader.dataclass(section.name, _kind_of(section.name, entries, where), entries)
     try:
         return Config(**values), where
     except ValueError as error:
@@ -127,9 +127,26 @@ def _read_sections(root: Node | None, where: Locations, lines: dict[str, str]) -
     for name, node in _entries(root, "", names, where, lines).items():
         if not isinstance(node, MappingNode) and not _is_null(node):
             raise where.error(name, "must be a section; write its keys indented below it")
-        known = [f.name for f in fields(_type_hints(Config)[name])]
+        known = list(dict.fromkeys(f.name for kind in section_types(_type_hints(Config)[name]) for f in fields(kind)))
         sections[name] = _entries(node, name, known, where, lines) if isinstance(node, MappingNode) else {}
     return sections
+
+
+def section_types(kind) -> list[type]:
+    """The dataclass that a section or setting is read into; those of a union, in its order."""
+    return [kind] if is_dataclass(kind) else [choice for choice in typing.get_args(kind) if is_dataclass(choice)]
+
+
+def _kind_of(section: str, entries: Mapping[str, Node], where: Locations) -> type:
+    """Of a section that can be one of several: the one whose first setting is there, else the first. Its settings exclude the others'."""
+    first, *others = section_types(_type_hints(Config)[section])
+    kind = next((k for k in others if fields(k)[0].name in entries), first)
+    known = [f.name for f in fields(kind)]
+    for name in entries:
+        if name not in known:
+            said = f"with {section}.{known[0]}" if kind is not first else f"without {section}.{fields(others[0])[0].name}"
+            raise where.error(f"{section}.{name}", f"has no meaning {said}; remove it (the settings are then {', '.join(known)})")
+    return kind
 
 
 def _entries(node: MappingNode, prefix: str, known: Sequence[str], where: Locations, lines: dict[str, str]) -> dict[str, Node]:
@@ -157,7 +174,7 @@ def _apply_override(override: str, sections: dict[str, dict[str, Node]], lines: 
     names = [f.name for f in fields(Config)]
     if section not in names:
         raise ConfigError(COMMAND_LINE, setting, f"{section} is not a section; {_suggestion(section, '', names)}")
-    known = [f.name for f in fields(_type_hints(Config)[section])]
+    known = [f.name for kind in section_types(_type_hints(Config)[section]) for f in fields(kind)]
     if key not in known:
         raise ConfigError(COMMAND_LINE, setting, f"is not a setting; {_suggestion(key, section, known)}")
     if lines.get(setting) == COMMAND_LINE:
@@ -314,10 +331,10 @@ def _describe(kind) -> str:
 
 def _meaning(setting: str) -> str:
     """The docstring under a setting's field, as a remedy where an error names none."""
-    kind, docs = Config, {}
+    kinds, docs = [Config], {}
     for name in re.sub(r"\[\d+\]", "", setting).split("."):
-        docs = field_docs(kind)
-        kind = _type_hints(kind).get(name)
+        docs = {key: doc for kind in kinds for key, doc in field_docs(kind).items()}
+        kinds = [inner for kind in kinds for inner in section_types(_type_hints(kind).get(name))]
     return docs.get(name, f"the sections are {', '.join(f.name for f in fields(Config))}")
 
 

@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import Literal
 
 from longtrain.config.bounds import above_zero, at_least, between
+from longtrain.config.hf import RopeConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +31,10 @@ class LengthStage:
     rope_scaling: float = 1.0
     """Positions are divided by this before they are rotated during this stage (position interpolation, arXiv:2306.15595)."""
 
+    rope: RopeConfig | None = None
+    """For `model.hf`, in place of `rope_base` and `rope_scaling`: rotary positions during this stage; `model.rope` when not given.
+    Example: {rope_theta: 8000000}."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
@@ -39,8 +44,8 @@ class TrainConfig:
     """Updates of the parameters. Example: 240."""
 
     length_schedule: tuple[LengthStage, ...] = ()
-    """Lets a run begin with short sequences: a list of {from_step, seq_len} and, where they differ, tokens_per_update, rope_base and
-    rope_scaling; the first from step 0, the last of `data.seq_len`. Empty: `data.seq_len` throughout. Example: [{from_step: 0, seq_len: 4096}, {from_step: 200, seq_len: 16384}]."""
+    """Lets a run begin with short sequences: a list of {from_step, seq_len} and, where they differ, tokens_per_update, rope_base,
+    rope_scaling or rope; the first from step 0, the last of `data.seq_len`. Empty: `data.seq_len` throughout. Example: [{from_step: 0, seq_len: 4096}, {from_step: 200, seq_len: 16384}]."""
 
     tokens_per_update: int | None = None
     """Tokens whose gradients are accumulated, one sequence at a time, into one update: a multiple of every sequence length. The

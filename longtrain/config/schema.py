@@ -15,6 +15,7 @@ from typing import Literal
 
 from longtrain.config.bounds import at_least as _at_least
 from longtrain.config.data import DataConfig
+from longtrain.config.hf import HfModelConfig
 from longtrain.config.memory import MemoryConfig
 from longtrain.config.run import CheckpointConfig, LengthStage, MetricsConfig, OutputConfig, SpikeConfig, TrainConfig
 from longtrain.nn import ModelConfig
@@ -53,8 +54,8 @@ class EvalConfig:
 class Config:
     """A run, whole. What one section must not say because of another is checked here."""
 
-    model: ModelConfig
-    """The network: layers, widths, heads, attention windows."""
+    model: ModelConfig | HfModelConfig
+    """The network: layers, widths, heads, attention windows; or, with `hf`, a model of transformers."""
 
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     """How the step is streamed along the sequence."""
@@ -81,23 +82,10 @@ class Config:
     """Where the run writes."""
 
     def __post_init__(self) -> None:
-        if self.data.source == "stdlib" and self.model.vocab_size < 256:
-            raise ValueError(
-                f"model.vocab_size: {self.model.vocab_size} is too small for the 256 byte values of data.source: stdlib; "
-                "set 256 or more"
-            )
-        layers = self.model.num_layers
-        for name in ("store_outputs", "store_kv"):
-            value = getattr(self.memory, name)
-            if isinstance(value, tuple) and len(value) != layers:
-                raise ValueError(
-                    f"memory.{name}: lists {len(value)} layers, the model has {layers}; give one number, or {layers} of them"
-                )
-        if self.memory.segment_layers is not None and self.memory.segment_layers > layers:
-            raise ValueError(
-                f"memory.segment_layers: {self.memory.segment_layers} is more than the {layers} layers of the model; "
-                f"give at most {layers}"
-            )
+        if isinstance(self.model, HfModelConfig):
+            self._check_hf()
+        else:
+            self._check_own(self.model)
         schedule = self.train.length_schedule
         if schedule and schedule[-1].seq_len != self.data.seq_len:
             raise ValueError(
@@ -113,14 +101,49 @@ class Config:
                     "or change the length"
                 )
 
+    def _check_own(self, model: ModelConfig) -> None:
+        if self.data.source == "stdlib" and model.vocab_size < 256:
+            raise ValueError(
+                f"model.vocab_size: {model.vocab_size} is too small for the 256 byte values of data.source: stdlib; set 256 or more"
+            )
+        layers = model.num_layers
+        for name in ("store_outputs", "store_kv"):
+            value = getattr(self.memory, name)
+            if isinstance(value, tuple) and len(value) != layers:
+                raise ValueError(
+                    f"memory.{name}: lists {len(value)} layers, the model has {layers}; give one number, or {layers} of them"
+                )
+        if self.memory.segment_layers is not None and self.memory.segment_layers > layers:
+            raise ValueError(
+                f"memory.segment_layers: {self.memory.segment_layers} is more than the {layers} layers of the model; "
+                f"give at most {layers}"
+            )
+        for index, stage in enumerate(self.train.length_schedule):
+            if stage.rope is not None:
+                raise ValueError(
+                    f"train.length_schedule[{index}].rope: is for models of transformers (model.hf); give rope_base or rope_scaling instead"
+                )
+
+    def _check_hf(self) -> None:
+        if self.train.init is not None:
+            raise ValueError("train.init: has no effect with model.hf, which names the weights itself; remove it")
+        for index, stage in enumerate(self.train.length_schedule):
+            for name, default in (("rope_base", None), ("rope_scaling", 1.0)):
+                if getattr(stage, name) != default:
+                    raise ValueError(
+                        f"train.length_schedule[{index}].{name}: has no effect with model.hf; give rope, as in "
+                        "rope: {rope_theta: 8000000} or rope: {rope_type: linear, factor: 4}"
+                    )
+
     def stages(self) -> tuple[LengthStage, ...]:
-        """The length schedule with everything filled in: the one stage that an empty one stands for, the tokens of an update, the base."""
+        """The length schedule with everything filled in: the one stage that an empty one stands for, the tokens of an update, rotation."""
         written = self.train.length_schedule or (LengthStage(from_step=0, seq_len=self.data.seq_len),)
+        model = self.model
         return tuple(
             replace(
                 s,
                 tokens_per_update=s.tokens_per_update or self.train.tokens_per_update or s.seq_len,
-                rope_base=s.rope_base or self.model.rope_base,
+                **({"rope": s.rope or model.rope} if isinstance(model, HfModelConfig) else {"rope_base": s.rope_base or model.rope_base}),
             )
             for s in written
         )

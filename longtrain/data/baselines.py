@@ -57,9 +57,9 @@ def cross_entropy(train_counts: np.ndarray, counts: np.ndarray, k: float) -> flo
 def compute_baselines(train: Corpus, validation: PackedDocuments, rows: Iterable[int], vocabulary: int) -> Baselines | None:
     """Both models on exactly the targets that the network is scored on: every token of `rows` but the first of each piece.
 
-    None where the vocabulary is too large to count pairs.
+    None where the vocabulary is too large to count pairs, and where some tokens are read but not learned from.
     """
-    if vocabulary > LARGEST_VOCABULARY:
+    if vocabulary > LARGEST_VOCABULARY or train.has_prompts:
         return None
     runs = (validation.corpus.tokens(p.document, p.start, p.stop) for row in rows for p in validation.row(row))
     targets_AB = count_bigrams(runs, vocabulary)

@@ -19,6 +19,7 @@ import numpy as np
 
 from longtrain.data import formats
 from longtrain.data.built import BUILDING, FORMAT, INPUTS, MANIFEST, read_json, token_dtype, write_json
+from longtrain.data.chat import Chat, load_chat, read_chat
 from longtrain.data.corpus import say_tokenizer
 from longtrain.data.formats import LeftOut, Part
 from longtrain.data.shard import ShardWriter
@@ -31,6 +32,7 @@ BATCH_BYTES, BATCH_DOCUMENTS = 2**22, 256
 MOST_DOCUMENTS = 2**20
 """In one shard: their rows are held in memory until it is on disk."""
 REDRAW_SECONDS = 0.2
+READERS = {**formats.READERS, "chat": read_chat}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,16 +40,18 @@ class Settings:
     """What a build makes of its inputs."""
 
     format: str = "auto"
-    """A key of `formats.READERS`, or `auto`: what each file's name says."""
+    """A key of `READERS`, or `auto`: what each file's name says."""
     field: str = "text"
     """Where the text is in JSONL and parquet."""
     case: str = "keep"
     """Of FASTA letters: `keep`, `upper` or `lower`."""
     tokenizer: Path | None = None
-    """A `tokenizer.json`; None for bytes."""
+    """A `tokenizer.json`, or its directory; None for bytes."""
     special_tokens: bool = False
     end_token: int | None = None
     """Put behind every document."""
+    turns: str = "all"
+    """Of conversations: learn from `all` of the assistant's turns, or the `last`."""
     shard_bytes: int = 2**28
     """A shard ends with the first document at which it has as many."""
 
@@ -72,11 +76,13 @@ def build(out: Path, inputs: Sequence[str], settings: Settings, log: TextIO) -> 
     kinds = [formats.format_of(Path(f.path)) if settings.format == "auto" else settings.format for f in files]
     check_settings(settings, kinds)
     tokenizer = choose_tokenizer(settings, kinds, files)
+    chat = load_chat(settings.tokenizer, settings.turns) if settings.format == "chat" else None
     wanted = {
         "format": FORMAT,
         "tokenizer": tokenizer.identity,
         "vocabulary": tokenizer.vocabulary,
-        "reading": {"format": settings.format, "field": settings.field, "case": settings.case},
+        "reading": {"format": settings.format, "field": settings.field, "case": settings.case}
+        | ({"turns": settings.turns, "chat_template": chat.sha256} if chat else {}),
         "shard_bytes": settings.shard_bytes,
         "inputs": list(inputs),
     }
@@ -88,7 +94,7 @@ def build(out: Path, inputs: Sequence[str], settings: Settings, log: TextIO) -> 
                 (out / BUILDING).unlink(missing_ok=True)
                 print(f"{out} is built already: {say_built(state)}", file=log)
                 return state["left_out"]
-            return write_shards(out, state, files, kinds, settings, tokenizer, log)
+            return write_shards(out, state, files, kinds, settings, tokenizer, chat, log)
     except OSError as error:
         raise DataError(
             f"{out} cannot be written ({error.strerror}); make room or give permission there, then run the same command again: "
@@ -112,11 +118,18 @@ def check_settings(settings: Settings, kinds: Sequence[str]) -> None:
     for option, given, useful in (
         ("--field", settings.field != Settings().field, {"jsonl", "parquet"} & set(kinds)),
         ("--case", settings.case != Settings().case, "fasta" in kinds),
-        ("--special-tokens", settings.special_tokens, settings.tokenizer),
+        ("--special-tokens", settings.special_tokens, settings.tokenizer and settings.format != "chat"),
+        ("--turns", settings.turns != Settings().turns, settings.format == "chat"),
+        ("--end-token", settings.end_token is not None, settings.format != "chat"),
     ):
         if given and not useful:
-            needs = {"--field": "JSONL or parquet", "--case": "FASTA", "--special-tokens": "--tokenizer"}[option]
+            chat = "another --format than chat, whose template writes them"
+            needs = {"--field": "JSONL or parquet", "--case": "FASTA", "--turns": "--format chat", "--end-token": chat}
+            needs["--special-tokens"] = chat if settings.format == "chat" else "--tokenizer"
+            needs = needs[option]
             raise DataError(f"{option} has no effect without {needs}; leave it out, or correct the inputs")
+    if settings.format == "chat" and settings.tokenizer is None:
+        raise DataError("--format chat needs a tokenizer with a chat template; give --tokenizer, the directory of a model trained to chat")
     if settings.end_token is not None and not 0 <= settings.end_token < 2**32:
         raise DataError(f"--end-token {settings.end_token} is no token id; give one from 0 to {2**32 - 1}")
 
@@ -180,12 +193,19 @@ def read_state(out: Path, wanted: dict, files: Sequence[Input]) -> tuple[dict, b
 
 
 def write_shards(
-    out: Path, state: dict, files: Sequence[Input], kinds: Sequence[str], settings: Settings, tokenizer: Tokenizer, log: TextIO
+    out: Path,
+    state: dict,
+    files: Sequence[Input],
+    kinds: Sequence[str],
+    settings: Settings,
+    tokenizer: Tokenizer,
+    chat: Chat | None,
+    log: TextIO,
 ) -> int:
     """Read on from ``state["at"]`` to the end, and put the manifest in place."""
     if state["shards"]:
         print(f"going on behind {len(state['shards'])} shards: {say_built(state)}", file=log)
-    options = {"field": settings.field, "case": settings.case, "rate": tokenizer.identity.get("rate")}
+    options = {"field": settings.field, "case": settings.case, "rate": tokenizer.identity.get("rate"), "chat": chat}
     dtype = token_dtype(tokenizer.vocabulary)
     shard = ShardWriter(out, len(state["shards"]), dtype, settings.end_token)
     progress = Progress(log, files, state["at"])
@@ -200,7 +220,7 @@ def write_shards(
             continue
         shard.write(part.content)
         if part.last:
-            if not shard.end(part.name, files[index].input):
+            if not shard.end(part.name, files[index].input, part.learned or ()):
                 state["empty"] += 1
                 progress.clear()
                 print(f"{part.name} is empty: it holds no token, and nothing of it is built", file=log)
@@ -229,7 +249,7 @@ def read_parts(files: Sequence[Input], kinds: Sequence[str], at: Sequence[int], 
     for index in range(at[0], len(files)):
         offset, number = at[1:] if index == at[0] else (0, 0)
         try:
-            for part in formats.READERS[kinds[index]](Path(files[index].path), offset, number, options):
+            for part in READERS[kinds[index]](Path(files[index].path), offset, number, options):
                 yield index, part
         except OSError as error:
             why = f"{files[index].path} cannot be read ({error.strerror}); make it readable, or leave it out"
@@ -243,9 +263,14 @@ def encode_documents(events: Iterator[tuple[int, Part | LeftOut]], encode: Encod
     size = 0
 
     def encoded() -> Iterator[tuple[int, Part | LeftOut]]:
-        tokens = iter(encode([part.content.decode("utf-8") for _, part in waiting if isinstance(part, Part)]))
+        made = iter(encode([(part.content.decode("utf-8"), part.learned) for _, part in waiting if isinstance(part, Part)]))
         for index, part in waiting:
-            yield index, part._replace(content=next(tokens)) if isinstance(part, Part) else part
+            if isinstance(part, Part):
+                tokens, learned = next(made)
+                part = part._replace(content=tokens, learned=learned)
+                if learned is not None and not learned:
+                    part = LeftOut(f"{part.name} has an answer of no token; correct the line", part.offset, part.number)
+            yield index, part
 
     for index, part in events:
         if isinstance(part, Part):

@@ -5,8 +5,9 @@
     00000.tokens      tokens of whole documents, little-endian, one behind the other
     00000.documents   a row a document: its tokens, where its name ends, the key of its name, which input it came from
     00000.names       the names, one behind the other
+    00000.learned     of conversations: the ranges of the shard's tokens that are targets, [start, stop), ascending
 
-The next shards have the same three files. `open_built` checks that they are all there in their sizes; `check_contents` reads them.
+The next shards have the same files. `open_built` checks that they are all there in their sizes; `check_contents` reads them.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ from longtrain.data.sources import DataError
 
 FORMAT = 1
 MANIFEST, BUILDING, INPUTS = "manifest.json", "building.json", "inputs.json"
-PARTS = ("tokens", "documents", "names")
 DOCUMENT = np.dtype([("length", "<i8"), ("name_stop", "<i8"), ("key", "<u8"), ("input", "<i4")])
 BLOCK_BYTES = 2**20
 
@@ -74,7 +74,7 @@ def open_built(directory: str | Path, source: str | None = None) -> Corpus:
     directory = Path(directory)
     manifest = read_manifest(directory)
     for shard in manifest["shards"]:
-        for part in PARTS:
+        for part in shard["bytes"]:
             path, expected = directory / f"{shard['name']}.{part}", shard["bytes"][part]
             if not path.exists():
                 raise DataError(f"{path} is missing; restore it, or remove {directory} and build the data again")
@@ -86,6 +86,7 @@ def open_built(directory: str | Path, source: str | None = None) -> Corpus:
     mapped = tuple(_map(path.with_suffix(".tokens")) for path in names)
     tables = [np.frombuffer(_map(path.with_suffix(".documents")), dtype=DOCUMENT) for path in names]
     texts = [_map(path.with_suffix(".names")) for path in names]
+    learned = ((path, shard["bytes"].get("learned")) for path, shard in zip(names, manifest["shards"], strict=True))
     firsts = np.cumsum([0] + [len(table) for table in tables]).tolist()
 
     def name_of(number: int) -> str:
@@ -108,6 +109,7 @@ def open_built(directory: str | Path, source: str | None = None) -> Corpus:
         largest=manifest["largest"],
         digest=hashlib.blake2b(json.dumps([s["crc32"] for s in manifest["shards"]]).encode(), digest_size=16).hexdigest(),
         mapped=mapped,
+        learned=tuple(np.frombuffer(_map(path.with_suffix(".learned")), dtype="<i8").reshape(-1, 2) if size else None for path, size in learned),
     )
 
 
@@ -120,7 +122,7 @@ def read_inputs_of(directory: Path) -> np.ndarray:
 def check_contents(directory: Path) -> Iterator[str]:
     """Read everything; a sentence for each file that is not what was written."""
     for shard in read_manifest(directory)["shards"]:
-        for part in PARTS:
+        for part in shard["crc32"]:
             path, crc = directory / f"{shard['name']}.{part}", 0
             with open(path, "rb") as file:
                 while block := file.read(BLOCK_BYTES):

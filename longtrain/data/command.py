@@ -21,6 +21,7 @@ def run_build(args: argparse.Namespace) -> int:
         tokenizer=args.tokenizer and Path(args.tokenizer),
         special_tokens=args.special_tokens,
         end_token=args.end_token,
+        turns=args.turns,
         shard_bytes=args.shard_size,
     )
     return LEFT_OUT if build(Path(args.out), args.inputs, settings, sys.stderr) else 0

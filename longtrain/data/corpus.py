@@ -48,6 +48,8 @@ class Corpus:
     digest: str
     """Of names and contents."""
     mapped: tuple[mmap.mmap, ...] = ()
+    learned: tuple[np.ndarray | None, ...] = ()
+    """Of each block: ranges of its tokens ``[S, 2]``, ascending, that are targets; None (or no entry): all of them are."""
 
     def __len__(self) -> int:
         return len(self.length_N)
@@ -57,6 +59,36 @@ class Corpus:
         first = int(self.start_N[document])
         stop = int(self.length_N[document]) if stop is None else stop
         return self.blocks[self.block_N[document]][first + start : first + stop]
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether some tokens are read, but no targets."""
+        return any(ranges is not None for ranges in self.learned)
+
+    def is_target(self, document: int, start: int, stop: int) -> np.ndarray | None:
+        """``[stop - start]`` bool; None where all of a document is learned from."""
+        block = int(self.block_N[document])
+        if not self.learned or (ranges := self.learned[block]) is None:
+            return None
+        first = int(self.start_N[document]) + start
+        here = ranges[np.searchsorted(ranges[:, 1], first, side="right") :]
+        here = here[: np.searchsorted(here[:, 0], first + stop - start)] - first
+        target = np.zeros(stop - start, dtype=bool)
+        for a, b in here.clip(0, stop - start).tolist():
+            target[a:b] = True
+        return target
+
+    def with_targets(self, document_P: np.ndarray, start_P: np.ndarray, length_P: np.ndarray) -> np.ndarray:
+        """``[P]`` bool: whether a piece of a document has a target behind its first token, which nothing predicts."""
+        found_P = np.ones(len(document_P), dtype=bool)
+        for block, ranges in enumerate(self.learned):
+            if ranges is not None:
+                mine_P = np.flatnonzero(self.block_N[document_P] == block)
+                first_P = self.start_N[document_P[mine_P]] + start_P[mine_P]
+                next_P = np.searchsorted(ranges[:, 1], first_P + 1, side="right")
+                begins = np.append(ranges[:, 0], np.iinfo(np.int64).max)
+                found_P[mine_P] = begins[next_P] < first_P + length_P[mine_P]
+        return found_P
 
     def name(self, document: int) -> str:
         return self.name_of(int(self.number_N[document]))
@@ -134,6 +166,7 @@ def join(corpora: Sequence[Corpus]) -> Corpus:
         largest=max(c.largest for c in corpora),
         digest=hashlib.blake2b("".join(c.digest for c in corpora).encode(), digest_size=16).hexdigest(),
         mapped=tuple(m for c in corpora for m in c.mapped),
+        learned=tuple(ranges for c in corpora for ranges in (c.learned or (None,) * len(c.blocks))),
     )
 
 
@@ -181,5 +214,5 @@ def check_vocabulary(corpus: Corpus, vocab_size: int) -> None:
             position = int(outside.argmax())
             raise DataError(
                 f"{corpus.name(document)}: token id {tokens[position]} at position {position} is outside the vocabulary of "
-                f"{vocab_size}; set model.vocab_size to at least {corpus.largest + 1}"
+                f"{vocab_size}; set model.vocab_size to at least {corpus.largest + 1}, or build the data with the model's own tokenizer"
             )

@@ -31,6 +31,8 @@ class Part(NamedTuple):
     """How far into the file the reader is: bytes, ..."""
     number: int
     """... and records."""
+    learned: tuple[tuple[int, int], ...] | None = None
+    """Ranges of the whole document's characters (then: of its tokens) that are targets; None: all of it."""
 
 
 class LeftOut(NamedTuple):

@@ -20,6 +20,8 @@ def info(directories: Sequence[Path], seq_lens: Sequence[int], check: bool) -> i
     for directory, corpus in zip(directories, corpora, strict=True):
         manifest = read_manifest(directory)
         left_out = f", {manifest['left_out']} left out when it was built" if manifest["left_out"] else ""
+        targets = sum(int((ranges[:, 1] - ranges[:, 0]).sum()) for ranges in corpus.learned if ranges is not None)
+        left_out += f", {targets:,} tokens of answers" if corpus.has_prompts else ""
         print(
             f"{directory}: {len(corpus):,} documents, {int(corpus.length_N.sum()):,} tokens by {say_tokenizer(corpus.tokenizer)}, "
             f"vocabulary {manifest['vocabulary']:,}, largest id {corpus.largest:,}{left_out}"

@@ -42,7 +42,7 @@ class Batch:
     """``[1, T]`` int64."""
 
     labels_BT: Tensor
-    """``[1, T]`` int64, same positions as the ids, -100 where there is padding."""
+    """``[1, T]`` int64, same positions as the ids, -100 where there is padding, and in prompts."""
 
     cu_seqlens: Tensor
     """``[documents + 1]`` int32, from 0 to T."""
@@ -67,6 +67,11 @@ class Pieces:
     length_P: np.ndarray
     row_P: np.ndarray
     """The sequence that each is in."""
+
+    def only(self, kept_P: np.ndarray) -> Pieces:
+        """Some of them, a row each."""
+        kept = self.ordered(np.flatnonzero(kept_P))
+        return Pieces(kept.document_P, kept.start_P, kept.length_P, np.arange(len(kept.row_P)))
 
     def ordered(self, order_P: np.ndarray) -> Pieces:
         return Pieces(self.document_P[order_P], self.start_P[order_P], self.length_P[order_P], self.row_P[order_P])
@@ -194,6 +199,8 @@ class PackedDocuments:
             self.pieces = concatenate(corpus.length_N, seq_len, min_document_tokens, seed)
         else:
             self.pieces = cut(corpus.length_N, seq_len, min_document_tokens)
+            if corpus.has_prompts:
+                self.pieces = self.pieces.only(corpus.with_targets(self.pieces.document_P, self.pieces.start_P, self.pieces.length_P))
             if packing == "best_fit":
                 self.pieces = best_fit(self.pieces, seq_len)
         if not len(self.pieces.row_P) or self.pieces.length_P.max() < 2:
@@ -232,6 +239,8 @@ class PackedDocuments:
         for piece in pieces:
             here = slice(edges[-1], edges[-1] + len(piece))
             ids[here] = labels[here] = self.corpus.tokens(piece.document, piece.start, piece.stop)
+            if (target := self.corpus.is_target(piece.document, piece.start, piece.stop)) is not None:
+                labels[here][~target] = IGNORE_INDEX
             edges.append(here.stop)
         sources = [self.corpus.sources[self.corpus.source_N[p.document]] for p in pieces]
         if not self.isolate:

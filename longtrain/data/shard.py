@@ -1,9 +1,10 @@
-"""Writes one shard of built data: its tokens as they come, then the table of its documents and their names."""
+"""Writes one shard of built data: its tokens as they come, then the table of its documents, their names and what is learned from."""
 
 from __future__ import annotations
 
 import os
 import zlib
+from collections.abc import Sequence
 from io import RawIOBase
 from pathlib import Path
 
@@ -21,6 +22,8 @@ class ShardWriter:
     def __init__(self, out: Path, number: int, dtype: np.dtype, end_token: int | None) -> None:
         self.path, self.dtype, self.end_token = out / f"{number:05}", dtype, end_token
         self.rows: list[tuple[int, int, int, int]] = []
+        self.tokens = 0
+        self.learned: list[tuple[int, int]] = []
         self.names = bytearray()
         self.file = open(self.path.with_suffix(".tokens"), "wb", buffering=0)
         self.buffer = bytearray()
@@ -42,8 +45,8 @@ class ShardWriter:
         if len(self.buffer) >= BUFFER_BYTES:
             self.flush()
 
-    def end(self, name: str, number_of_input: int) -> bool:
-        """Close the open document. False where it holds nothing, and is not kept."""
+    def end(self, name: str, number_of_input: int, learned: Sequence[tuple[int, int]] = ()) -> bool:
+        """Close the open document; `learned`: ranges of its tokens. False where it holds nothing, and is not kept."""
         size = len(self.buffer) - self.begins
         if size and self.end_token is not None:
             self.buffer += np.array([self.end_token], dtype=self.dtype).tobytes()
@@ -51,6 +54,8 @@ class ShardWriter:
         if size:
             self.names += name.encode("utf-8", "surrogateescape")
             self.rows.append((size // self.dtype.itemsize, len(self.names), name_key(name), number_of_input))
+            self.learned += [(self.tokens + start, self.tokens + stop) for start, stop in learned]
+            self.tokens += size // self.dtype.itemsize
         self.begins = len(self.buffer)
         return size > 0
 
@@ -84,6 +89,8 @@ class ShardWriter:
         with self.file:
             os.fsync(self.file.fileno())
         contents = {"documents": np.array(self.rows, dtype=DOCUMENT).tobytes(), "names": bytes(self.names)}
+        if self.learned:
+            contents["learned"] = np.array(self.learned, dtype="<i8").tobytes()
         for part, content in contents.items():
             with open(self.path.with_suffix(f".{part}"), "wb", buffering=0) as file:
                 write_all(file, content)

@@ -9,11 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
+from longtrain.data.chat import token_ranges
 from longtrain.data.corpus import BYTES
 from longtrain.data.formats import import_extra
 from longtrain.data.sources import DataError
 
-Encode = Callable[[Sequence[str]], list[np.ndarray]]
+Learned = tuple[tuple[int, int], ...] | None
+Encode = Callable[[Sequence[tuple[str, Learned]]], list[tuple[np.ndarray, Learned]]]
+"""Texts into tokens; what is learned from of each, ranges of characters into ranges of tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +39,9 @@ def mu_law_samples(rate: int) -> Tokenizer:
 
 
 def load_tokenizer(path: Path, special_tokens: bool) -> Tokenizer:
-    """A local `tokenizer.json`. With `special_tokens` its template adds what it adds (a first token, say). Raises DataError."""
+    """A local `tokenizer.json`, or the directory it is in. With `special_tokens` its template adds what it adds (a first token, say). Raises DataError."""
     tokenizers = import_extra("tokenizers", "tokenizers")
+    path = path / "tokenizer.json" if path.is_dir() else path
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -49,8 +53,10 @@ def load_tokenizer(path: Path, special_tokens: bool) -> Tokenizer:
     library.no_truncation()
     library.no_padding()
 
-    def encode(texts: Sequence[str]) -> list[np.ndarray]:
-        return [np.array(e.ids, dtype=np.uint32) for e in library.encode_batch(list(texts), add_special_tokens=special_tokens)]
+    def encode(texts: Sequence[tuple[str, Learned]]) -> list[tuple[np.ndarray, Learned]]:
+        encoded = library.encode_batch([text for text, _ in texts], add_special_tokens=special_tokens)
+        ranges = [None if learned is None else tuple(token_ranges([a for a, _ in e.offsets], learned)) for e, (_, learned) in zip(encoded, texts, strict=True)]
+        return [(np.array(e.ids, dtype=np.uint32), some) for e, some in zip(encoded, ranges, strict=True)]
 
     identity = {"kind": "tokenizers", "file": path.name, "sha256": hashlib.sha256(content).hexdigest()}
     if special_tokens:

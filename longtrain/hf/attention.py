@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from longtrain.hf.mask import Mask
-from longtrain.ops.attention import attention, attention_backward, merge_attention
+from longtrain.ops.attention import attention, attention_backward
 from longtrain.ops.mixers import AttentionMixer
 from longtrain.span import Span
 from longtrain.stream.carry import KVCarry
@@ -176,8 +176,37 @@ class MaskedAttention:
         ]
         return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
 
-    def make_carry(self, spans: Sequence[Span]) -> MaskedCarry:
-        return MaskedCarry(self, spans)
+    def attend_vjp(
+        self, queries: Span, keys: Span, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, lse: Tensor,
+        *, dk: Tensor, dv: Tensor, with_sinks: bool = True, delta: Tensor | None = None,
+    ) -> Tensor:
+        """As `AttentionMixer.attend_vjp`. The gradient of the sinks, in dq's last feature, is made by the block `with_sinks`."""
+        dq = torch.zeros_like(q)
+        q, sinks_H = self.split(q)
+        if delta is not None:
+            out = dout.new_zeros(()).expand_as(dout)
+        for rows, seen, arguments in self.calls(q.shape[0], queries, keys):
+            dq[rows, ..., : q.shape[-1]] += attention_backward(
+                dout[rows], q[rows], k[rows, seen], v[rows, seen], out[rows], lse[rows], dk=dk[rows, seen], dv=dv[rows, seen],
+                dlse=None if delta is None else -delta[rows], **arguments,
+            )
+        if sinks_H is not None and with_sinks:
+            # dsink_bth = -exp(sink_h - lse_bth) (dout_bth . out_bth): the sink's probability times (0 - delta).
+            delta = (dout.to(lse.dtype) * out).sum(-1) if delta is None else delta
+            dq[..., -1] = (-torch.exp(sinks_H.to(lse.dtype) - lse) * delta).to(dq.dtype)
+        return dq
+
+    def make_carry(self, spans: Sequence[Span]) -> KVCarry:
+        return KVCarry(self, spans)
+
+    def from_head(self, head: int) -> MaskedAttention:
+        """As `AttentionMixer.from_head`."""
+        return replace(self, base=self.base.from_head(head))
+
+    @property
+    def shows_all_before(self) -> bool:
+        """As `AttentionMixer.shows_all_before`."""
+        return self.mask.is_plain and self.base.shows_all_before
 
     def with_shared(self) -> MaskedAttention:
         return self
@@ -186,33 +215,3 @@ class MaskedAttention:
         """One kv head at a time, with its query heads, as `AttentionMixer.by_group`."""
         for heads, base, inputs in self.base.by_group(q_BTHD, k_BTKD, v_BTKD):
             yield heads, replace(self, base=base), inputs
-
-
-class MaskedCarry(KVCarry):
-    """Keys and values of a batch whose rows are attended one by one, each under its documents and padding."""
-
-    def mix(self, span: Span, q_BCHD: Tensor, stored: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-        if stored is not None:
-            return stored
-        merged = None
-        for block in self.blocks(span):  # the sink is one more key: of the first block
-            part = self.mixer.attend(span, block.span, q_BCHD, block.k_BSKD, block.v_BSKD, with_sinks=merged is None)
-            merged = part if merged is None else merge_attention(*merged, *part)
-        out_BCHD, lse_BCH = merged
-        return out_BCHD.to(q_BCHD.dtype), lse_BCH
-
-    def mix_vjp(self, span: Span, q_BCHD: Tensor, out_BCHD: Tensor, lse_BCH: Tensor, dout_BCHD: Tensor) -> Tensor:
-        self._extend_adjoints(span)
-        q, sinks_H = self.mixer.split(q_BCHD)
-        dq_BCHD = torch.zeros_like(q_BCHD)
-        for block in self.blocks(span):
-            for rows, seen, arguments in self.mixer.calls(q.shape[0], span, block.span):
-                k, v, dk, dv = (x[rows, seen] for x in (block.k_BSKD, block.v_BSKD, block.dk_BSKD, block.dv_BSKD))
-                dq_BCHD[rows, ..., : q.shape[-1]] += attention_backward(
-                    dout_BCHD[rows], q[rows], k, v, out_BCHD[rows], lse_BCH[rows], dk=dk, dv=dv, **arguments
-                )
-        if sinks_H is not None:
-            # dsink_bth = -exp(sink_h - lse_bth) (dout_bth . out_bth): the sink's probability times (0 - delta).
-            delta_BCH = (dout_BCHD.to(lse_BCH.dtype) * out_BCHD).sum(-1)
-            dq_BCHD[..., -1] = (-torch.exp(sinks_H.to(lse_BCH.dtype) - lse_BCH) * delta_BCH).to(dq_BCHD.dtype)
-        return dq_BCHD

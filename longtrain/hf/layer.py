@@ -7,7 +7,6 @@ its calls of the attention interface. Which arguments run along the tokens, and 
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -24,6 +23,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from longtrain.hf.attention import MaskedAttention, Options, draw_seed, packed
 from longtrain.hf.mask import Mask
 from longtrain.hf.router import Collected
+from longtrain.sharded import plain_copy
 from longtrain.span import Span
 
 CU_SEQLENS = ("cu_seq_lens_q", "cu_seq_lens_k")
@@ -189,7 +189,7 @@ class AdaptedLayer:
 
     def copy_in_float64(self) -> nn.Module:
         """The layer to be proved on; experts in the implementation that has float64."""
-        layer = copy.deepcopy(self.layer).double().eval()
+        layer = plain_copy(self.layer).double().eval()
         for module in layer.modules():
             if getattr(getattr(module, "config", None), "_experts_implementation", None) is not None:
                 module.config._experts_implementation = "eager"

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 from transformers.masking_utils import causal_mask_function
@@ -131,6 +132,34 @@ def longtrain_mask(
     return replace(mask, rows=_shared(rows), refusal=refusal)
 
 
+def read_mask(tensor_B1TS: Tensor) -> Mask:
+    """A mask as transformers gives it to sdpa (True is visible) or eager attention (added to the scores), read for what it is.
+
+    The queries are the last of the keys. Raises ValueError for what is not causal or two-sided attention with a window, documents and
+    padding, the same for all heads.
+    """
+    seen_BTS = (tensor_B1TS if tensor_B1TS.dtype == torch.bool else tensor_B1TS > torch.finfo(tensor_B1TS.dtype).min)[:, 0].cpu()
+    _, T, S = seen_BTS.shape
+    keys, queries = Span(0, S), Span(S - T, S)
+    valid_BS = seen_BTS.any(1)
+    paddings = _paddings(valid_BS, keys, queries)
+    ahead_TS = torch.arange(S) - torch.arange(*_ends(queries))[:, None]
+    left, right = int((-ahead_TS * seen_BTS).amax()), int((ahead_TS * seen_BTS).amax())
+    rows = []
+    for b, seen_TS in enumerate(seen_BTS):
+        own, before = seen_TS.diagonal(S - T), seen_TS.diagonal(S - T - 1) if S > T else F.pad(seen_TS.diagonal(-1), (1, 0))
+        starts = own & ~before & F.pad(valid_BS[b], (1, 0))[queries.slice()]
+        edges = (0, *(queries.start + starts.nonzero()[:, 0]).tolist(), S)
+        rows.append(Row(Layout.make(S, sorted({*edges})), paddings[b if len(paddings) > 1 else 0]))
+    window = (-1 if left >= S - 1 else left, -1 if right in (0, S - 1) else right)
+    mask = Mask(causal=right == 0, window=window, queries=queries, keys=keys, rows=_shared(rows))
+    added = tensor_B1TS.dtype != torch.bool and bool((tensor_B1TS[:, 0].cpu()[seen_BTS] != 0).any())
+    if added or tensor_B1TS.shape[1] > 1 or not torch.equal(mask.dense(len(seen_BTS))[:, 0], seen_BTS):
+        raise ValueError(f"a mask tensor of shape {list(tensor_B1TS.shape)} cannot be honoured: it is not causal or two-sided attention with a "
+                         "window, documents and padding, the same for all heads")
+    return mask
+
+
 def _ends(span: Span) -> tuple[int, int]:
     return span.start, span.stop
 
@@ -145,7 +174,7 @@ def _paddings(attention_mask: Tensor, keys: Span, queries: Span) -> list[Span]:
     if given.ndim != 2:
         raise ValueError(f"attention_mask must be [batch, tokens], found shape {list(given.shape)}; leave out masks made by hand")
     if (missing := max(keys.stop, queries.stop) - given.shape[1]) > 0:
-        given = torch.nn.functional.pad(given, (0, missing))
+        given = F.pad(given, (0, missing))
     spans = []
     for row, valid in enumerate(given.tolist() if given.shape[1] <= 4096 else given):
         places = [i for i, v in enumerate(valid) if v] if isinstance(valid, list) else valid.nonzero()[:, 0]

@@ -16,6 +16,7 @@ from longtrain.hf.head import lazy_forward, streamed_loss
 from longtrain.hf.router import give_out, routers_of
 from longtrain.hf.trace import Found, find_layers
 from longtrain.plan import Plan
+from longtrain.sharded import sharded_parameter, units
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +42,14 @@ def adapt(model: nn.Module, plan: Plan, tokens: int, undo: list[Callable[[], Any
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         raise ValueError("gradient checkpointing is on: streaming recomputes by itself, and the two would do it twice; call "
                          "model.gradient_checkpointing_disable() first")
-    if sharded := next((name for name, p in model.named_parameters() if hasattr(p, "device_mesh")), None):
-        raise ValueError(f"{sharded} is sharded already: call lt.apply before fully_shard; tensor-parallel modules cannot be streamed yet")
+    if (name := sharded_parameter(model)) and not units(model):
+        raise ValueError(f"{name} is sharded, and not by fully_shard: tensor-parallel modules cannot be streamed yet")
     _use_attention(pretrained, undo)
     _turn_off_cache(pretrained, undo)
     with torch.random.fork_rng(devices={p.device for p in model.parameters() if p.device.type == "cuda"}):
         runs = find_layers(model, partial(_run, pretrained), tokens)
+    for unit in units(model):  # the root keeps its parameters whole behind a forward pass
+        unit.reshard()
     inner = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     for run in runs:
         layers = [found.adapted for found in run if found.adapted is not None]
@@ -102,6 +105,8 @@ def _replace_head(model: nn.Module, pretrained: PreTrainedModel, plan: Plan, und
     if head is None:
         return None
     name = next(name for name, module in model.named_modules() if module is head)
+    if head in units(model):
+        return name, "it is a unit of fully_shard of its own, and its weight is gone when the loss needs it; leave it to the root's unit"
     if type(head) is not nn.Linear:
         return name, f"it is a {type(head).__name__}, and only nn.Linear is streamed"
     loss = pretrained.loss_function

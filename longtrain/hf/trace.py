@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from longtrain.hf.layer import AdaptedLayer, bind
+from longtrain.sharded import whole
 
 
 @dataclass(slots=True, eq=False)
@@ -59,10 +60,10 @@ def find_layers(model: nn.Module, run: Callable[[int], Any], tokens: int) -> lis
         called = [long[m] for m in modules if m in long]
         if not called or not all(_is_layer(seen, tokens) for seen in called):
             continue
-        run_of = [_found(seen, short[seen.module], tokens, before) for seen, before in zip(called, [None, *called], strict=False)]
+        run_of = [_found(model, seen, short[seen.module], tokens, before) for seen, before in zip(called, [None, *called], strict=False)]
         after = next((s for s in long.values() if s.x is called[-1].output and s.module not in modules), None)
         if after is not None and not after.arguments and _is_layer(after, tokens):
-            run_of.append(_found(after, short[after.module], tokens, called[-1], is_layer=False))
+            run_of.append(_found(model, after, short[after.module], tokens, called[-1], is_layer=False))
         runs.append(run_of)
     return runs
 
@@ -72,14 +73,15 @@ def _is_layer(seen: Seen, tokens: int) -> bool:
     return isinstance(y, Tensor) and seen.x.ndim == 3 and seen.x.shape[1] == tokens and y.shape == seen.x.shape
 
 
-def _found(seen: Seen, shorter: Seen, tokens: int, before: Seen | None, *, is_layer: bool = True) -> Found:
+def _found(model: nn.Module, seen: Seen, shorter: Seen, tokens: int, before: Seen | None, *, is_layer: bool = True) -> Found:
     follows = before is not None and before.output is seen.x
     adapted, refusal = None, _unfit(seen)
     if refusal is None:
         try:
             token_args = _token_args(seen.arguments, shorter.arguments, tokens)
             adapted = AdaptedLayer(seen.module, seen.x, seen.arguments, token_args, isinstance(seen.y, tuple))
-            adapted.observe()
+            with whole(seen.module, model):
+                adapted.observe()
         except Exception as error:  # whatever it is, it is the reason: reported by name, never dropped
             adapted, refusal = None, f"{type(error).__name__}: {error}"
     return Found(seen.name, seen.module, adapted, refusal, follows, is_layer)

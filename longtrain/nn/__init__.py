@@ -4,22 +4,48 @@ from longtrain.nn.attention import Attention
 from longtrain.nn.config import ModelConfig
 from longtrain.nn.decoder import Decoder, DecoderLayer
 from longtrain.nn.ends import TokenEmbed, TokenLoss, count_targets
+from longtrain.nn.hyena import Hyena
+from longtrain.nn.long_conv import LongConv, LongConvMixerModule, parameter_groups
 from longtrain.nn.mlp import SwiGLU
 from longtrain.nn.model import LanguageModel, ModelOutput
+from longtrain.nn.monarch_mixer import MonarchMixerBlock
 from longtrain.nn.norm import RMSNorm
+from longtrain.nn.replacements import (
+    Conv1d,
+    FP8Linear,
+    LinearCrossEntropy,
+    MultiheadAttention,
+    TransformerDecoderLayer,
+    TransformerEncoderLayer,
+    by_chunks,
+    hf_attention,
+)
 from longtrain.nn.rotary import RotaryEmbedding
 
 __all__ = [
     "Attention",
+    "Conv1d",
     "Decoder",
     "DecoderLayer",
+    "FP8Linear",
+    "Hyena",
     "LanguageModel",
+    "LinearCrossEntropy",
+    "LongConv",
+    "LongConvMixerModule",
     "ModelConfig",
     "ModelOutput",
+    "MultiheadAttention",
+    "MonarchMixerBlock",
     "RMSNorm",
     "RotaryEmbedding",
     "SwiGLU",
     "TokenEmbed",
     "TokenLoss",
+    "TransformerDecoderLayer",
+    "TransformerEncoderLayer",
+    "by_chunks",
     "count_targets",
+    "hf_attention",
+    "parameter_groups",
 ]

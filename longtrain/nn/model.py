@@ -33,6 +33,7 @@ class LanguageModel(nn.Module):
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.token_loss = TokenLoss()
+        self.make_layout = Layout.make
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=config.initializer_range)
@@ -64,22 +65,23 @@ class LanguageModel(nn.Module):
         for name, tensor in (("labels", labels), ("token_weights", token_weights)):
             if tensor is not None and tensor.shape != input_ids.shape:
                 raise ValueError(f"{name} must have input_ids' shape {list(input_ids.shape)}, found {list(tensor.shape)}")
-        documents = Layout.make(input_ids.shape[1], cu_seqlens)
+        documents = self.make_layout(input_ids.shape[1], cu_seqlens)
         dropout_seed = None
         if self.training and self.config.attention_dropout > 0:
             dropout_seed = int(torch.randint(2**62, ()))
-        hidden_BTE = self.model(input_ids, documents, dropout_seed, to_loss=labels is not None)
+        hidden_BTE = self.model(documents.take(input_ids), documents, dropout_seed, to_loss=labels is not None)
         if labels is None:
             return ModelOutput(logits=self.lm_head(self.model.norm(hidden_BTE)))
         weights_BT = None
         if token_weights is not None:
             weights_BT = torch.zeros_like(token_weights)
             weights_BT[:, :-1] = token_weights[:, 1:]
+            weights_BT = documents.take(weights_BT)
         loss = self.token_loss(
             hidden_BTE,
             self.model.norm,
             self.lm_head,
-            documents.next_token_targets(labels),
+            documents.take(documents.next_token_targets(labels)),
             normalizer=normalizer,
             token_weights_BT=weights_BT,
             reduction=reduction,

@@ -87,6 +87,10 @@ class DeviceStore:
         """The names that hold extents now; empty when every step cleaned up after itself."""
         return list(self._extents)
 
+    def held(self) -> list[tuple[Hashable, Span, Tensor]]:
+        """What is on the device now, by name and span: for the memory profiler."""
+        return [(name, span, extent.tensor) for name, extents in self._extents.items() for span, extent in extents.items()]
+
     @staticmethod
     def _read(name: Hashable, span: Span, extent: _Extent) -> Tensor:
         if version_of(extent.tensor) != extent.version:

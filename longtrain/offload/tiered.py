@@ -127,6 +127,16 @@ class TieredStore:
             self._forget_released()
             return list(self._extents)
 
+    def held(self) -> list[tuple[Hashable, Span, Tensor]]:
+        """What was put and is on the device still, by name and span: for the memory profiler."""
+        with self._lock:
+            return [
+                (name, span, kept.extent.payload)
+                for name, extents in self._extents.items()
+                for span, kept in extents.items()
+                if kept.extent.state in (State.RESIDENT, State.WRITING)
+            ]
+
     def close(self) -> None:
         with self._lock:
             if self._closed:

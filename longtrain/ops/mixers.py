@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longtrain.ops.attention import attention
+from longtrain.ops.attention import attention, attention_backward
 from longtrain.ops.long_conv import long_conv
 from longtrain.span import Layout, Span
 
@@ -65,6 +65,39 @@ class AttentionMixer:
             arguments["cu_seqlens_k"] = torch.tensor(cu_k, dtype=torch.int32)
         return arguments
 
+    def attend(
+        self, queries: Span, keys: Span, q_BTHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, *, with_sinks: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Output and LSE of the queries of one span on the keys of another. `with_sinks`: for mixers that have them, this block's."""
+        return attention(q_BTHD, k_BSKD, v_BSKD, **self.arguments(queries, keys), return_lse=True)
+
+    def attend_vjp(
+        self, queries: Span, keys: Span, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, lse: Tensor,
+        *, dk: Tensor, dv: Tensor, with_sinks: bool = True, delta: Tensor | None = None,
+    ) -> Tensor:
+        """Gradient of q; adds into the wide dk, dv. `out` and `lse` are the global ones.
+
+        Where `out` is not at hand (queries that came from another rank), ``delta [B, T, H] = sum(dout * out)`` does, as it is all that is
+        made of it: the op then gets an output of zeros, and -delta as the gradient of the LSE.
+        """
+        if delta is not None:
+            out = dout.new_zeros(()).expand_as(dout)
+        dlse = None if delta is None else -delta
+        return attention_backward(dout, q, k, v, out, lse, dk=dk, dv=dv, dlse=dlse, **self.arguments(queries, keys))
+
+    def from_head(self, head: int) -> AttentionMixer:
+        """The mixer of a run of heads that begins at `head`."""
+        return replace(self, head_offset=self.head_offset + head)
+
+    def with_seed(self, seed: int) -> AttentionMixer:
+        return replace(self, dropout_seed=seed)
+
+    @property
+    def shows_all_before(self) -> bool:
+        """Whether a query sees every key before it alike, so that where they stand makes no difference."""
+        one_document = self.documents is None or len(self.documents.edges) == 2
+        return one_document and self.window_size[0] < 0 and self.dropout_p == 0
+
     def keys_for(self, queries: Span) -> Span:
         """The smallest span of keys that causal `queries` can see, by window and documents."""
         start = self.documents.first_visible(queries.start) if self.documents is not None else 0
@@ -83,8 +116,7 @@ class AttentionMixer:
         ratio = q_BTHD.shape[2] // k_BTKD.shape[2]
         for kv_head in range(k_BTKD.shape[2]):
             heads, kv = slice(kv_head * ratio, (kv_head + 1) * ratio), slice(kv_head, kv_head + 1)
-            mixer = replace(self, head_offset=self.head_offset + heads.start)
-            yield heads, mixer, (q_BTHD[:, :, heads], k_BTKD[:, :, kv], v_BTKD[:, :, kv])
+            yield heads, self.from_head(heads.start), (q_BTHD[:, :, heads], k_BTKD[:, :, kv], v_BTKD[:, :, kv])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +137,21 @@ class LongConvMixer:
         return long_conv(
             u_BTE, self.filter, self.skip, gate_in_BTE, gate_out_BTE, causal=self.causal, cu_seqlens=cu_seqlens, backend=self.backend
         )
+
+    def streams_by_span(self, chunk_tokens: int) -> bool:
+        """Whether it is cheaper with the inputs before a chunk at hand than by channel group: at most a chunk of them."""
+        return self.causal and self.filter.shape[1] - 1 <= chunk_tokens
+
+    def keys_for(self, queries: Span) -> Span:
+        """The smallest span of inputs that the outputs of `queries` depend on, when causal."""
+        start = self.documents.first_visible(queries.start) if self.documents is not None else 0
+        return Span(max(start, queries.start - self.filter.shape[1] + 1), queries.stop)
+
+    def carried(self, mix, u_BTE: Tensor, gate_in_BTE: Tensor | None = None, gate_out_BTE: Tensor | None = None) -> Tensor:
+        """The call with what is token-local in it, the gates, outside of `mix`, whose query is empty: its carry has all that it needs."""
+        v_BTE = u_BTE if gate_in_BTE is None else u_BTE * gate_in_BTE
+        y_BTE = mix(v_BTE[..., :0], v_BTE)
+        return y_BTE if gate_out_BTE is None else y_BTE * gate_out_BTE
 
     @property
     def shared(self) -> tuple[Tensor, Tensor]:

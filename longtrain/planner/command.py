@@ -5,29 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from longtrain.config import load_config
-from longtrain.nn import LanguageModel
-from longtrain.plan import SPLITS, InfeasibleBudget, Plan
 from longtrain.planner.cost import measure_model, peak, step_memory
-from longtrain.planner.search import held_beside_model, plan
-from longtrain.planner.tiers import tier_use
+from longtrain.planner.search import held_beside_model
+from longtrain.planner.tiers import describe
+from longtrain.train.prepare import build_model, make_plan, step_count
 from longtrain.units import format_bytes
 
 
 def run(config_path: str, overrides: Sequence[str]) -> int:
     """Print the plan and its memory table. Exit code 0; a budget that nothing fits is the config's error."""
     config, where = load_config(config_path, overrides)
-    model = LanguageModel(config.model)
+    model, *_ = build_model(config, where, read_weights=False)
     tokens = config.data.seq_len
-    if config.memory.budget is not None:
-        try:
-            chosen = plan(model, tokens, config.memory.budget, tiers=config.memory.tiers())
-        except InfeasibleBudget as error:
-            raise where.error("memory.budget", str(error)) from None
-    elif config.memory.chunk_tokens is not None:
-        chosen = Plan(**config.memory.plan_settings())
-    else:
+    chosen = make_plan(model, config, where)
+    if chosen is None:
         raise where.error("memory", "neither memory.budget nor memory.chunk_tokens is set, so nothing is streamed; set one of them")
-    footprint = measure_model(model)
+    try:
+        footprint = measure_model(model)
+    except ValueError as error:
+        raise where.error("model", f"{error}; train it without the section memory") from None
     phases = step_memory(footprint, chosen, tokens)
     taken = held_beside_model(footprint)
     print(f"{tokens} tokens in chunks of {chosen.chunk_tokens}; segments of {chosen.segment_layers} layers")
@@ -42,11 +38,6 @@ def run(config_path: str, overrides: Sequence[str]) -> int:
         print(f"  {format_bytes(size):>10}  {name}")
     total = top.total + taken
     print(f"  {format_bytes(total):>10}  in all" + (f", of {config.memory.budget}" if config.memory.budget else ""))
-    if chosen.offload is not None:
-        print("\nwhat leaves the device (share on the host, share on disk):")
-        for what in SPLITS:
-            split = chosen.offload.split(what, 0)
-            print(f"  {what:10} {split.host:.2f}  {split.disk:.2f}")
-        for tier, use in tier_use(footprint, chosen, tokens).items():
-            print(f"  {tier:10} holds at most {format_bytes(use.held)}, {format_bytes(use.written)} written a step")
+    if tiers := describe(footprint, chosen, tokens, steps=step_count(config)):
+        print("", *tiers, sep="\n")
     return 0

@@ -11,6 +11,7 @@ from torch import nn
 from longtrain.nn.ends import TokenLoss
 from longtrain.ops.linear_cross_entropy import default_chunk_tokens, footprint_bytes
 from longtrain.plan import Plan
+from longtrain.planner.pretrained import probe_transformers
 from longtrain.stream.footprint import LayerFootprint, probe_layer
 from longtrain.stream.protocol import StreamableLayer
 
@@ -62,15 +63,18 @@ def measure_model(model: nn.Module, optimizer_bytes_per_parameter: int = 8) -> M
         if isinstance(module, nn.ModuleList) and len(module) and all(isinstance(m, StreamableLayer) for m in module)
         for layer in module
     ]
+    footprints = list(map(probe_layer, layers))
+    head = getattr(model, "lm_head", None) if any(isinstance(m, TokenLoss) for m in model.modules()) else None
+    if not layers:
+        layers, footprints, head = probe_transformers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no layers that can be streamed: see longtrain.stream.protocol.StreamableLayer")
     trainable = {id(p): p for p in model.parameters() if p.requires_grad}
     in_layers = {id(p) for layer in layers for p in layer.parameters()}
     others = [p for key, p in trainable.items() if key not in in_layers]
-    head = getattr(model, "lm_head", None) if any(isinstance(m, TokenLoss) for m in model.modules()) else None
     first = next(model.parameters())
     return ModelFootprint(
-        layers=tuple(map(probe_layer, layers)),
+        layers=tuple(footprints),
         parameters=sum(p.nbytes for p in model.parameters()),
         other_gradients=sum(p.nbytes for p in others),
         optimizer=optimizer_bytes_per_parameter * sum(p.numel() for p in trainable.values()),

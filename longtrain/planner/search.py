@@ -1,24 +1,33 @@
-"""The search: the fastest plan whose predicted peak fits the budget, or what to change when none does."""
+"""The search: the fastest plan whose predicted peak fits the budget, or what to change when none does.
+
+For every chunk and segment length, `placement.choose` decides for every layer what of its tensors is stored and where; the fastest of
+those plans that keeps to every budget by the formulas of `cost.py` and `tiers.py` is the plan.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
 from longtrain.offload import DiskSettings
-from longtrain.plan import SPLITS, InfeasibleBudget, Offload, Plan, Split
-from longtrain.planner.cost import ModelFootprint, measure_model, peak, relative_time, step_memory
+from longtrain.plan import SPLITS, STAY, InfeasibleBudget, Offload, Plan, Split
+from longtrain.planner.cost import ModelFootprint, measure_model, peak, step_memory
+from longtrain.planner.placement import Option, Problem, choose, step_seconds
+from longtrain.planner.rates import Rates, layer_seconds, usual_rates
 from longtrain.planner.tiers import tier_use
 from longtrain.units import format_bytes, parse_bytes
 
 CHUNKS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 SEGMENTS = (1, 2, 4, 8)
 FRACTIONS = tuple(i / 20 for i in range(21))
-OFFLOAD_ORDER = ("inputs", "outputs", "kv", "gradients")
-"""Longest alive first: a byte of the first layer's input that leaves is gone for nearly the whole step, one of a gradient for two layers."""
+SHARES = (0.75, 0.5, 0.25, 0.0)
+"""Of a tensor's tokens, that stay on the device where the others leave."""
 
 
 def plan(
@@ -29,6 +38,8 @@ def plan(
     batch: int = 1,
     optimizer_bytes_per_parameter: int = 8,
     tiers: Offload | None = None,
+    rates: Rates | None = None,
+    steps: int | None = None,
 ) -> Plan:
     """The fastest plan for steps of `batch` x `seq_len` tokens within `budget`.
 
@@ -36,120 +47,221 @@ def plan(
 
     budget: bytes, or text such as "72GiB" or "80GB". On a GPU, device memory; on a CPU, resident memory of this process, of which
     what it holds now beside the model (imports, data) counts as taken. `optimizer_bytes_per_parameter`: AdamW's two float32 moments.
-    `tiers`: slower tiers that may be used (`host_bytes`, `disk`, `staging_bytes` of an `lt.Offload`; its splits are chosen here): as
-    little as fits the budget leaves the device, to the host before the disk.
+    `tiers`: slower tiers that may be used (`host_bytes`, `disk`, `staging_bytes` of an `lt.Offload`; its splits are chosen here, layer by
+    layer): what leaves the device is what costs the least time, transfers that hide behind compute none. `rates`: FLOP/s and bytes/s of
+    this machine, usual ones when not given. `steps`: of the run, which `tiers.disk.max_written` is for; one step when not given.
 
     Returns a `Plan` with `predicted_peak`. Raises InfeasibleBudget naming the cheapest changes that fit, ValueError for a model
     without streamable layers or a budget that cannot be read.
     """
-    if seq_len < 1 or batch < 1:
-        raise ValueError(f"seq_len and batch must be at least 1, found {seq_len} and {batch}")
+    if seq_len < 1 or batch < 1 or (steps is not None and steps < 1):
+        raise ValueError(f"seq_len, batch and steps must be at least 1, found {seq_len}, {batch} and {steps}")
     room = parse_bytes(budget)
     footprint = measure_model(model, optimizer_bytes_per_parameter)
     taken = held_beside_model(footprint)
-    found = _fastest(footprint, seq_len, batch, room - taken, tiers)
+    asked = Asked(footprint, seq_len, batch, tiers, rates or usual_rates(footprint.device), steps or 1)
+    found = _fastest(asked, room - taken)
     if found is not None:
         return replace(found, predicted_peak=found.predicted_peak + taken)
-    raise InfeasibleBudget(_what_to_change(footprint, seq_len, batch, room, taken, tiers))
+    raise InfeasibleBudget(_what_to_change(asked, room, taken))
 
 
-def _candidates(model: ModelFootprint, seq_len: int) -> list[Plan]:
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a plan is wanted for."""
+
+    model: ModelFootprint
+    tokens: int
+    batch: int
+    tiers: Offload | None
+    rates: Rates
+    steps: int
+
+    @property
+    def may_write(self) -> float:
+        """Bytes a step."""
+        disk = None if self.tiers is None else self.tiers.disk
+        return inf if disk is None or disk.max_written is None else disk.max_written / self.steps
+
+    def peak(self, plan: Plan) -> int:
+        return peak(step_memory(self.model, plan, self.tokens, self.batch)).total
+
+    def fits_tiers(self, plan: Plan) -> bool:
+        if plan.offload is None:
+            return True
+        use = tier_use(self.model, plan, self.tokens, self.batch)
+        room = 0 if self.tiers.disk is None else self.tiers.disk.budget
+        return use["host"].held <= self.tiers.host_bytes and use["disk"].held <= room and use["disk"].written <= self.may_write
+
+
+def _candidates(model: ModelFootprint, tokens: int) -> list[Plan]:
     # A segment of several layers stores fewer inputs; its layers must all be causal.
     segments = [k for k in SEGMENTS if k <= len(model.layers)] if all(f.causal for f in model.layers) else [1]
-    chunks = [c for c in CHUNKS if c < seq_len] or [seq_len]
-    return [
-        Plan(chunk_tokens=chunk, store_outputs=fraction, segment_layers=k)
-        for k in segments
-        for chunk in chunks
-        for fraction in FRACTIONS
-    ]
+    chunks = [c for c in CHUNKS if c < tokens] or [tokens]
+    return [Plan(chunk_tokens=chunk, store_outputs=0.0, segment_layers=k) for k in segments for chunk in chunks]
 
 
-def _fastest(model: ModelFootprint, seq_len: int, batch: int, room: int, tiers: Offload | None) -> Plan | None:
+def _fastest(asked: Asked, room: int) -> Plan | None:
+    """Without slower tiers, and with them where they are given: their staging may cost more than they free."""
+    tried = []
+    for candidate in _candidates(asked.model, asked.tokens):
+        seconds = layer_seconds(asked.model, asked.tokens, asked.batch, candidate.chunk_tokens, asked.rates)
+        tried += [(sum(forward + backward for forward, backward, _ in seconds), candidate, t) for t in dict.fromkeys((None, asked.tiers))]
     best = None
-    for candidate in _candidates(model, seq_len):
-        fitting = _offloaded_to_fit(model, candidate, seq_len, batch, room, tiers)
-        if fitting is None:
-            continue
-        needed = peak(step_memory(model, fitting, seq_len, batch)).total
-        key = (relative_time(fitting, len(model.layers), seq_len), _moved(model, fitting, seq_len, batch), needed)
-        if best is None or key < best[0]:
-            best = key, replace(fitting, predicted_peak=needed)
+    for at_least, candidate, tiers in sorted(tried, key=lambda entry: entry[0]):
+        if best is not None and best[0] <= at_least:
+            break
+        found = _within(replace(asked, tiers=tiers), candidate, room)
+        if found is not None and (best is None or found[0] < best[0]):
+            best = found
     return None if best is None else best[1]
 
 
-def _offloaded_to_fit(model: ModelFootprint, plan: Plan, seq_len: int, batch: int, room: int, tiers: Offload | None) -> Plan | None:
-    """`plan` with the least offload whose peak fits `room`, or None.
-
-    Tensor after tensor in the order of `OFFLOAD_ORDER` leaves the device, its first tokens first, until the peak fits; what leaves goes to
-    the host while there is room, then to the disk.
-    """
-    if peak(step_memory(model, plan, seq_len, batch)).total <= room:
-        return plan
-    if tiers is None:
-        return None
-    stay = dict.fromkeys(SPLITS, 1.0)
-
-    def attempt() -> Plan | None:
-        return _split(model, plan, seq_len, batch, stay, tiers)
-
-    for what in OFFLOAD_ORDER:
-        for share in reversed(FRACTIONS[:-1]):
-            stay[what] = share
-            tried = attempt()
-            if tried is None:
-                break
-            if peak(step_memory(model, tried, seq_len, batch)).total <= room:
-                return tried
+def _within(asked: Asked, candidate: Plan, room: int) -> tuple[float, Plan] | None:
+    """Seconds and plan of the choice that keeps to all budgets by the formulas, which know a little more than the problem: padding, and
+    that two gradients are never held at once."""
+    problem = _problem(asked, candidate, room)
+    for _ in range(4):
+        choice = choose(problem)
+        if choice is None:
+            return None
+        found = _plan_of(asked, candidate, [options[i].value for options, i in zip(problem.items, choice, strict=True)])
+        needed = asked.peak(found)
+        if needed <= room and asked.fits_tiers(found):
+            return step_seconds(problem, choice), replace(found, predicted_peak=needed)
+        tighter = problem.budgets * 0.98 - max(0, needed - room) * (np.arange(len(problem.budgets)) < len(problem.budgets) // 3)
+        problem = replace(problem, budgets=tighter)
     return None
 
 
-def _split(
-    model: ModelFootprint, plan: Plan, seq_len: int, batch: int, stay: dict[str, float], tiers: Offload
-) -> Plan | None:
-    """`plan` with the `stay` shares on the device and the rest on the host and on disk, or None when these cannot hold it."""
-    for on_host in reversed(FRACTIONS):  # of what leaves, the share that goes to the host
-        if on_host < 1 and tiers.disk is None or on_host > 0 and not tiers.host_bytes:
-            continue
-        splits = {what: Split(device=share, host=(1 - share) * on_host) for what, share in stay.items()}
-        tried = replace(plan, offload=replace(tiers, **splits))
-        use = tier_use(model, tried, seq_len, batch)
-        disk = tiers.disk
-        fits_disk = disk is None or use["disk"].held <= disk.budget and (disk.max_written is None or use["disk"].written <= disk.max_written)
-        if use["host"].held <= tiers.host_bytes and fits_disk:
-            return tried
-    return None
+def _problem(asked: Asked, candidate: Plan, room: int) -> Problem:
+    """The choice of what is stored where, for one chunk and segment length, layer by layer."""
+    model, tokens, batch, rates = asked.model, asked.tokens, asked.batch, asked.rates
+    layers, k, n = model.layers, candidate.segment_layers, tokens * batch
+    chunk = min(candidate.chunk_tokens, tokens)
+    segments = [range(a, min(a + k, len(layers))) for a in range(0, len(layers), k)]
+    S = len(segments)  # moments: the loss, then the backward pass of each segment; stretches: forward of each, then backward of each
+    seconds = layer_seconds(model, tokens, batch, chunk, rates)
+    compute = np.array([sum(seconds[i][part] for i in s) for part in (0, 1) for s in segments])
+    compute[S:] += [sum(seconds[i][2] for i in s) for s in segments]  # outputs that are stored take it off again
+    device = ["device"] + ([] if asked.tiers is None else [t for t, there in (("host", asked.tiers.host_bytes), ("disk", asked.tiers.disk)) if there])
+
+    def option(value, alive: Sequence[int], tier: str, left: float, away: float, moves: Sequence[tuple[int, int, int]], saved=(), times=1) -> Option:
+        """`left` bytes on the device and `away` in `tier` at the moments `alive`; `moves`: (stretch, writes, reads) of what is away."""
+        uses, work, transfer = np.zeros(3 * (S + 1) + 1), np.zeros(2 * S), np.zeros(2 * S)
+        uses[np.array(alive)] += left
+        if tier != "device":
+            uses[np.array(alive) + (S + 1) * (1 + (tier == "disk"))] += away
+            uses[-1] += away * times * (tier == "disk")
+            for stretch, writes, reads in moves:
+                transfer[stretch] += away * (writes / rates.write(tier) + reads / rates.read(tier))
+        for stretch, amount in saved:
+            work[stretch] -= amount
+        return Option(value=value, uses=uses, compute=work, transfer=transfer)
+
+    def places(what: str, layer: int, size: float, alive: Sequence[int], moves: Sequence[tuple[int, int, int]], times: int = 1) -> list[Option]:
+        """All on the device, or a part of it and the rest in one of the tiers."""
+        found = [option((what, layer, STAY, None), alive, "device", size, 0, ())]
+        for tier in device[1:]:
+            for share in SHARES:
+                split = Split(device=share, host=(1 - share) * (tier == "host"))
+                found.append(option((what, layer, split, None), alive, tier, size * share, size * (1 - share), moves, times=times))
+        return found
+
+    items: list[list[Option]] = []
+    every, ends = range(S + 1), layers[-1].x * n
+    for j, s in enumerate(segments):
+        items.append(places("inputs", s[0], layers[s[0]].x * n, [0, *range(j + 1, S + 1)], [(max(j - 1, 0), 1, 0), (j, 0, 1), (S + j, 0, 1)]))
+        for i in s:
+            f, spare = layers[i], seconds[i][2]
+            stored = [option(("outputs", i, STAY, 1.0), [0, *range(j + 1, S + 1)], "device", f.output * n, 0, (), [(S + j, spare)])]
+            full = f.causal and f.carry_tokens(tokens, chunk) >= tokens
+            for share in FRACTIONS[1:-1] if f.causal else ():
+                saved = [(S + j, spare * (1 - (1 - share) ** 2 if full else share))]
+                stored.append(option(("outputs", i, STAY, share), [0, *range(j + 1, S + 1)], "device", f.output * n * share, 0, (), saved))
+                for tier in device[1:] if share * 4 % 1 == 0 else ():
+                    split = Split(host=float(tier == "host"))
+                    moves = [(j, 1, 0), (S + j, 0, 1)]
+                    stored.append(option(("outputs", i, split, share), [0, *range(j + 1, S + 1)], tier, 0, f.output * n * share, moves, saved))
+            for o in places("outputs", i, f.output * n, [0, *range(j + 1, S + 1)], [(j, 1, 0), (S + j, 0, 1)])[1:] if f.causal else ():
+                stored.append(replace(o, value=(*o.value[:3], 1.0), compute=stored[0].compute))
+            items.append([*stored, option(("outputs", i, STAY, 0.0), [0], "device", 0, 0, ())])
+            if f.causal and not full:  # all keys and values of a window lie in the store while its segment runs backward
+                items.append(places("kv", i, f.carry * n, [j + 1], [(S + j, 1, 1)]))
+    items.append(places("gradients", 0, ends, every, [(S + j, 1, 1) for j in range(S)], times=S + 1))
+
+    everything = step_memory(model, candidate, tokens, batch)
+    totals = {phase.name: phase.total for phase in everything}
+    moments = [totals.get("loss", 0), *(totals[f"backward of layers {s[0]} to {s[-1]}"] for s in segments)]
+    counted = sum(options[0].uses[: S + 1] for options in items) - sum(o[0].uses[: S + 1] for o in items if o[0].value[0] == "outputs")
+    staging = 0 if asked.tiers is None else asked.tiers.staging_bytes
+    host, disk = (0, 0) if asked.tiers is None else (asked.tiers.host_bytes, asked.tiers.disk.budget if asked.tiers.disk else 0)
+    budgets = np.array([*(room - staging - np.array(moments) + counted), *[host] * (S + 1), *[disk] * (S + 1), asked.may_write], dtype=float)
+    if not model.vocab_size:
+        budgets[0] = inf
+    return Problem(items=items, budgets=budgets, compute=compute)
 
 
-def _moved(model: ModelFootprint, plan: Plan, seq_len: int, batch: int) -> int:
-    """Bytes that a step writes to slower tiers."""
-    return sum(use.written for use in tier_use(model, plan, seq_len, batch).values())
+def _plan_of(asked: Asked, candidate: Plan, values: Sequence[tuple]) -> Plan:
+    """`candidate` with what was chosen; one value where all layers have the same."""
+    layers, k = len(asked.model.layers), candidate.segment_layers
+    splits = {what: [STAY] * layers for what in SPLITS}
+    stored = [0.0] * layers
+    for what, layer, split, share in values:
+        if what == "outputs":
+            stored[layer] = share
+        last = layers if what == "gradients" else min(layer + k, layers) if what == "inputs" else layer + 1
+        splits[what][layer:last] = [split] * (last - layer)
+    offload = None
+    if asked.tiers is not None and any(split != STAY for own in splits.values() for split in own):
+        offload = replace(asked.tiers, **{what: _one(own) for what, own in splits.items()})
+    return replace(candidate, store_outputs=_one(stored), offload=offload)
 
 
-def _smallest(model: ModelFootprint, seq_len: int, batch: int, tiers: Offload | None) -> tuple[Plan, int]:
-    """The plan with the lowest peak: everything that the tiers hold leaves."""
-    plans = []
-    for i, candidate in enumerate(_candidates(model, seq_len)):
-        tried = None if tiers is None else _split(model, candidate, seq_len, batch, dict.fromkeys(SPLITS, 0.0), tiers)
-        plans += [(peak(step_memory(model, p, seq_len, batch)).total, i, p) for p in (candidate, tried) if p is not None]
-    needed, _, smallest = min(plans, key=lambda entry: entry[:2])
-    return smallest, needed
+def _one(values: Sequence) -> object:
+    return values[0] if len(set(values)) == 1 else tuple(values)
 
 
-def _what_to_change(model: ModelFootprint, seq_len: int, batch: int, room: int, taken: int, tiers: Offload | None) -> str:
-    smallest, needed = _smallest(model, seq_len, batch, tiers)
-    phase = peak(step_memory(model, smallest, seq_len, batch))
+def _least(asked: Asked, candidate: Plan) -> Plan:
+    """`candidate` with all that the tiers hold off the device: to the host as far as it goes, the rest to the disk."""
+    for on_host in reversed(FRACTIONS) if asked.tiers is not None else ():
+        if (on_host == 1 or asked.tiers.disk is not None) and (on_host == 0 or asked.tiers.host_bytes):
+            split = Split(host=on_host)
+            tried = replace(candidate, offload=replace(asked.tiers, **dict.fromkeys(SPLITS, split)))
+            if asked.fits_tiers(tried):
+                return min((candidate, tried), key=asked.peak)
+    return candidate
+
+
+def _smallest(model: ModelFootprint, tokens: int, batch: int, tiers: Offload | None, steps: int = 1) -> tuple[Plan, int]:
+    """The plan with the lowest peak: nothing stored that can be computed, everything that the tiers hold off the device."""
+    asked = Asked(model, tokens, batch, tiers, usual_rates(model.device), steps)
+    plans = [_least(asked, candidate) for candidate in _candidates(model, tokens)]
+    smallest = min(plans, key=asked.peak)
+    return smallest, asked.peak(smallest)
+
+
+def _what_to_change(asked: Asked, room: int, taken: int) -> str:
+    model, tokens, batch, tiers = asked.model, asked.tokens, asked.batch, asked.tiers
+    smallest, needed = _smallest(model, tokens, batch, tiers, asked.steps)
+    phase = peak(step_memory(model, smallest, tokens, batch))
     message = (
-        f"no plan for {batch} x {seq_len} tokens fits {format_bytes(room)}: the smallest needs {format_bytes(needed + taken)} "
-        f"(of which {phase.largest} {format_bytes(phase.items[phase.largest])}, in the {phase.name}); "
-        f"set the budget to {-(-(needed + taken) // 2**20)}MiB"
+        f"no plan for {batch} x {tokens} tokens fits {format_bytes(room)}: the smallest needs {format_bytes(needed + taken)}, "
+        f"{format_bytes(max(0, needed + taken - room))} more (of which {phase.largest} {format_bytes(phase.items[phase.largest])}, in the "
+        f"{phase.name}); set the budget to {-(-(needed + taken) // 2**20)}MiB"
     )
-    if tiers is None:
-        everything = Offload(disk=DiskSettings(path=".", budget=2**62))
-        _, offloaded = _smallest(model, seq_len, batch, everything)
-        if offloaded <= room - taken:
-            message += ", or give it memory.disk or memory.host_budget to use"
-    fits = longest(model, batch, room - taken, seq_len, tiers)
+    endless = Offload(disk=DiskSettings(path=".", budget=2**62), staging_bytes=Offload().staging_bytes if tiers is None else tiers.staging_bytes)
+    offloaded, least = _smallest(model, tokens, batch, endless)
+    if least <= room - taken and offloaded.offload is not None:
+        use = tier_use(model, offloaded, tokens, batch)["disk"]
+        if tiers is None or tiers.disk is None:
+            message += f", or give it memory.disk (of {format_bytes(use.held)}) or memory.host_budget to use"
+        else:
+            if use.held > tiers.disk.budget:
+                message += f", or memory.disk.budget to {-(-use.held // 2**20)}MiB ({format_bytes(use.held - tiers.disk.budget)} more)"
+            if use.written > asked.may_write:
+                message += f", or memory.disk.max_written to {-(-use.written * asked.steps // 2**20)}MiB ({asked.steps} steps)"
+    fits = longest(model, batch, room - taken, tokens, tiers)
     return message + (f", or the sequence length to {fits}" if fits else "; no shorter sequence fits either")
 
 

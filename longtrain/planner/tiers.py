@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from longtrain.offload.regions import padded
-from longtrain.plan import Plan
+from longtrain.plan import SPLITS, Plan
 from longtrain.planner.cost import ModelFootprint
 from longtrain.span import Span, chunk_spans
+from longtrain.units import format_bytes
 
 FP8_SHARE = {2: 0.53, 4: 0.28, 8: 0.14}
 """Bytes of a compressed value with its share of a scale (4 bytes for 128 values), over those of the value, by its item size."""
@@ -63,6 +64,37 @@ def tier_use(model: ModelFootprint, plan: Plan, tokens: int, batch: int = 1) -> 
         ]))  # fmt: skip
     written = _sum([*inputs.values(), *gradients.values(), *outputs, *all_kv])
     return {tier: TierUse(max(moment[tier] for moment in moments), written[tier]) for tier in ("host", "disk")}
+
+
+def describe(model: ModelFootprint, plan: Plan, tokens: int, batch: int = 1, steps: int | None = None) -> list[str]:
+    """Lines for a person: what leaves the device by kind and layer, what each tier holds, what a step and a run of `steps` write to the disk."""
+    if plan.offload is None:
+        return []
+    lines = ["what leaves the device (share on the host, share on disk):"]
+    for what in SPLITS:
+        splits = [plan.offload.split(what, layer) for layer in range(len(model.layers))]
+        starts = [i for i, split in enumerate(splits) if i == 0 or split != splits[i - 1]]
+        for first, after in zip(starts, [*starts[1:], len(splits)], strict=True):
+            split = splits[first]
+            lossy = ", in FP8" if split.compress else ""
+            lines.append(f"  {what:10} {split.host:.2f}  {split.disk:.2f}  layers {first} to {after - 1}{lossy}")
+    uses, disk = tier_use(model, plan, tokens, batch), plan.offload.disk
+    rooms = {"host": plan.offload.host_bytes, "disk": disk.budget if disk else 0}
+    for tier, use in uses.items():
+        if rooms[tier]:
+            lines.append(f"  {tier:10} holds at most {format_bytes(use.held)} of {format_bytes(rooms[tier])}, {format_bytes(use.written)} written a step")
+    if disk is not None:
+        written = uses["disk"].written
+        line = f"  disk wear  {written / 1e12:.4f} TB a step"
+        line += f", {written * steps / 1e12:.2f} TB in {steps} steps" if steps else ""
+        if disk.max_written is None:
+            lines.append(line + "; no limit is set (memory.disk.max_written)")
+        else:
+            line += f", of {disk.max_written / 1e12:.2f} TB allowed (memory.disk.max_written)"
+            most = disk.max_written // written if written else 0
+            worn = steps and written * steps > disk.max_written
+            lines.append(line + (f": reached after {most} steps, then what leaves goes no lower than host memory" if worn else ""))
+    return lines
 
 
 def _sum(sizes: Sequence[Counter]) -> Counter:

@@ -1,7 +1,8 @@
 """The charts of the report as data for `page.js`: what is drawn, in which role, against what. A chart without points is left out.
 
 A role has one colour, dash and marker on the whole page: `measured` what the run itself did, `held-out` what it did on held-out documents,
-`predicted` what the plan said, `limit` what it is held against, `reference` what stands beside it.
+`predicted` what the plan said, `limit` what it is held against, `reference` what stands beside it,
+`compared` the other of two runs.
 """
 
 from __future__ import annotations
@@ -97,35 +98,18 @@ def probes(run: Run) -> list[dict]:
 
 
 def throughput(run: Run) -> dict:
-    return {
-        "id": "throughput",
-        "title": "Throughput",
-        "note": "Tokens of an update over its time: forward, backward and update." + grouped(run),
-        "x": "update",
-        "y": "tokens/s",
-        "digits": 0,
-        "zero": True,
-        "series": [over_steps(run, "measured", "measured", "tokens_per_second")],
-        "marks": length_marks(run),
-    }
+    note = "Tokens of an update over its time: forward, backward and update." + grouped(run)
+    return of_updates(run, "throughput", "Throughput", note, "tokens/s", 0, over_steps(run, "measured", "measured", "tokens_per_second"))
 
 
 def memory(run: Run) -> dict:
     plan = run.first.get("plan") or {}
     bounds = (("predicted by the plan", "predicted", number(plan, "predicted_peak")), ("budget", "limit", number(run.first, "budget_bytes")))
     where = "device memory" if str(run.first.get("device", "")).startswith("cuda") else "resident memory of the process"
-    return {
-        "id": "memory",
-        "title": "Memory",
-        "note": f"Peak of each update ({where}), against the plan." + grouped(run, "largest"),
-        "x": "update",
-        "y": "GiB",
-        "digits": 2,
-        "zero": True,
-        "series": [over_steps(run, "peak of the update", "measured", "peak_bytes", scale=1 / GIB, join=max)],
-        "lines": [{"name": name, "role": role, "y": y / GIB} for name, role, y in bounds if y],
-        "marks": length_marks(run),
-    }
+    note = f"Peak of each update ({where}), against the plan." + grouped(run, "largest")
+    peaks = over_steps(run, "peak of the update", "measured", "peak_bytes", scale=1 / GIB, join=max)
+    lines = [{"name": name, "role": role, "y": y / GIB} for name, role, y in bounds if y]
+    return of_updates(run, "memory", "Memory", note, "GiB", 2, peaks, lines)
 
 
 def learning_rate(run: Run) -> dict:
@@ -135,18 +119,17 @@ def learning_rate(run: Run) -> dict:
 
 def gradient_norm(run: Run) -> dict:
     clip = run.setting("train", "grad_clip")
+    lines = [{"name": "clipped above", "role": "limit", "y": clip}] if clip else []
+    note = "Before clipping." + grouped(run)
+    return of_updates(run, "grad-norm", "Gradient norm", note, "", 3, over_steps(run, "norm", "measured", "grad_norm"), lines)
+
+
+def of_updates(run: Run, name: str, title: str, note: str, unit: str, digits: int, series: dict, lines: Sequence[dict] = ()) -> dict:
+    """One measured value over the updates, from zero."""
     return {
-        "id": "grad-norm",
-        "title": "Gradient norm",
-        "note": "Before clipping." + grouped(run),
-        "x": "update",
-        "y": "",
-        "digits": 3,
-        "zero": True,
-        "series": [over_steps(run, "norm", "measured", "grad_norm")],
-        "lines": [{"name": "clipped above", "role": "limit", "y": clip}] if clip else [],
+        "id": name, "title": title, "note": note, "x": "update", "y": unit, "digits": digits, "zero": True, "series": [series], "lines": list(lines),
         "marks": length_marks(run),
-    }
+    }  # fmt: skip
 
 
 def group_size(run: Run) -> int:

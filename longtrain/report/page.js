@@ -6,6 +6,7 @@ const ROLES = {
   "held-out": { dash: "", marker: "circle" },
   "predicted": { dash: "2 4", marker: "" },
   "limit": { dash: "8 4", marker: "" },
+  "compared": { dash: "6 3", marker: "" },
   "reference": { dash: "1 3", marker: "square" },
 };
 const MARGIN = { top: 26, right: 14, bottom: 38, left: 58 };
@@ -129,8 +130,8 @@ function draw(chart, figure) {
       pen = "L";
       if (p[2]) element("line", { x1: x(p[0]), x2: x(p[0]), y1: y(p[1] - p[2]), y2: y(p[1] + p[2]), stroke: colour, "stroke-width": 1.5 }, svg);
     }
-    element("path", { d: path, class: "series", stroke: colour, "stroke-dasharray": role.dash }, svg);
-    const shown = role.marker || (s.points.length === 1 ? "circle" : "");
+    if (!s.dots) element("path", { d: path, class: "series", stroke: colour, "stroke-dasharray": role.dash }, svg);
+    const shown = s.dots ? "circle" : role.marker || (s.points.length === 1 ? "circle" : "");
     if (shown) for (const p of s.points) if (p[1] !== null) marker(shown, x(p[0]), y(p[1]), colour, svg);
   }
   hover(chart, series, figure, plot, svg, x, box);

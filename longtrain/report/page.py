@@ -26,11 +26,25 @@ def run(directory: str, out: str | None = None) -> int:
 
 def page(found: Run) -> str:
     drawn = charts(found)
-    data = json.dumps(drawn, allow_nan=False).replace("<", "\\u003c")  # no text of the run can end the script
-    figures = "".join(
+    return document(
+        title=f"{found.name}: run report",
+        header=f'<h1>{escape(found.name)}</h1>\n<p class="summary">{escape(sentence(found))}</p>\n{tiles(found)}',
+        notices=notices(found),
+        main=f'<main class="charts">{figures(drawn)}</main>\n<section class="tables">\n{tables(found)}\n</section>',
+        drawn=drawn,
+    )
+
+
+def figures(drawn: Sequence[dict]) -> str:
+    """Where the script draws the charts."""
+    return "".join(
         f'<figure id="{escape(chart["id"])}"><figcaption><h2>{escape(chart["title"])}</h2><p>{escape(chart["note"])}</p></figcaption></figure>'
         for chart in drawn
     )
+
+
+def document(*, title: str, header: str, notices: Iterable[str], main: str, drawn: Sequence[dict], css: str = "", end: str = "") -> str:
+    """A whole page that asks no network. `header`, `main` and `end` (more scripts) are markup, `css` is added to the style of all pages."""
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -38,28 +52,28 @@ def page(found: Run) -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <link rel="icon" href="data:,">
-<title>{escape(found.name)}: run report</title>
+<title>{escape(title)}</title>
 <style>
-{(HERE / "page.css").read_text(encoding="utf-8")}</style>
+{(HERE / "page.css").read_text(encoding="utf-8")}{css}</style>
 </head>
 <body>
 <header>
-<h1>{escape(found.name)}</h1>
-<p class="summary">{escape(sentence(found))}</p>
-{tiles(found)}
+{header}
 </header>
 <noscript><p class="notice">The charts are drawn by the script in this page, and scripts are off. The tables below hold the main figures.</p></noscript>
-{"".join(f'<p class="notice">{escape(text)}</p>' for text in notices(found))}
-<main class="charts">{figures}</main>
-<section class="tables">
-{tables(found)}
-</section>
-<script type="application/json" id="charts">{data}</script>
+{"".join(f'<p class="notice">{escape(text)}</p>' for text in notices)}
+{main}
+<script type="application/json" id="charts">{as_script(drawn)}</script>
 <script>
 {(HERE / "page.js").read_text(encoding="utf-8")}</script>
-</body>
+{end}</body>
 </html>
 """
+
+
+def as_script(data: object) -> str:
+    """JSON that no text in it can end."""
+    return json.dumps(data, allow_nan=False).replace("<", "\\u003c")
 
 
 def tiles(found: Run) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch.func import functional_call
 from longtrain.offload import Stored, TokenStore
 from longtrain.plan import Plan
 from longtrain.span import Span, chunk_spans
+from longtrain.stream.protocol import Spread
 from longtrain.stream.replay import (
     Arguments,
     BareLayer,
@@ -73,6 +74,8 @@ class Call:
     device: torch.device
     check_replay: bool
     progress: Callable[[str, int, int], None] | None
+    spread: Spread | None = None
+    """Set where the sequence is spread over processes."""
     spans: list[Span] = field(init=False)
     parameters: Parameters = field(init=False)
     mixers: list[Sequence[Any]] = field(init=False)
@@ -82,12 +85,12 @@ class Call:
     """What the algorithm (causal or two-pass) keeps between forward and backward."""
 
     def __post_init__(self) -> None:
-        self.spans = chunk_spans(self.tokens, self.plan.chunk_tokens)
+        self.spans = chunk_spans(self.tokens, self.plan.chunk_tokens) if self.spread is None else self.spread.spans
         self.arguments.check(self.tokens)
         self.parameters = Parameters(self.layers)
         whole = self.arguments.on(Span(0, self.tokens))
         with torch.no_grad():
-            self.mixers = [layer.layer.mixers(**whole) for layer in self.layers]
+            self.mixers = [self._over_ranks(i, layer.layer.mixers(**whole)) for i, layer in enumerate(self.layers)]
         self.random = RandomStates(self.device, choices=any(getattr(layer.layer, "chooses", False) for layer in self.layers))
         self.surroundings = Surroundings.capture(self.device)
 
@@ -98,10 +101,28 @@ class Call:
         return call_layer(self.layers[layer], x, arguments, Mix(steps), parameters)
 
     def live_mixers(self, layer: int, replica: Replica) -> Sequence[Any]:
-        """The layer's mixers with their shared tensors (filters) in the graph of the replica's parameters."""
+        """The layer's mixers with their shared tensors (filters) in the graph of the replica's parameters; all else, such as the seed of
+        dropout, is as the forward pass had it."""
+        if not any(getattr(mixer, "shared", ()) for mixer in self.mixers[layer]):
+            return self.mixers[layer]
         arguments = self.arguments.on(Span(0, self.tokens), replica.leaves)
         module = LayerMixers(self.layers[layer].layer)
-        return functional_call(module, self.parameters.named(layer, replica.parameters), (arguments,))
+        live = functional_call(module, self.parameters.named(layer, replica.parameters), (arguments,))
+        pairs = zip(self.mixers[layer], live, strict=True)
+        return [mixer.with_shared(*made.shared) if getattr(mixer, "shared", ()) else mixer for mixer, made in pairs]
+
+    def kept(self, what: Literal["outputs", "kv"], layer: int) -> Span:
+        """The tokens of a layer whose mixer outputs, or keys and values, are kept. Processes that share a sequence keep whole chunks, the same ones."""
+        stored = self.plan.stored_outputs if what == "outputs" else self.plan.stored_kv
+        if self.spread is None:
+            return stored(self.indices[layer], self.tokens)
+        first = stored(self.indices[layer], len(self.spans)).start
+        return Span(self.spans[first].start if first < len(self.spans) else self.tokens, self.tokens)
+
+    def _over_ranks(self, layer: int, mixers: Sequence[Any]) -> Sequence[Any]:
+        if self.spread is None:
+            return mixers
+        return [self.spread.mixer(mixer, self.indices[layer], place) for place, mixer in enumerate(mixers)]
 
     def announce(self, order: Iterable[tuple[Sequenced, Span]]) -> None:
         """Tell the store what will be asked of it, in order."""
@@ -137,6 +158,12 @@ class Replica:
         """Add the gradients of `wanted`."""
         for slot, grad in zip(self._slots, grads, strict=True):
             self._sums.add(slot, grad)
+
+    def add_made(self, made: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+        """Add what the gradients of tensors made of parameters (filters) come to, where they are."""
+        pairs = [(t, g.to(t.dtype)) for t, g in zip(made, grads, strict=True) if t.requires_grad]
+        if pairs and self.wanted:
+            self.add(torch.autograd.grad([t for t, _ in pairs], self.wanted, [g for _, g in pairs], allow_unused=True))
 
     def gradients(self) -> list[Tensor | None]:
         """The sums, in the order and form in which the autograd Function returns them."""

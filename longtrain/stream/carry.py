@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from longtrain.ops.attention import attention, attention_backward, merge_attention
-from longtrain.ops.mixers import AttentionMixer
+from longtrain.ops.attention import merge_attention
+from longtrain.ops.mixers import AttentionMixer, LongConvMixer
 from longtrain.span import Span
+from longtrain.stream.conv_carry import ConvCarry
 from longtrain.stream.protocol import CarrySpec, KVBlock
-from longtrain.stream.sliding import Sliding
+from longtrain.stream.sliding import Sliding, first_needed
 
 
 def kv_carry_spec(kv_heads: int, head_dim: int, value_dim: int, dtype: torch.dtype) -> CarrySpec:
@@ -37,8 +37,7 @@ class KVCarry:
 
     def __init__(self, mixer: AttentionMixer, spans: Sequence[Span]) -> None:
         self.mixer, tokens = mixer, spans[-1].stop if spans else 0
-        starts = [span.start for span in spans]
-        self._first_needed = {span.stop: starts[bisect_right(starts, mixer.keys_for(span).start) - 1] for span in spans}
+        self._first_needed = first_needed(spans, mixer.keys_for)
         reach = max((stop - first for stop, first in self._first_needed.items()), default=0)
         self.slides = reach < tokens
         self._k_BSKD, self._v_BSKD, self._dk_BSKD, self._dv_BSKD = (Sliding(reach, tokens) for _ in range(4))
@@ -73,37 +72,38 @@ class KVCarry:
         if stored is not None:
             return stored
         merged = None
-        for block in self.blocks(span):
-            arguments = self.mixer.arguments(span, block.span)
-            part = attention(q_BCHD, block.k_BSKD, block.v_BSKD, **arguments, return_lse=True)
+        for block in self.blocks(span):  # a sink is one more key: of the first block
+            part = self.mixer.attend(span, block.span, q_BCHD, block.k_BSKD, block.v_BSKD, with_sinks=merged is None)
             merged = part if merged is None else merge_attention(*merged, *part)
         out_BCHD, lse_BCH = merged
         return out_BCHD.to(q_BCHD.dtype), lse_BCH  # merges are wide
 
-    def mix_vjp(self, span: Span, q_BCHD: Tensor, out_BCHD: Tensor, lse_BCH: Tensor, dout_BCHD: Tensor) -> Tensor:
+    def mix_vjp(
+        self, span: Span, q_BCHD: Tensor, out_BCHD: Tensor | None, lse_BCH: Tensor, dout_BCHD: Tensor, delta_BCH: Tensor | None = None
+    ) -> Tensor:
+        """`delta_BCH` may stand for `out_BCHD`, as in `AttentionMixer.attend_vjp`."""
         self._extend_adjoints(span)
         dq_BCHD = None
         for block in self.blocks(span):
-            arguments = self.mixer.arguments(span, block.span)
-            part = attention_backward(
-                dout_BCHD, q_BCHD, block.k_BSKD, block.v_BSKD, out_BCHD, lse_BCH, dk=block.dk_BSKD, dv=block.dv_BSKD, **arguments
+            part = self.mixer.attend_vjp(
+                span, block.span, dout_BCHD, q_BCHD, block.k_BSKD, block.v_BSKD, out_BCHD, lse_BCH,
+                dk=block.dk_BSKD, dv=block.dv_BSKD, with_sinks=dq_BCHD is None, delta=delta_BCH,
             )
             dq_BCHD = part if dq_BCHD is None else dq_BCHD + part
         return dq_BCHD
 
-    def take_grad(self, span: Span) -> tuple[Tensor, Tensor]:
-        return self._dk_BSKD[span].to(self._k_BSKD[span].dtype), self._dv_BSKD[span].to(self._v_BSKD[span].dtype)
+    def take_grad(self, span: Span, *, wide: bool = False) -> tuple[Tensor, Tensor]:
+        """With `wide` the sums as they are, for who adds more to them."""
+        dk, dv = self._dk_BSKD[span], self._dv_BSKD[span]
+        return (dk, dv) if wide else (dk.to(self._k_BSKD[span].dtype), dv.to(self._v_BSKD[span].dtype))
 
     def _extend_adjoints(self, span: Span) -> None:
         """Zeros for the keys that the queries of `span` are the last to see."""
         for adjoint, values in ((self._dk_BSKD, self._k_BSKD), (self._dv_BSKD, self._v_BSKD)):
-            stop = span.stop if adjoint.held is None else adjoint.held.start
-            new = Span(min(self.mixer.keys_for(span).start, stop), stop)
-            if len(new):
-                adjoint.prepend(new, torch.zeros_like(values[new], dtype=self.spec.adjoint_dtype), span.stop)
+            adjoint.extend(self.mixer.keys_for(span), values[span], self.spec.adjoint_dtype)
 
 
-CARRIES = {AttentionMixer: KVCarry}
+CARRIES = {AttentionMixer: KVCarry, LongConvMixer: ConvCarry}
 """Which carry streams which mixer. A mixer of the user's own brings ``make_carry(spans)`` and ``causal = True`` instead."""
 
 
@@ -116,6 +116,7 @@ def make_carry(mixer, spans: Sequence[Span]):
     return CARRIES[type(mixer)](mixer, spans)
 
 
-def is_causal(mixer) -> bool:
+def is_causal(mixer, chunk_tokens: int) -> bool:
     """Whether a mixer streams by span with a carry; otherwise it needs two passes."""
-    return (hasattr(mixer, "make_carry") or type(mixer) in CARRIES) and mixer.causal
+    short = getattr(mixer, "streams_by_span", None)
+    return (hasattr(mixer, "make_carry") or type(mixer) in CARRIES) and mixer.causal and (short is None or short(chunk_tokens))

@@ -15,7 +15,6 @@ Cost, with A = attention forward and N = token-local forward of the segment, b =
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 
@@ -31,7 +30,7 @@ def forward(call: Call, x: Sequenced, y: Sequenced, *, keep: bool) -> None:
         hidden = x.get(span) if keep else x.take(span)
         with call.random.recorded(span):
             for layer, mixer_states in enumerate(states):
-                hidden = call.run(layer, span, hidden, [partial(state.forward, span, keep=keep) for state in mixer_states])
+                hidden = call.run(layer, span, hidden, [state.step(state.forward, span, keep=keep) for state in mixer_states])
         y.put(span, hidden)
     if keep:
         for state in _all(states):
@@ -48,11 +47,18 @@ def backward(call: Call, replica: Replica, x: Sequenced, dy: Sequenced, dx: Sequ
         leaf = hidden = x.take(span).detach().requires_grad_(want_dx)
         with call.random.restored(span), call.surroundings.restored(), torch.enable_grad():
             for layer, mixer_states in enumerate(call.states):
-                steps = [partial(state.replay, span) for state in mixer_states]
+                steps = [state.step(state.replay, span) for state in mixer_states]
                 hidden = call.run(layer, span, hidden, steps, replica)
         dleaf = vjp(hidden, dy.take(span), leaf, replica)
         if want_dx:
             dx.put(span, dleaf)
+    for layer, mixer_states in enumerate(call.states):
+        if any(hasattr(state.carry, "shared_grads") for state in mixer_states):
+            with call.surroundings.restored(), torch.enable_grad():
+                mixers = call.live_mixers(layer, replica)
+            for mixer, state in zip(mixers, mixer_states, strict=True):
+                if hasattr(state.carry, "shared_grads"):
+                    replica.add_made(mixer.shared, state.carry.shared_grads())
     call.states = None
 
 
@@ -70,7 +76,7 @@ def _restore(call: Call, replica: Replica, x: Sequenced) -> None:
             hidden = x.get(span)
             try:
                 for layer, mixer_states in enumerate(call.states):
-                    steps = [partial(s.restore, span, stop=s is states[last]) for s in mixer_states]
+                    steps = [s.step(s.restore, span, stop=s is states[last]) for s in mixer_states]
                     hidden = call.run(layer, span, hidden, steps, replica)
             except Enough:
                 continue

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding as embed
 
-from longtrain.span import Span, chunk_spans
+from longtrain.span import Span
 from longtrain.stream.boundary import Boundary
 from longtrain.stream.replay import delivered
 from longtrain.stream.segment import Chain
@@ -24,7 +24,7 @@ def streamed_token_embed(input_ids_BT: Tensor, embedding: nn.Embedding, *, chain
     weight_VE = embedding.weight
     shape = torch.Size((*input_ids_BT.shape, weight_VE.shape[1]))
     boundary = chain.new_boundary(0, shape, weight_VE.device)
-    spans = chunk_spans(input_ids_BT.shape[1], chain.plan.chunk_tokens)
+    spans = chain.spans(input_ids_BT.shape[1])
     stand_in = _Embed.apply(weight_VE, input_ids_BT, boundary, spans)
     chain.boundary, chain.from_ids, chain.to_loss = boundary, True, to_loss
     return stand_in

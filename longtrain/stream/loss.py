@@ -52,7 +52,7 @@ def streamed_token_loss(
     streams = chain is not None and chain.boundary is not None
     boundary = chain.take_boundary(hidden_BTE, "the loss") if streams else None
     batch, tokens = hidden_BTE.shape[:2]
-    spans = chunk_spans(tokens, tokens or 1) if boundary is None else chunk_spans(tokens, chain.plan.chunk_tokens)
+    spans = chunk_spans(tokens, tokens or 1) if boundary is None else chain.spans(tokens)
     check_targets(targets_BT, head.out_features, options.ignore_index)
     norm_parameters = dict(norm.named_parameters())
     wide = torch.promote_types(hidden_BTE.dtype, torch.float32)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ class MixerState:
     `replay`. What is kept by the plan is the last part of the outputs (`keep_outputs`) and of what the carry was given (`keep_written`).
     """
 
+    mixer: Any
     new_carry: Callable[[], Carry]
     carry: Carry | None
     spans: list[Span]
@@ -50,23 +52,29 @@ class MixerState:
     def make(cls, call: Call, layer: int, mixer) -> MixerState:
         index, plan, tokens = call.indices[layer], call.plan, call.tokens
         new_carry = partial(make_carry, mixer, call.spans)
-        carry, keep_written = new_carry(), plan.stored_kv(index, tokens)
+        carry, keep_written = new_carry(), call.kept("kv", layer)
         slides = getattr(carry, "slides", False)
         place_kv, place_outputs = plan.place("kv", index, tokens), plan.place("outputs", index, tokens)
         place_lse = None if place_outputs is None else (lambda span: replace(place_outputs(span), compress=False))
         return cls(
+            mixer=mixer,
             new_carry=new_carry,
             carry=carry,
             spans=call.spans,
-            keep_outputs=plan.stored_outputs(index, tokens),
+            keep_outputs=call.kept("outputs", layer),
             keep_written=keep_written,
             outputs=Stored(call.store, f"layer {index} mixer output", place_outputs),
             lses=Stored(call.store, f"layer {index} LSE", place_lse),
             new_written=lambda name: Stored(call.store, f"layer {index} {name}", place_kv),
-            hand_over=keep_written.start == 0 and not slides and place_kv is None,
+            hand_over=keep_written.start == 0 and not slides and place_kv is None and getattr(carry, "hands_over", True),
             slides=slides,
             seen={} if call.check_replay else None,
         )
+
+    def step(self, run: Callable[..., Tensor], *args, **settings) -> Callable[..., Tensor]:
+        """What the layer calls as `mix`: one of the methods below, inside of what of the mixer is token-local."""
+        run, carried = partial(run, *args, **settings), getattr(self.mixer, "carried", None)
+        return run if carried is None else partial(carried, run)
 
     def forward(self, span: Span, q: Tensor, *written: Tensor, keep: bool) -> Tensor:
         if self.seen is not None:

@@ -87,3 +87,16 @@ class Carry(Protocol):
 
     def written(self, span: Span) -> tuple[Tensor, ...]:
         """What `append` took for a span, to store it (kind "append" only)."""
+
+    # Of a mixer with `shared` tensors (filters) also: shared_grads() -> their gradients, once every span had its turn. Such a mixer's
+    # `carried(mix, *inputs)` calls `mix(q, *written)` and does by itself what of it is token-local (gates).
+
+
+class Spread(Protocol):
+    """A sequence that is spread over processes, as the engine of one of them sees it: it runs on the tokens that this process holds."""
+
+    spans: list[Span]
+    """Where each chunk stands among those tokens: as many on every process, none of them empty."""
+
+    def mixer(self, mixer: Any, layer: int, place: int) -> Any:
+        """What mixes over the processes as `mixer`, the one of number `place` of a layer, does alone."""

@@ -15,10 +15,12 @@ from torch.autograd.function import once_differentiable
 
 from longtrain.offload import TokenStore, version_of
 from longtrain.plan import Plan
+from longtrain.span import Span, chunk_spans
 from longtrain.stream import causal, twopass
 from longtrain.stream.boundary import Boundary, Enter, Leave
 from longtrain.stream.call import Call, Replica, WholeTensor
 from longtrain.stream.carry import is_causal
+from longtrain.stream.protocol import Spread
 from longtrain.stream.replay import Arguments, BareLayer
 
 Progress = Callable[[str, int, int], None]
@@ -41,6 +43,12 @@ class Chain:
         """Whether this pass ends in the streamed loss, which takes the last boundary."""
         self.unfinished: Segment | None = None
         """The segment whose first layer has run it, and whose other layers have not yet been called."""
+        self.spread: Callable[[], Spread] | None = None
+        """How the sequence of the present pass is spread over processes, where it is."""
+
+    def spans(self, tokens: int) -> list[Span]:
+        """The chunks of a sequence, or of what this process holds of it."""
+        return chunk_spans(tokens, self.plan.chunk_tokens) if self.spread is None else self.spread().spans
 
     def new_boundary(self, layer: int, shape: torch.Size, device: torch.device) -> Boundary:
         return Boundary(self.store, self.plan, layer, shape, device)
@@ -87,6 +95,7 @@ class Segment:
             device=x.device,
             check_replay=chain.check_replay,
             progress=chain.progress,
+            spread=None if chain.spread is None else chain.spread(),
         )
         tensors = [call.arguments.leaves[i] for i in call.arguments.differentiable] + call.parameters.tensors
         into = out_of = None
@@ -183,4 +192,4 @@ class _StreamedSegment(torch.autograd.Function):
 
 
 def _algorithm(call: Call):
-    return causal if all(is_causal(mixer) for mixers in call.mixers for mixer in mixers) else twopass
+    return causal if all(is_causal(mixer, call.plan.chunk_tokens) for mixers in call.mixers for mixer in mixers) else twopass

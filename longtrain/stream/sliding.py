@@ -6,6 +6,9 @@ chunk's attention is one call of the kernel.
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -13,6 +16,12 @@ from longtrain.span import Span
 
 SLACK = 4
 """A buffer is 1 / SLACK longer than what it must hold, so that its tokens are moved once in several chunks."""
+
+
+def first_needed(spans: Sequence[Span], keys_for: Callable[[Span], Span]) -> dict[int, int]:
+    """By the end of each chunk: the start of the first chunk that it sees."""
+    starts = [span.start for span in spans]
+    return {span.stop: starts[bisect_right(starts, keys_for(span).start) - 1] for span in spans}
 
 
 def capacity(reach: int, tokens: int) -> int:
@@ -49,6 +58,13 @@ class Sliding:
             self._keep(self.held & Span(0, needed_to), origin=needed_to - self._capacity)
         self.held = Span(span.start, self.held.stop)
         self[span].copy_(part)
+
+    def extend(self, span: Span, like: Tensor, dtype: torch.dtype) -> None:
+        """Zeros, in the shape of tokens of `like`, for those of `span` that come before what is held."""
+        stop = span.stop if self.held is None else self.held.start
+        new = Span(min(span.start, stop), stop)
+        if len(new):
+            self.prepend(new, like.new_zeros(like.shape[0], len(new), *like.shape[2:], dtype=dtype), span.stop)
 
     def __getitem__(self, span: Span) -> Tensor:
         """A view of tokens that are held."""

@@ -74,7 +74,7 @@ def backward(call: Call, replica: Replica, x: Sequenced, dy: Sequenced, dx: Sequ
 
 def _keeps_outputs(call: Call) -> bool:
     """A mixer that sees the future has no last tokens: its output is kept whole (store_outputs = 1) or not at all."""
-    return call.plan.stored_outputs(call.indices[0], call.tokens) == Span(0, call.tokens)
+    return call.kept("outputs", 0) == Span(0, call.tokens)
 
 
 def _pass(
@@ -174,7 +174,5 @@ def _mix_whole_vjp(mixer, inputs: Sequence[Tensor], dout: Tensor, replica: Repli
             out = part.with_shared(*leaves[len(inputs) :])(*leaves[: len(inputs)])
         for total, grad in zip((*dpart_inputs, *dpart.shared), torch.autograd.grad(out, leaves, dout[:, :, index]), strict=True):
             total += grad
-    made = [(t, d) for t, d in zip(mixer.shared, dshared, strict=True) if t.requires_grad]
-    if made and replica.wanted:
-        replica.add(torch.autograd.grad([t for t, _ in made], replica.wanted, [d for _, d in made], allow_unused=True))
+    replica.add_made(mixer.shared, dshared)
     return dinputs

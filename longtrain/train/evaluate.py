@@ -7,12 +7,13 @@ from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 import torch
+from torch import nn
 
 from longtrain.config import Config, Locations
 from longtrain.config.schema import EvalConfig
 from longtrain.data.packing import PackedDocuments, check_ids
-from longtrain.nn import LanguageModel
 from longtrain.span import IGNORE_INDEX, Layout
+from longtrain.train.calls import row_loss, vocabulary
 from longtrain.train.console import StepBar
 from longtrain.train.probes import ASKED, SHORTEST, ProbeResult, check_distance, run_probe
 
@@ -59,14 +60,14 @@ def _means(part: dict) -> str:
 
 
 def evaluate(
-    model: LanguageModel, config: Config, validation: PackedDocuments, rows: Sequence[int], device: torch.device, bar: StepBar
+    model: nn.Module, config: Config, validation: PackedDocuments, rows: Sequence[int], device: torch.device, bar: StepBar
 ) -> Evaluation:
     """Loss and probes, as the config says."""
     found = validate(model, validation, rows, device, bar, config.eval)
     return replace(found, probes=run_probes(model, config, validation, device))
 
 
-def run_probes(model: LanguageModel, config: Config, validation: PackedDocuments, device: torch.device) -> list[ProbeResult]:
+def run_probes(model: nn.Module, config: Config, validation: PackedDocuments, device: torch.device) -> list[ProbeResult]:
     """Every probe at every distance. Needles hide in validation text; the tokens in use are those of that text."""
     if not config.eval.probes:
         return []
@@ -120,7 +121,7 @@ def position_edges(first: int, tokens: int) -> list[int]:
 
 @torch.no_grad()
 def validate(
-    model: LanguageModel,
+    model: nn.Module,
     validation: PackedDocuments,
     rows: Sequence[int],
     device: torch.device,
@@ -135,12 +136,11 @@ def validate(
     by_source: dict[str, _Sums] = {}
     for row in rows:
         batch = validation.read_row(row)
-        check_ids(batch, model.config.vocab_size)
+        check_ids(batch, vocabulary(model))
         layout = Layout.make(validation.seq_len, batch.cu_seqlens)
         scored_T = (layout.next_token_targets(batch.labels_BT)[0] != IGNORE_INDEX).numpy()
         bucket_T = np.searchsorted(edges, layout.positions().numpy(), side="right") - 1
-        batch = batch.to(device)
-        losses_BT = model(batch.input_ids_BT, labels=batch.labels_BT, cu_seqlens=batch.cu_seqlens, reduction="none").loss
+        losses_BT = row_loss(model, batch.to(device), reduction="none")
         loss_T = losses_BT[0].double().cpu().numpy()
         by_position.add(bucket_T[scored_T], loss_T[scored_T])
         for source, start, stop in zip(batch.sources, layout.edges, layout.edges[1:], strict=False):  # padding, if any, comes last

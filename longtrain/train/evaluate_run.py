@@ -8,17 +8,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 
-import longtrain as lt
 from longtrain.config import load_config
+from longtrain.config.hf import HfModelConfig
 from longtrain.data.loader import open_data, pack, validation_rows
-from longtrain.nn import LanguageModel
 from longtrain.train import checkpoint as on_disk
 from longtrain.train import output
 from longtrain.train.console import StepBar
 from longtrain.train.evaluate import check_probes, evaluate
 from longtrain.train.output import EVALUATION, RunError, write_whole
-from longtrain.train.prepare import choose_device, make_plan, set_rotary, stage_at
+from longtrain.train.prepare import build_model, choose_device, make_plan, stage_at, stream
+from longtrain.train.state import load_checkpoint_weights
 from longtrain.train.weights import load_weights
 
 
@@ -37,13 +38,17 @@ def run(run_or_config: str, overrides: Sequence[str]) -> int:
         torch.set_num_threads(config.train.threads)
     validation = pack(open_data(config.data)[1], config.data.seq_len, config.data)
 
-    model = LanguageModel(config.model).to(device, getattr(torch, config.train.dtype))
-    print(f"weights {read_weights(model, directory)}")
-    set_rotary(model, stage_at(config, config.train.steps))
+    torch.manual_seed(config.train.seed)  # frozen weights may be drawn with it
+    model, set_rotary, _ = build_model(config, where)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(device, getattr(torch, config.train.dtype))
+    model.to(device)
+    print(f"weights {read_weights(model, directory, is_hf=isinstance(config.model, HfModelConfig))}")
+    set_rotary(stage_at(config, config.train.steps))
     plan = make_plan(model, config, where)
     bar = StepBar(sys.stdout)
     if plan is not None:
-        report = lt.apply(model, plan)
+        report = stream(model, plan, where)
         if bar.shown:
             report.on_progress(bar.span_done)
     rows = validation_rows(validation, config.train.validation_tokens)
@@ -55,11 +60,12 @@ def run(run_or_config: str, overrides: Sequence[str]) -> int:
     return 0
 
 
-def read_weights(model: LanguageModel, directory: Path) -> Path:
-    """Fill `model` from a run's final weights, or its newest whole checkpoint; returns which. Raises RunError."""
+def read_weights(model: nn.Module, directory: Path, *, is_hf: bool) -> Path:
+    """Fill `model` from a run's final weights (of transformers' models always from a checkpoint), or its newest whole checkpoint; returns
+    which. Raises RunError."""
     path: Path | None = directory / output.WEIGHTS
     try:
-        if path.exists():
+        if not is_hf and path.exists():
             load_weights(model, path)
             return path
         checkpoints = directory / output.CHECKPOINTS
@@ -70,21 +76,3 @@ def read_weights(model: LanguageModel, directory: Path) -> Path:
     except ValueError as error:
         raise RunError(str(error)) from None
     return path
-
-
-def load_checkpoint_weights(model: LanguageModel, checkpoint: Path) -> None:
-    """Fill `model` with the float32 weights of a checkpoint. Raises ValueError where their names or shapes are others."""
-    shapes = on_disk.read_facts(checkpoint)["tensors"]
-    stored = {n.removeprefix(p): n for p in ("weights.", "model.") for n in shapes if n.startswith(p)}
-    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    for name in sorted(own.keys() | stored.keys()):
-        theirs = shapes[stored[name]] if name in stored else "nothing"
-        ours = list(own[name].shape) if name in own else "nothing"
-        if theirs != ours:
-            raise ValueError(f"{checkpoint} has {theirs} for {name}, where the model section makes {ours}; make it describe these weights")
-    held = {key: torch.empty(shapes[key]) for key in stored.values()}
-    with on_disk.one_process():
-        on_disk.read_tensors(checkpoint, held)
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(held[stored[name]])

@@ -4,27 +4,57 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from longtrain.data.packing import Batch
-from longtrain.nn import ModelConfig
+from longtrain.train.calls import is_transformers
 
-RULE = "6 x matrix parameters x tokens + 12 x heads x head dim x visible query-key pairs; nothing recomputed is counted"
+RULE = "6 x matrix parameters x tokens (4 x frozen ones) + 12 x heads x head dim x visible query-key pairs; nothing recomputed is counted"
 
 
-def update_flops(config: ModelConfig, batches: Sequence[Batch]) -> float:
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What RULE needs to know of a model."""
+
+    parameters: float
+    """Matrix parameters that a token meets: of experts, those of as many as it is sent to."""
+    attention: tuple[tuple[int, int | None], ...]
+    """Of each layer: heads times head dim, and the tokens that a query sees (None: all)."""
+    trained: bool = True
+    """Whether the matrices have gradients: without (LoRA) their backward pass is as much work as their forward pass, not twice."""
+
+
+def costs_of(model: nn.Module) -> Costs:
+    """Of longtrain's own model, or of one of transformers by what its configuration says."""
+    if not is_transformers(model):
+        config = model.config
+        width, head_dim = config.hidden_size, config.resolved_head_dim
+        layer = 2 * width * head_dim * (config.num_heads + config.num_kv_heads) + 3 * width * config.intermediate_size
+        windows = (config.layer_window(i) for i in range(config.num_layers))
+        return Costs(config.num_layers * layer + config.vocab_size * width, tuple((config.num_heads * head_dim, w) for w in windows))
+    text = model.config.get_text_config()
+    embedding, head = (getattr(module, "weight", None) for module in (model.get_input_embeddings(), model.get_output_embeddings()))
+    chosen = getattr(text, "num_experts_per_tok", None) or 1
+    base = [p for name, p in model.named_parameters() if ".lora_" not in name]
+    met = [p.numel() * (min(1, chosen / p.shape[0]) if p.ndim == 3 else 1) for p in base if p.ndim >= 2 and (p is not embedding or p is head)]
+    features = text.num_attention_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+    kinds = getattr(text, "layer_types", None) or ["sliding_attention"] * text.num_hidden_layers
+    attention = tuple((features, window if kind == "sliding_attention" else None) for kind in kinds if kind.endswith("attention"))
+    return Costs(sum(met), attention, trained=any(p.requires_grad for p in base))
+
+
+def update_flops(costs: Costs, batches: Sequence[Batch]) -> float:
     """FLOPs of one update by RULE: forward 2 a parameter and token, 4 D a head and pair (scores, and their product with the values),
     backward twice that. Pairs are those that causality, windows and documents leave; padding counts as tokens.
     """
     tokens = sum(b.input_ids_BT.numel() for b in batches)
-    width, head_dim = config.hidden_size, config.resolved_head_dim
-    attention = 2 * width * head_dim * (config.num_heads + config.num_kv_heads)
-    layer = attention + 3 * width * config.intermediate_size
-    parameters = config.num_layers * layer + config.vocab_size * width
     lengths = [int(n) for b in batches for n in b.cu_seqlens.diff()]
-    pairs = sum(visible_pairs(n, config.layer_window(layer)) for layer in range(config.num_layers) for n in lengths)
-    return 6.0 * parameters * tokens + 12.0 * config.num_heads * head_dim * pairs
+    pairs = sum(features * visible_pairs(n, window) for features, window in costs.attention for n in lengths)
+    return (6.0 if costs.trained else 4.0) * costs.parameters * tokens + 12.0 * pairs
 
 
 def visible_pairs(tokens: int, window: int | None) -> int:

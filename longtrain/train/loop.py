@@ -30,13 +30,13 @@ from longtrain.train.metrics import Metrics, check_extras, open_sinks, rewind
 from longtrain.train.output import RunError, write_whole
 from longtrain.train.peak_memory import read_peak, reset_peak
 from longtrain.train.plot import plot_run
-from longtrain.train.prepare import Setup, describe, prepare, remaining_tokens, set_rotary, stage_at
+from longtrain.train.prepare import Setup, describe, prepare, remaining_tokens, save_model, stage_at
 from longtrain.train.provenance import provenance
 from longtrain.train.resume import begins_anew, changed_settings, check_facts, find_checkpoint
 from longtrain.train.saving import Saved, Saver
 from longtrain.train.schedule import learning_rate
 from longtrain.train.spike import MOST_IN_A_ROW, SpikeGuard
-from longtrain.train.state import describe_tensors, random_states, restore_state, state_tensors
+from longtrain.train.state import describe_tensors, frozen_sum, random_states, restore_state, state_tensors
 from longtrain.train.step import NotFinite, gradients
 from longtrain.train.stop import Stop, Stopped
 from longtrain.units import format_time, parse_bytes
@@ -88,6 +88,7 @@ class Trainer:
     def begin(self) -> None:
         """Find where to go on from, put the run into that state, open the metrics."""
         describe(self.setup)
+        self.frozen = frozen_sum(self.setup.model)
         anew = begins_anew(self.config, self.where)
         checkpoint, notes = find_checkpoint(self.config, self.where, anew)
         say("resume", notes)
@@ -104,7 +105,7 @@ class Trainer:
     def restore(self, checkpoint: Path) -> dict:
         """Go back to the state in `checkpoint`; returns what the metrics should hold of it."""
         facts = read_facts(checkpoint)
-        check_facts(facts, self.setup.loader.fingerprint, checkpoint, self.config, self.where)
+        check_facts(facts, self.setup.loader.fingerprint, self.frozen, checkpoint, self.config, self.where)
         try:
             restore_state(checkpoint, self.setup.model, self.setup.optimizer)
         except ValueError as error:
@@ -171,7 +172,7 @@ class Trainer:
         config, setup, model, optimizer = self.config, self.setup, self.setup.model, self.setup.optimizer
         started, step = time.monotonic(), self.done + 1
         reset_peak(setup.device)
-        set_rotary(model, stage_at(config, self.done))
+        setup.set_rotary(stage_at(config, self.done))
         batches = setup.loader.update(self.done)
         seq_len, tokens = batches[0].input_ids_BT.shape[1], sum(b.input_ids_BT.numel() for b in batches)
         self.bar.begin(f"step {step}/{config.train.steps}", seq_len, len(batches))
@@ -191,7 +192,7 @@ class Trainer:
             seconds = time.monotonic() - started
             self.slowest[seq_len] = max(seconds, self.slowest.get(seq_len, 0.0))
             measured = {"seq_len": seq_len, "loss": loss, "grad_norm": float(norm), "lr": lr, "tokens_per_second": tokens / seconds}
-            measured["mfu"] = update_flops(config.model, batches) / seconds / setup.flop_rate
+            measured["mfu"] = update_flops(setup.costs, batches) / seconds / setup.flop_rate
             measured["peak_bytes"] = read_peak(setup.device)
             eta = seconds / tokens * remaining_tokens(config, step)
             print(step_line(step, config.train.steps, **measured, budget_bytes=self.budget, eta_seconds=eta), flush=True)
@@ -215,7 +216,7 @@ class Trainer:
 
     def validate(self) -> None:
         setup = self.setup
-        set_rotary(setup.model, stage_at(self.config, self.done - 1))
+        setup.set_rotary(stage_at(self.config, self.done - 1))
         self.evaluation = evaluate(setup.model, self.config, setup.validation, setup.rows, setup.device, self.bar)
         self.random = random_states()
         if self.done > self.validated:
@@ -230,6 +231,7 @@ class Trainer:
             "step": self.done,
             "seconds": self.seconds(),
             "data": self.setup.loader.fingerprint,
+            "frozen": self.frozen,
             "guard": self.guard.state(),
             "plan": dataclasses.asdict(self.setup.plan) if self.setup.plan else None,
             "tensors": describe_tensors(tensors),
@@ -263,7 +265,7 @@ class Trainer:
     def conclude(self) -> None:
         """Weights, result, picture, verdict."""
         setup, directory, evaluation = self.setup, self.directory, self.evaluation
-        write_whole(directory / output.WEIGHTS, setup.model.save_safetensors)
+        weights = save_model(setup, directory)
         self.metrics.write(
             "result",
             step=self.done,
@@ -272,7 +274,7 @@ class Trainer:
             **(dataclasses.asdict(setup.baselines) if setup.baselines else {}),
             seconds=self.seconds(),
         )
-        written = [output.WEIGHTS, output.METRICS, output.CONFIG, output.CHECKPOINTS]
+        written = [weights, output.METRICS, output.CONFIG, output.CHECKPOINTS]
         try:
             plot_run(directory / output.METRICS, directory / output.PLOT)
             written.append(output.PLOT)

@@ -25,7 +25,8 @@ class Optimizer:
         self.wide_gradients = hasattr(torch.Tensor, "grad_dtype")
         if self.separate_masters:
             self.masters = [nn.Parameter(p.detach().clone()) for p in self.parameters]
-            model.to(torch.bfloat16)
+            for parameter in model.parameters():  # buffers stay as they are: rotary frequencies must not be rounded
+                parameter.data = parameter.data.to(torch.bfloat16)
             if self.wide_gradients:
                 for parameter in self.parameters:
                     parameter.grad_dtype = torch.float32

@@ -11,6 +11,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 CONFIG, METRICS, WEIGHTS, PLOT, CHECKPOINTS = "config.yaml", "metrics.jsonl", "model.safetensors", "loss.png", "checkpoints"
+MODEL = "model"
+"""In place of WEIGHTS, where the model is one of transformers: a directory as its `save_pretrained` writes it."""
 EVALUATION, REPORT = "evaluation.json", "report.html"
 
 
@@ -20,7 +22,7 @@ class RunError(Exception):
 
 def holds_run(directory: Path) -> bool:
     """Whether a run has written here before."""
-    return any((directory / name).exists() for name in (CONFIG, METRICS, WEIGHTS, CHECKPOINTS))
+    return any((directory / name).exists() for name in (CONFIG, METRICS, WEIGHTS, MODEL, CHECKPOINTS))
 
 
 def finished_at(directory: Path) -> int | None:

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 
 import longtrain as lt
 from longtrain._extension import MISSING
 from longtrain.config import Config, Locations
+from longtrain.config.hf import HfModelConfig
 from longtrain.config.schema import LengthStage
 from longtrain.data.baselines import Baselines, compute_baselines
-from longtrain.data.corpus import check_vocabulary
+from longtrain.data.corpus import Corpus, check_vocabulary
 from longtrain.data.loader import Loader, open_data, pack, validation_rows
 from longtrain.data.packing import PackedDocuments
 from longtrain.nn import LanguageModel
 from longtrain.nn.attention import Attention
 from longtrain.nn.rotary import RotaryEmbedding
-from longtrain.train.flops import RULE, measure_rate
+from longtrain.train import output
+from longtrain.train.calls import described, vocabulary
+from longtrain.train.flops import RULE, Costs, costs_of, measure_rate
 from longtrain.train.optimizer import Optimizer
 from longtrain.train.weights import load_weights
 from longtrain.units import format_bytes
@@ -35,10 +41,15 @@ class Setup:
     validation: PackedDocuments
     rows: list[int]
     baselines: Baselines | None
-    model: LanguageModel
+    model: nn.Module
+    """longtrain's own, or one of transformers."""
+    set_rotary: Callable[[LengthStage], None]
+    """Gives the model the rotary positions of a stage."""
+    notes: tuple[str, ...]
     optimizer: Optimizer
     plan: lt.Plan | None
     report: lt.Report | None
+    costs: Costs
     flop_rate: float
     """FLOP/s that the MFU is a share of."""
 
@@ -51,13 +62,16 @@ def prepare(config: Config, where: Locations) -> Setup:
     torch.manual_seed(config.train.seed)
 
     documents, held_out = open_data(config.data)
+    model, set_rotary, notes = build_model(config, where)
     for corpus in (documents, held_out):
-        check_vocabulary(corpus, config.model.vocab_size)
+        check_vocabulary(corpus, vocabulary(model))
+        if isinstance(config.model, HfModelConfig):
+            check_fits(model, corpus, config, where)
     loader = Loader(config.stages(), config.data, documents, config.train.steps)
     validation = pack(held_out, config.data.seq_len, config.data)
     rows = validation_rows(validation, config.train.validation_tokens)
 
-    model = LanguageModel(config.model).to(device)
+    model.to(device)
     settle_fallback(model, device, config, where)
     if config.train.init is not None:
         try:
@@ -75,11 +89,54 @@ def prepare(config: Config, where: Locations) -> Setup:
         rows=rows,
         baselines=compute_baselines(documents, validation, rows, documents.vocabulary),
         model=model,
+        set_rotary=set_rotary,
+        notes=notes,
         optimizer=optimizer,
         plan=plan,
+        costs=costs_of(model),
         report=None if plan is None else stream(model, plan, where),
         flop_rate=rate * 1e12 if rate else measure_rate(device, getattr(torch, config.train.dtype)),
     )
+
+
+def build_model(config: Config, where: Locations, *, read_weights: bool = True) -> tuple[nn.Module, Callable[[LengthStage], None], tuple[str, ...]]:
+    """The model on the CPU with its first weights, what sets its rotary positions, and notes on it; `read_weights` of `model.hf`."""
+    if not isinstance(config.model, HfModelConfig):
+        model = LanguageModel(config.model)
+        return model, partial(set_rotary, model), ()
+    from longtrain.train import pretrained  # for transformers, an extra
+
+    built = pretrained.build(config.model, config.data.seq_len, getattr(torch, config.train.dtype), where, read_weights=read_weights)
+
+    def set_stage(stage: LengthStage) -> None:
+        try:
+            built.rope.set(built.model, stage.rope)
+        except ValueError as error:
+            raise where.error("train.length_schedule", f"rope: {error}") from None
+
+    for stage in config.stages():
+        set_stage(stage)
+    return built.model, set_stage, built.notes
+
+
+def check_fits(model: nn.Module, corpus: Corpus, config: Config, where: Locations) -> None:
+    """Raise ConfigError for tokens that a transformers model does not read, and for documents longer than it was trained for, unless the
+    config says how positions go on."""
+    from longtrain.train.pretrained import check_tokenizer
+
+    check_tokenizer(config.model.hf, corpus.tokenizer, where)
+    text = model.config.get_text_config()
+    rotary, limit = getattr(text, "rope_parameters", None), getattr(text, "max_position_embeddings", None)
+    longest = min(config.data.seq_len, int(corpus.length_N.max(initial=0))) if rotary and config.data.isolate else config.data.seq_len
+    if limit is None or longest <= limit or config.stages()[-1].rope is not None:
+        return
+    if rotary:
+        raise where.error(
+            "model.rope",
+            f"is missing: sequences have documents of {longest} tokens, and the model was trained for {limit} positions; say how they go on, "
+            "such as rope: {rope_type: yarn, factor: 4} or rope: {rope_theta: 8000000}, or rope: {} to train on with positions as they are",
+        )
+    raise where.error("data.seq_len", f"{config.data.seq_len} is more than the {limit} positions that the model has; lower it to {limit}")
 
 
 def choose_device(config: Config, where: Locations) -> torch.device:
@@ -88,7 +145,7 @@ def choose_device(config: Config, where: Locations) -> torch.device:
     return torch.device("cuda" if config.train.device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def settle_fallback(model: LanguageModel, device: torch.device, config: Config, where: Locations) -> None:
+def settle_fallback(model: nn.Module, device: torch.device, config: Config, where: Locations) -> None:
     """Refuse a CPU run without kernels unless `train.kernel_fallback` allows it; on a GPU each attention call decides by it."""
     if config.train.kernel_fallback == "error" and device.type == "cpu" and MISSING is not None:
         raise where.error("train.kernel_fallback", f"{MISSING}; or set warn, to run on torch alone, several times slower")
@@ -97,32 +154,59 @@ def settle_fallback(model: LanguageModel, device: torch.device, config: Config, 
             module.kernel_fallback = config.train.kernel_fallback
 
 
-def stream(model: LanguageModel, plan: lt.Plan, where: Locations) -> lt.Report:
+def stream(model: nn.Module, plan: lt.Plan, where: Locations) -> lt.Report:
     """Put the plan on the model; a tier that cannot be had is the configuration's error."""
     try:
         if plan.offload is not None and plan.offload.disk is not None:
             lt.offload.check_disk(plan.offload.disk)
-        return lt.apply(model, plan)
+        report = lt.apply(model, plan)
     except ValueError as error:
         raise where.explain(error, "memory") from None
+    if left := next((entry for entry in report.entries if entry.why), None):
+        report.undo()
+        raise where.error("memory", f"{left.name} cannot be streamed: {left.why}; train the model without the section memory")
+    return report
 
 
-def make_plan(model: LanguageModel, config: Config, where: Locations) -> lt.Plan | None:
+def make_plan(model: nn.Module, config: Config, where: Locations) -> lt.Plan | None:
     """The planner's plan for a budget, the hand-made one, or None: nothing is streamed."""
     if config.memory.budget is not None:
         try:
-            return lt.plan(model, seq_len=config.data.seq_len, budget=config.memory.budget, tiers=config.memory.tiers())
-        except lt.InfeasibleBudget as error:
+            tokens, tiers = config.data.seq_len, config.memory.tiers()
+            return lt.plan(model, seq_len=tokens, budget=config.memory.budget, tiers=tiers, steps=step_count(config))
+        except ValueError as error:  # nothing fits, or a layer cannot be streamed
             raise where.error("memory.budget", str(error)) from None
     settings = config.memory.plan_settings()
     return lt.Plan(**settings) if settings else None
 
 
+def step_count(config: Config) -> int:
+    """Forward and backward passes over ``data.seq_len`` tokens that the run's updates come to."""
+    stages = config.stages()
+    ends = [*(stage.from_step for stage in stages[1:]), config.train.steps]
+    tokens = sum(stage.tokens_per_update * max(0, end - stage.from_step) for stage, end in zip(stages, ends, strict=True))
+    return max(1, -(-tokens // config.data.seq_len))
+
+
+def save_model(setup: Setup, directory: Path) -> str:
+    """Write the model as it is at the run's end; the name of the file or directory in `directory`. A transformers model streams no more."""
+    if not isinstance(setup.config.model, HfModelConfig):
+        output.write_whole(directory / output.WEIGHTS, setup.model.save_safetensors)
+        return output.WEIGHTS
+    from longtrain.train import pretrained
+
+    if setup.report is not None:
+        setup.report.undo()  # it changed settings of the model's configuration, which is saved too
+    pretrained.save(setup.model, setup.config, directory / output.MODEL)
+    return f"{output.MODEL}/"
+
+
 def describe(setup: Setup) -> None:
     """What is about to happen, before the first step."""
     config, plan, loader = setup.config, setup.plan, setup.loader
-    parameters = sum(p.numel() for p in setup.model.parameters())
-    print(f"model   {parameters:,} parameters, {config.model.num_layers} layers, {config.train.dtype}")
+    print(f"model   {described(setup.model)}, {config.train.dtype}")
+    for note in setup.notes:
+        print(f"        {note}")
     if MISSING is not None:
         print(f"kernels pure torch, slower: {MISSING}")
     print(

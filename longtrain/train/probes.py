@@ -21,10 +21,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import nn
 
 from longtrain.data.recall import key_value_halves
-from longtrain.nn import LanguageModel
 from longtrain.span import Layout
+from longtrain.train.calls import logits_at
 
 MARKER, VALUE = 8, 4
 LARGEST_PREFIX = 64
@@ -97,7 +98,7 @@ def check_distance(name: str, distance: int, longest: int) -> None:
 
 @torch.no_grad()
 def run_probe(
-    model: LanguageModel,
+    model: nn.Module,
     name: str,
     distance: int,
     *,
@@ -124,8 +125,7 @@ def run_probe(
         layout = Layout(int(starts[-1]), tuple(starts.tolist()))
         ids_BT = torch.from_numpy(np.concatenate([p.ids for p in row]).astype(np.int64))[None].to(device)
         at = torch.from_numpy(np.concatenate([p.asked + start for p, start in zip(row, starts, strict=False)])).to(device)
-        hidden_BTE = model.model(ids_BT, layout, None)
-        logits = model.lm_head(model.model.norm(hidden_BTE[0, at]))[:, candidates]
+        logits = logits_at(model, ids_BT, layout, at)[:, candidates]
         answers = torch.from_numpy(np.concatenate([p.answers for p in row]).astype(np.int64)).to(device)
         right += int((candidates[logits.argmax(-1)] == answers).sum())
         asked += len(answers)

@@ -89,15 +89,19 @@ def _find_given(path: Path, where: Locations) -> Path:
     raise where.error("checkpoint.resume", f"{problem}; give the path of a whole checkpoint or of a run that has one")
 
 
-def check_facts(facts: dict, fingerprint, checkpoint: Path, config: Config, where: Locations) -> None:
-    """Raise ConfigError unless the run can go on from a checkpoint with these facts."""
+def check_facts(facts: dict, fingerprint, frozen: int, checkpoint: Path, config: Config, where: Locations) -> None:
+    """Raise ConfigError unless the run can go on from a checkpoint with these facts; `frozen`: the sum of the weights it does not train."""
     if facts["step"] > config.train.steps:
         raise where.error("train.steps", f"{checkpoint} is at step {facts['step']} already, beyond {config.train.steps}; raise it")
     if facts["data"] != fingerprint:
         raise where.error(
             "data",
             f"{checkpoint} was written while reading other data ({facts['data']} then, {fingerprint} now), and a position there means nothing "
-            "here; give it the same data, or begin anew with its weights (longtrain export, then train.init)",
+            "here; give it the same data, or begin anew with its weights (longtrain export, then train.init or model.hf)",
+        )
+    if facts.get("frozen", 0) != frozen:
+        raise where.error(
+            "model", f"{checkpoint} was written beside other frozen weights than the model has now; give it the model it had, or begin anew elsewhere"
         )
 
 

@@ -8,18 +8,29 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from longtrain.train.checkpoint import read_facts, read_tensors
+from longtrain.train.checkpoint import one_process, read_facts, read_tensors
 from longtrain.train.optimizer import Optimizer
 
 
 def state_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """Weights in float32, AdamW's moments, and what the model has besides (`model.*`: buffers, frozen parameters). The live tensors.
+    """Weights in float32, AdamW's moments, and the buffers that the model saves (`model.*`). The live tensors.
 
-    Of bfloat16 weights with masters only the masters are held: the others are their rounding.
+    Of bfloat16 weights with masters only the masters are held: the others are their rounding. Frozen weights are not held: they are what
+    the run began with (`frozen_sum`).
     """
-    trained = set(optimizer.names)
-    rest = {f"model.{n}": t for n, t in (*model.named_parameters(), *model.named_buffers()) if n not in trained}
-    return optimizer.tensors() | {name: tensor.detach() for name, tensor in rest.items()}
+    return optimizer.tensors() | {f"model.{name}": buffer for name, buffer in saved_buffers(model).items()}
+
+
+def saved_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Those that are part of the model's state, and not made of its configuration (rotary frequencies)."""
+    names = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name in names}
+
+
+def frozen_sum(model: nn.Module) -> int:
+    """A checksum of the parameters that are not trained, of which a checkpoint holds nothing else; 0 without any."""
+    frozen = [p.detach().contiguous().cpu() for p in model.parameters() if not p.requires_grad]
+    return sum((i + 1) * int(p.view(torch.int16 if p.element_size() == 2 else torch.int32).sum(dtype=torch.int64)) for i, p in enumerate(frozen)) % 2**63
 
 
 def random_states() -> dict[str, Tensor]:
@@ -48,3 +59,25 @@ def restore_state(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> N
     torch.set_rng_state(random["random.cpu"])
     if "random.cuda" in random:
         torch.cuda.set_rng_state(random["random.cuda"])
+
+
+def load_checkpoint_weights(model: nn.Module, checkpoint: Path) -> None:
+    """Fill `model` with the float32 weights of a checkpoint. Raises ValueError where their names or shapes are others, or the weights
+    beside them that are not trained."""
+    facts = read_facts(checkpoint)
+    shapes = facts["tensors"]
+    if facts.get("frozen", 0) != frozen_sum(model):
+        raise ValueError(f"{checkpoint} was written beside other frozen weights than the model section makes; make it describe those")
+    stored = {n.removeprefix(p): n for p in ("weights.", "model.") for n in shapes if n.startswith(p)}
+    own = {name: p for name, p in model.named_parameters() if p.requires_grad} | saved_buffers(model)
+    for name in sorted(own.keys() | stored.keys()):
+        theirs = shapes[stored[name]] if name in stored else "nothing"
+        ours = list(own[name].shape) if name in own else "nothing"
+        if theirs != ours:
+            raise ValueError(f"{checkpoint} has {theirs} for {name}, where the model section makes {ours}; make it describe these weights")
+    held = {key: torch.empty(shapes[key]) for key in stored.values()}
+    with one_process():
+        read_tensors(checkpoint, held)
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(held[stored[name]])

@@ -5,10 +5,11 @@ import pytest
 import torch
 
 import longtrain.hf as hf
-from longtrain.hf.attention import MaskedAttention, MaskedCarry, Options, longtrain_attention, with_sinks
+from longtrain.hf.attention import MaskedAttention, Options, longtrain_attention, with_sinks
 from longtrain.hf.mask import Mask, longtrain_mask
 from longtrain.ops import attention
 from longtrain.span import Span
+from longtrain.stream.carry import KVCarry
 from longtrain.stream.protocol import KVBlock
 from tests.hf.test_mask import FUNCTIONS, padding
 
@@ -46,7 +47,7 @@ def qkv(batch=2, tokens=23, heads=4, kv_heads=2, dim=8):
     return make(heads), make(kv_heads), make(kv_heads)
 
 
-class TwoBlocks(MaskedCarry):
+class TwoBlocks(KVCarry):
     """Keys in two blocks, as slower tiers and other ranks will yield them."""
 
     def blocks(self, span):
@@ -59,7 +60,7 @@ class TwoBlocks(MaskedCarry):
 
 @pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize("name", ["causal", "window", "chunked after padding"])
-@pytest.mark.parametrize("carry_of", [MaskedCarry, TwoBlocks])
+@pytest.mark.parametrize("carry_of", [KVCarry, TwoBlocks])
 def test_a_streamed_mask_is_the_whole_mask(name, sinks, carry_of):
     """The carry of rows that differ, span by span and backwards, against autograd through dense attention."""
     mask = longtrain_mask(2, 23, 23, mask_function=FUNCTIONS[name], attention_mask=padding((0, 20), (4, 23)))

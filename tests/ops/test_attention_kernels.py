@@ -14,6 +14,26 @@ from longtrain.ops.attention.interface import checked_call
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 
 
+@pytest.mark.parametrize("instruction_set", ["avx2", "avx512", "avx512bf16"])
+def test_bf16_is_multiplied_and_added_as_float32(instruction_set):
+    """Everything but the rounding of out and dq to bf16; AVX512-BF16 takes the scores from bf16 pairs."""
+    if instruction_set not in cpp.instruction_sets(torch.bfloat16):
+        pytest.skip(f"this processor or build has no {instruction_set}")
+    for number in range(1, 240, 3):
+        drawn, options = drawn_case(number, torch.bfloat16, longest=210)
+        call = checked_call(drawn["q"], drawn["k"], drawn["v"], sink_logits=drawn["sink_logits"], **options)
+        wide = {name: None if x is None else x.double() for name, x in drawn.items()}
+        expected = forward_backward(wide | {"dlse": None}, options, "reference")
+        expected.pop("dsink", None)  # made of lse and delta alone, outside the kernels
+        out, lse = cpp.forward(call, drawn["q"], drawn["k"], drawn["v"], drawn["sink_logits"], instruction_set)
+        dk, dv = (torch.zeros(drawn[name].shape) for name in "kv")
+        delta = (wide["dout"] * expected["out"]).sum(-1).float()
+        gradients = (drawn["dout"], drawn["q"], drawn["k"], drawn["v"], out, lse, delta, dk, dv)
+        dq = cpp.backward(call, *gradients, instruction_set)
+        assert_close(expected | {"lse": lse, "dk": dk, "dv": dv}, expected, 3e-6)
+        assert_close(expected | {"out": out, "dq": dq}, expected, 2**-8)
+
+
 @pytest.fixture
 def threads():
     before = torch.get_num_threads()
@@ -24,7 +44,7 @@ def threads():
 @pytest.mark.parametrize("instruction_set", ["generic", "avx2", "avx512"])
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-12), (torch.float32, 3e-6)])
 def test_every_instruction_set_equals_the_reference(instruction_set, dtype, tolerance):
-    if instruction_set not in cpp.instruction_sets():
+    if instruction_set not in cpp.instruction_sets(dtype):
         pytest.skip(f"this processor or build has no {instruction_set}")
     for number in range(0, 240, 3):
         drawn, options = drawn_case(number, dtype, longest=210)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ import longtrain as lt
 from longtrain.nn import LanguageModel, ModelConfig
 from longtrain.planner import measure_model, peak, step_memory
 from longtrain.planner.search import _smallest, held_beside_model
-from longtrain.planner.tiers import tier_use
+from longtrain.config import load_config
+from longtrain.planner.tiers import describe, tier_use
+from longtrain.train.prepare import step_count
 
 TOKENS = 4096
 
@@ -72,7 +75,7 @@ def test_a_budget_that_a_disk_would_fit_says_so():
     footprint = measure_model(m)
     everything = lt.Offload(disk=lt.DiskSettings(path=".", budget=2**62))
     needed = _smallest(footprint, 200_000, 1, everything)[1] + held_beside_model(footprint) + 2**24
-    with pytest.raises(lt.InfeasibleBudget, match=r"memory\.disk or memory\.host_budget"):
+    with pytest.raises(lt.InfeasibleBudget, match=r"memory\.disk \(of \d+ MiB\) or memory\.host_budget"):
         lt.plan(m, seq_len=200_000, budget=needed)
 
 
@@ -84,3 +87,42 @@ def test_a_wear_limit_is_respected(tmp_path):
     without = _smallest(footprint, TOKENS, 1, None)[1]
     with pytest.raises(lt.InfeasibleBudget):
         lt.plan(m, TOKENS, without - 2**21 + held_beside_model(footprint), tiers=tiers)
+
+
+def test_a_disk_that_is_too_small_says_which_size_would_do(tmp_path):
+    m = model()
+    footprint = measure_model(m)
+    def on_disk(budget: int, **limits) -> lt.Offload:
+        return lt.Offload(disk=lt.DiskSettings(path=str(tmp_path), budget=budget, **limits), staging_bytes=1 << 20)
+
+    def room() -> int:  # what this process holds grows a little
+        return _smallest(footprint, TOKENS, 1, on_disk(1 << 40))[1] + held_beside_model(footprint) + 2**21
+
+    with pytest.raises(lt.InfeasibleBudget, match=r"more \(of which") as refusal:
+        lt.plan(m, TOKENS, room(), tiers=on_disk(1 << 16))
+    enough = int(re.search(r"memory\.disk\.budget to (\d+)MiB", str(refusal.value))[1]) << 20
+    assert lt.plan(m, TOKENS, room() + 2**20, tiers=on_disk(enough)).offload is not None
+    with pytest.raises(lt.InfeasibleBudget, match=r"max_written to \d+MiB \(50 steps\)") as refusal:
+        lt.plan(m, TOKENS, room(), tiers=on_disk(1 << 40, max_written=1 << 20), steps=50)
+    enough = int(re.search(r"max_written to (\d+)MiB", str(refusal.value))[1]) << 20
+    assert lt.plan(m, TOKENS, room() + 2**20, tiers=on_disk(1 << 40, max_written=enough), steps=50).offload is not None
+
+
+def test_what_leaves_is_described_with_its_wear(tmp_path):
+    disk = lt.DiskSettings(path=str(tmp_path), budget=1 << 28, max_written=10**9)
+    by_layer = (lt.Split(device=1.0), lt.Split(), lt.Split())
+    plan = lt.Plan(chunk_tokens=256, offload=lt.Offload(inputs=lt.Split(), outputs=by_layer, disk=disk, staging_bytes=1 << 20))
+    footprint = measure_model(model())
+    lines = describe(footprint, plan, TOKENS, steps=1000)
+    written = tier_use(footprint, plan, TOKENS)["disk"].written
+    assert any("outputs" in line and "0.00  1.00  layers 1 to 2" in line for line in lines)
+    assert lines[-1].startswith(f"  disk wear  {written / 1e12:.4f} TB a step, {written / 1e9:.2f} TB in 1000 steps, of 0.00 TB allowed")
+    assert f"reached after {10**9 // written} steps" in lines[-1]
+    assert describe(footprint, lt.Plan(chunk_tokens=256), TOKENS) == []
+
+
+def test_the_steps_of_a_run_are_counted_in_tokens():
+    config, _ = load_config("configs/quickstart.yaml")
+    stages, last = config.stages(), config.train.steps
+    tokens = sum(s.tokens_per_update * (e - s.from_step) for s, e in zip(stages, [*(s.from_step for s in stages[1:]), last], strict=True))
+    assert step_count(config) == -(-tokens // config.data.seq_len)

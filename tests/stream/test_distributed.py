@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import copy
-import os
-import socket
 from collections import Counter
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,6 +15,7 @@ from torch.utils._pytree import tree_flatten
 
 import longtrain as lt
 from longtrain.nn import LanguageModel, count_targets
+from tests.processes import run_ranks
 from tests.stream.conftest import VOCAB, assert_same, make_model
 
 TOKENS, WORLD = 33, 2
@@ -96,11 +94,8 @@ def count_fsdp(model: LanguageModel, rank: int, segment_layers: int) -> tuple[di
     return grads, dict(mode.counts)
 
 
-def work(rank: int, port: int) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
+def work(rank: int, world: int) -> None:
     torch.set_default_dtype(torch.float64)
-    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
     torch.manual_seed(0)
     model = make_model(layers=4, window=(None, 7))
     expected = one_process(copy.deepcopy(model))
@@ -127,7 +122,6 @@ def work(rank: int, port: int) -> None:
         grads, counts = count_fsdp(streamed, rank, plan.segment_layers)
         assert_same(grads, expected)
         assert counts == plain_counts and counts, (counts, plain_counts)
-    dist.destroy_process_group()
 
 
 def plans() -> list[lt.Plan]:
@@ -140,7 +134,4 @@ def plans() -> list[lt.Plan]:
 
 @pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed package")
 def test_two_processes_ddp_and_fsdp2():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(work, args=(port,), nprocs=WORLD)
+    run_ranks(work, WORLD)

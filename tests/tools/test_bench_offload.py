@@ -8,6 +8,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 import bench_offload
+import bench_offload_step
 from gpu_check_offload import race_rows
 
 from longtrain.offload.disk import IN_MEMORY
@@ -38,6 +39,26 @@ def test_no_number_where_bytes_differ(small, monkeypatch):
     monkeypatch.setattr(bench_offload.TieredStore, "get", lambda self, *a: right(self, *a) + 1)
     with pytest.raises(SystemExit, match="no numbers"):
         bench_offload.main(small)
+
+
+@pytest.mark.parametrize("mode", [
+    ["--variants", "memory", "disk", "--rounds", "0"],
+    pytest.param(["--rounds", "2"], marks=pytest.mark.slow),
+])  # fmt: skip
+def test_a_step_is_measured_with_and_without_the_disk(small, capsys, tmp_path, mode):
+    sizes = ["--seq-len", "512", "--layers", "2", "--chunk", "128", "--staging", "1MiB", "--out", str(tmp_path / "out.json"), *mode]
+    assert bench_offload.main(["step", "--path", str(tmp_path), *sizes, "--memory-bound", "1000", "--time-bound", "1000"]) == 0
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert {"memory", "disk"} <= set(rows)
+    assert len({row["gradients"] for row in rows.values()}) == 1 and rows["disk"]["written"] > 512 * 256 * 4
+    assert "waited" in capsys.readouterr().out
+
+
+def test_steps_that_differ_give_no_numbers(small, monkeypatch, capsys, tmp_path):
+    row = {"loss": 1.0, "gradients": "a"}
+    monkeypatch.setattr(bench_offload_step, "measure", lambda a: {"memory": row, "disk": row | {"gradients": "b"}})
+    assert bench_offload.main(["step", "--path", str(tmp_path)]) == 1
+    assert "no numbers" in capsys.readouterr().out
 
 
 def test_race_rows_on_a_cpu():

@@ -1,18 +1,16 @@
 """Checkpoints of several processes: distributed tensors are written by those who hold them, and read back under another layout."""
 
 import json
-import os
-import socket
 import warnings
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from longtrain.train import checkpoint as on_disk
+from tests.processes import run_ranks
 
 
 def tensors():
@@ -20,10 +18,7 @@ def tensors():
     return {"weights.a": torch.randn(7, 6, generator=generator), "exp_avg.a": torch.randn(7, 6, generator=generator), "step.a": torch.tensor(3.0)}
 
 
-def process(rank, world, port, directory):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world)
+def process(rank, world, directory):
     mesh = init_device_mesh("cpu", (world,))
     whole = tensors()
     sharded = {name: distribute_tensor(t, mesh, [Shard(0)]) if t.ndim else t.clone() for name, t in whole.items()}
@@ -40,16 +35,11 @@ def process(rank, world, port, directory):
     for name, tensor in whole.items():
         assert torch.equal(read[name].to_local() if tensor.ndim else read[name], tensor), name
     assert torch.equal(read[f"random.cpu.{rank}"], torch.full((3,), rank))
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_two_processes_write_one_checkpoint_that_one_process_reads(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(process, (2, port, tmp_path), nprocs=2)
+    run_ranks(process, 2, tmp_path)
     path = on_disk.path_of(tmp_path, 5)
     on_disk.check(path)
     assert {"__0_0.distcp", "__1_0.distcp", "facts.json", "config.yaml", ".metadata"} == set(json.loads((path / "manifest.json").read_text()))

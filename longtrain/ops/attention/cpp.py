@@ -25,9 +25,9 @@ def refuse(call: AttentionCall) -> str | None:
     return None
 
 
-def instruction_sets() -> list[str]:
-    """Those of this build that this processor runs, best first."""
-    return torch.ops.longtrain._attention_instruction_sets()
+def instruction_sets(dtype: torch.dtype) -> list[str]:
+    """Those of this build that this processor runs for `dtype`, best first."""
+    return torch.ops.longtrain._attention_instruction_sets(dtype)
 
 
 def _options(call: AttentionCall, instruction_set: str) -> tuple:

@@ -32,7 +32,7 @@ def refuse(call: Call) -> str | None:
 
 def instruction_sets() -> list[str]:
     """Those of this build that this processor runs, best first."""
-    return torch.ops.longtrain._attention_instruction_sets()
+    return torch.ops.longtrain._long_conv_instruction_sets()
 
 
 def _dense(x: Tensor | None) -> Tensor | None:

@@ -1,0 +1,165 @@
+"""Linear attention: a state of fixed size that every token writes to and reads from, with decay, and with the delta rule.
+
+Read `reference.py` for what is computed and `chunked.py` for how.
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from . import chunked, reference
+from .call import Call, checked
+from .chunked import footprint_bytes
+
+__all__ = ["explain", "footprint_bytes", "linear_attention", "linear_attention_backward"]
+
+# In order of preference of backend="auto".
+BACKENDS = {"chunked": chunked, "reference": reference}
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    decay: Tensor | float | None = None,
+    beta: Tensor | None = None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    chunk_size: int = 64,
+    return_state: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """out_t = scale S_t^T q_t of the state S_t = diag(exp(decay_t)) S_{t-1} + k_t u_t^T; u_t is v_t, or by the delta rule what v_t changes.
+
+        out = linear_attention(q_BTHD, k_BTHD, v_BTHV, decay=F.logsigmoid(gate_BTHD) / 16)                  # GLA
+        out = linear_attention(q_BTHD, F.normalize(k_BTHD, dim=-1), v_BTHV, decay=g_BTH, beta=beta_BTH)     # gated DeltaNet
+
+    q, k: [B, T, H, D]. v: [B, T, H, Dv]. As many heads for keys as for queries.
+    decay: logarithms, at most 0, and may be minus infinity: a number or [H] (RetNet), [B, T, H] (Mamba-2), [B, T, H, D] (GLA). None: 0.
+    beta: [B, T, H], turns the delta rule on: u_t = beta_t (v_t - S^T k_t) of the decayed state S. Stable for keys of norm 1 and beta in
+    [0, 2]. scale: D^-1/2 by default.
+    initial_state: [B, H, D, Dv], what the first token finds.
+    cu_seqlens: int32 or int64 [documents + 1], 0 first and T last: at a document's first token the state is 0 (in every row of the batch
+    the same boundaries); the initial state is for the first document, the state returned is the last one's.
+    chunk_size: tokens that are worked on as matrices, a power of two.
+    backend: "auto", or one of "chunked", "reference".
+
+    Returns q's dtype [B, T, H, Dv], with return_state also the last state [B, H, D, Dv]. States and all arithmetic are float32 at least
+    (float64 where an input is). The chunked backend saves its inputs, is differentiable once (and says so), the reference any number of times.
+    Raises ValueError for tensors that do not fit together.
+    """
+    call = checked(q, k, v, decay, beta, scale, initial_state, cu_seqlens, chunk_size)
+    if _choose(call, backend) == "reference":
+        with torch.autocast(q.device.type, enabled=False):
+            out, state = reference.run(call)
+    else:
+        out, state, _ = _forward_op(q, k, v, call.decay_BTHG, beta, initial_state, cu_seqlens, call.scale, chunk_size)
+    return (out, state) if return_state else out
+
+
+def linear_attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    decay: Tensor | None = None,
+    beta: Tensor | None = None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    chunk_size: int = 64,
+    dstate: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
+    """Gradients of q, k, v, decay, beta and the initial state (also where it was None), for those of the output and of the last state.
+
+    The chunked backend's backward pass, for who carries the state along the sequence; arguments as in `linear_attention`, decay as
+    [B, T, H] or [B, T, H, D].
+    """
+    call = checked(q, k, v, decay, beta, scale, initial_state, cu_seqlens, chunk_size)
+    state_shape = (q.shape[0], q.shape[2], q.shape[3], v.shape[3])
+    for name, grad, shape in (("dout", dout, v.shape), ("dstate", dstate, state_shape)):
+        if grad is not None and grad.shape != shape:
+            raise ValueError(f"linear_attention_backward: {name} must have shape {list(shape)}, not {list(grad.shape)}")
+    with torch.autocast(q.device.type, enabled=False), torch.no_grad():
+        dq, dk, dv, ddecay, dbeta, dinitial = chunked.backward(call, chunked.entry_states(call), dout, dstate)
+    return dq, dk, dv, None if ddecay is None else ddecay.view(decay.shape), dbeta, dinitial
+
+
+def explain(q: Tensor, k: Tensor, v: Tensor, *, decay: Tensor | float | None = None, beta: Tensor | None = None, scale: float | None = None,
+            initial_state: Tensor | None = None, cu_seqlens: Tensor | None = None, chunk_size: int = 64) -> dict[str, str | None]:
+    """Each backend, in order of preference, and why it does not serve this call (None: it could)."""
+    call = checked(q, k, v, decay, beta, scale, initial_state, cu_seqlens, chunk_size)
+    return {name: module.refuse(call) for name, module in BACKENDS.items()}
+
+
+def _choose(call: Call, backend: str) -> str:
+    if backend == "auto":
+        return next(name for name, module in BACKENDS.items() if module.refuse(call) is None)
+    if backend not in BACKENDS:
+        raise ValueError(f"linear_attention: backend must be auto or one of {', '.join(BACKENDS)}, not {backend!r}")
+    return backend
+
+
+@torch.library.custom_op("longtrain::linear_attention", mutates_args=())
+def _forward_op(
+    q: Tensor, k: Tensor, v: Tensor, decay: Optional[Tensor], beta: Optional[Tensor], initial_state: Optional[Tensor],
+    cu_seqlens: Optional[Tensor], scale: float, chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    with torch.autocast(q.device.type, enabled=False):
+        return chunked.forward(_call(q, k, v, decay, beta, initial_state, cu_seqlens, scale, chunk_size))
+
+
+@_forward_op.register_fake
+def _(q, k, v, decay, beta, initial_state, cu_seqlens, scale, chunk_size):
+    call = _call(q, k, v, decay, beta, initial_state, cu_seqlens, scale, chunk_size)
+    B, _, H, D = q.shape
+    state = q.new_empty(B, H, D, v.shape[3], dtype=call.wide)
+    return v.new_empty(v.shape, dtype=q.dtype), state, state.new_empty(B, chunked.piece_count(call), H, D, v.shape[3])
+
+
+@torch.library.custom_op("longtrain::linear_attention_backward", mutates_args=())
+def _backward_op(
+    dout: Tensor, dstate: Optional[Tensor], entries: Tensor, q: Tensor, k: Tensor, v: Tensor, decay: Optional[Tensor],
+    beta: Optional[Tensor], initial_state: Optional[Tensor], cu_seqlens: Optional[Tensor], scale: float, chunk_size: int,
+) -> list[Tensor]:  # fmt: skip
+    call = _call(q, k, v, decay, beta, initial_state, cu_seqlens, scale, chunk_size)
+    with torch.autocast(q.device.type, enabled=False):
+        *grads, dinitial = chunked.backward(call, entries, dout, dstate)
+    return [grad for grad in (*grads, None if initial_state is None else dinitial) if grad is not None]
+
+
+@_backward_op.register_fake
+def _(dout, dstate, entries, q, k, v, decay, beta, initial_state, cu_seqlens, scale, chunk_size):
+    return [t.new_empty(t.shape) for t in (q, k, v, decay, beta, initial_state) if t is not None]
+
+
+def _call(q, k, v, decay, beta, initial_state, cu_seqlens, scale, chunk_size) -> Call:
+    return Call(
+        q_BTHD=q, k_BTHD=k, v_BTHV=v, decay_BTHG=decay, beta_BTH=beta, state_BHDV=initial_state, cu_seqlens=cu_seqlens, scale=scale,
+        chunk_size=chunk_size,
+    )  # fmt: skip
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, ctx.scale, ctx.chunk_size = inputs
+    ctx.save_for_backward(*tensors, output[2])
+    ctx.set_materialize_grads(False)  # an unused last state has no gradient, not one of zeros
+
+
+def _autograd_backward(ctx, dout, dstate, _dentries):
+    if torch.is_grad_enabled():
+        raise RuntimeError("linear_attention: the chunked backend has no second derivatives (create_graph=True); backend='reference' has them")
+    *given, entries = ctx.saved_tensors
+    if dout is None:
+        dout = torch.zeros_like(given[2], dtype=given[0].dtype)
+    grads = iter(_backward_op(dout, dstate, entries, *given, ctx.scale, ctx.chunk_size))
+    return *(None if t is None else next(grads) for t in given[:6]), None, None, None
+
+
+_forward_op.register_autograd(_autograd_backward, setup_context=_setup_context)

@@ -1,0 +1,259 @@
+"""Streaming over ranks: each chunk is spread over all of them, and these carries bring a chunk's queries together with the keys they see.
+
+    ByHeads        an all-to-all a chunk: a rank carries the keys of all the group's tokens, for its heads (`alltoall.py`)
+    QueriesTravel  keys stay where they were made, a chunk's queries go round (`travelling.py`)
+    Halo           keys stay, and a chunk fetches those of other ranks that its windows reach
+
+A rank runs the engine on the tokens it holds, so spans are local; the positions of a chunk are `Shards.parts`. Which operations are done, and in
+what order, depends on plan, layout and mask alone, so all ranks meet in the same collectives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from longtrain.parallel.alltoall import Heads
+from longtrain.parallel.layout import Shards, total
+from longtrain.parallel.pieces import Spans, attend, attend_vjp, cut, empty, places, seen_by_any, wide_zeros
+from longtrain.parallel.ranks import Message, Ranks
+from longtrain.parallel.travelling import TravellingQueries, delta_of
+from longtrain.span import Span
+from longtrain.stream.carry import kv_carry_spec
+from longtrain.stream.protocol import Carry, CarrySpec, KVBlock
+
+MakeCarry = Callable[..., Carry]
+"""``make(mixer, spans)``: the carry of a run of heads over a group's tokens."""
+
+
+class ByHeads:
+    """Keys and values by heads. `shards`: what each rank of the group holds of the group's tokens; the inner carry has them in order."""
+
+    hands_over = False
+    """What it was given is not what its inner carries hold."""
+
+    def __init__(self, mixer, ranks: Ranks, shards: Shards, inner_spans: Sequence[Span], make_inner: MakeCarry, heads: Heads) -> None:
+        self._ranks, self._shards, self._heads = ranks, shards, heads
+        own = shards.local_chunks(ranks.rank)
+        self._chunk_of, self._local = {span.stop: i for i, span in enumerate(own)}, own
+        self._inner_spans = list(inner_spans)
+        self._runs = heads.runs(ranks.rank)
+        self._inner = [make_inner(mixer.from_head(first), self._inner_spans) for first, _, _ in self._runs]
+        self._dtype: torch.dtype | None = None
+
+    @property
+    def slides(self) -> bool:
+        return getattr(self._inner[0], "slides", False)
+
+    @property
+    def spec(self) -> CarrySpec:
+        return self._inner[0].spec
+
+    def append(self, span: Span, k_BCKD: Tensor, v_BCKD: Tensor) -> None:
+        for inner, (at, k, v) in self._keys(span, k_BCKD, v_BCKD):
+            inner.append(at, k, v)
+
+    def prepend(self, span: Span, k_BCKD: Tensor, v_BCKD: Tensor, *, queries: Span) -> None:
+        for inner, (at, k, v) in self._keys(span, k_BCKD, v_BCKD):
+            inner.prepend(at, k, v, queries=self._inner_spans[self._chunk_of[queries.stop]])
+
+    def first_needed(self, span: Span) -> int:
+        starts = {inner.start: local.start for inner, local in zip(self._inner_spans, self._local, strict=True)}
+        return starts[self._inner[0].first_needed(self._inner_spans[self._chunk_of[span.stop]])]
+
+    def _keys(self, span: Span, k: Tensor, v: Tensor) -> Iterator[tuple[Carry, tuple[Span, Tensor, Tensor]]]:
+        """A chunk's keys on their way to the inner carries."""
+        self._dtype = k.dtype
+        k, v = self._to_heads(span, "kv", (), (k, v))
+        at = self._inner_spans[self._chunk_of[span.stop]]
+        for inner, (_, _, of_k) in zip(self._inner, self._runs, strict=True):
+            yield inner, (at, k[:, :, of_k], v[:, :, of_k])
+
+    def blocks(self, span: Span) -> list[KVBlock]:
+        at = self._inner_spans[self._chunk_of[span.stop]]
+        return [block for inner in self._inner for block in inner.blocks(at)]
+
+    def mix(self, span: Span, q_BCHD: Tensor, stored: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        if stored is not None:
+            return stored
+        (q,) = self._to_heads(span, "q", (q_BCHD,))
+        at = self._inner_spans[self._chunk_of[span.stop]]
+        parts = [inner.mix(at, q[:, :, of_q], None) for inner, (_, of_q, _) in zip(self._inner, self._runs, strict=True)]
+        out, lse = (torch.cat(part, dim=2) for part in zip(*parts, strict=True))
+        (out,) = self._to_tokens(span, "out", (out,))
+        (lse,) = self._to_tokens(span, "lse", (lse,))
+        return out, lse
+
+    def mix_vjp(self, span: Span, q_BCHD: Tensor, out_BCHD: Tensor, lse_BCH: Tensor, dout_BCHD: Tensor) -> Tensor:
+        q, dout = self._to_heads(span, "q", (q_BCHD, dout_BCHD))
+        lse, delta = self._to_heads(span, "lse", (lse_BCH, delta_of(dout_BCHD, out_BCHD, lse_BCH)))
+        at = self._inner_spans[self._chunk_of[span.stop]]
+        dqs = [
+            inner.mix_vjp(at, q[:, :, of_q], None, lse[:, :, of_q], dout[:, :, of_q], delta[:, :, of_q])
+            for inner, (_, of_q, _) in zip(self._inner, self._runs, strict=True)
+        ]
+        (dq,) = self._to_tokens(span, "dq", (torch.cat(dqs, dim=2),))
+        return dq
+
+    def take_grad(self, span: Span) -> tuple[Tensor, Tensor]:
+        at, wide = self._inner_spans[self._chunk_of[span.stop]], self._heads.replicated
+        grads = [inner.take_grad(at, wide=wide) for inner in self._inner]
+        dk, dv = (torch.cat(parts, dim=2) for parts in zip(*grads, strict=True))
+        dk, dv = self._to_tokens(span, "dkv", (), (dk, dv))
+        return dk.to(self._dtype), dv.to(self._dtype)
+
+    def _to_heads(self, span: Span, what: str, queries: Sequence[Tensor], keys: Sequence[Tensor] = ()) -> list[Tensor]:
+        return self._heads.to_heads(self._ranks, self._shards.parts[self._chunk_of[span.stop]], what, queries, keys)
+
+    def _to_tokens(self, span: Span, what: str, queries: Sequence[Tensor], keys: Sequence[Tensor] = ()) -> list[Tensor]:
+        return self._heads.to_tokens(self._ranks, self._shards.parts[self._chunk_of[span.stop]], what, queries, keys)
+
+
+class Staying:
+    """Keys and values of the tokens that this rank holds, and their gradient sums, each in one buffer."""
+
+    def __init__(self, mixer, ranks: Ranks, shards: Shards) -> None:
+        self.mixer, self.ranks, self.shards = mixer, ranks, shards
+        self._tokens = shards.length(ranks.rank)
+        self._chunk_of = {span.stop: i for i, span in enumerate(shards.local_chunks(ranks.rank))}
+        self._k: Tensor | None = None
+        self._v: Tensor | None = None
+
+    @property
+    def spec(self) -> CarrySpec:
+        return kv_carry_spec(self._k.shape[2], self._k.shape[3], self._v.shape[3], self._k.dtype)
+
+    def append(self, span: Span, k_BCKD: Tensor, v_BCKD: Tensor) -> None:
+        if len(span) == self._tokens:
+            self._k, self._v = k_BCKD, v_BCKD
+            return
+        if self._k is None:
+            self._k, self._v = (x.new_empty(x.shape[0], self._tokens, *x.shape[2:]) for x in (k_BCKD, v_BCKD))
+        self._k[:, span.slice()], self._v[:, span.slice()] = k_BCKD, v_BCKD
+
+    def written(self, span: Span) -> tuple[Tensor, Tensor]:
+        return self._k[:, span.slice()], self._v[:, span.slice()]
+
+    @cached_property
+    def _adjoints(self) -> tuple[Tensor, Tensor]:
+        return wide_zeros(self._k), wide_zeros(self._v)
+
+    def take_grad(self, span: Span, *, wide: bool = False) -> tuple[Tensor, Tensor]:
+        dk, dv = (x[:, span.slice()] for x in self._adjoints)
+        return (dk, dv) if wide else (dk.to(self._k.dtype), dv.to(self._v.dtype))
+
+    def _queries(self, span: Span) -> tuple[Spans, ...]:
+        """The positions of the chunk, for each rank."""
+        return self.shards.parts[self._chunk_of[span.stop]]
+
+    def _keys(self, span: Span) -> tuple[Spans, ...]:
+        """The positions up to the end of the chunk, for each rank."""
+        parts = self.shards.parts[: self._chunk_of[span.stop] + 1]
+        return tuple(tuple(chain.from_iterable(part[rank] for part in parts)) for rank in range(self.ranks.size))
+
+
+class QueriesTravel(Staying):
+    """Keys stay; a chunk's queries visit every rank that holds keys for them, and their gradients too."""
+
+    def mix(self, span: Span, q_BCHD: Tensor, stored: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        if stored is not None:
+            return stored
+        prefix = slice(0, span.stop)
+        out, (*_, lse) = self._way(span).forward(self.mixer, q_BCHD, self._k[:, prefix], self._v[:, prefix])
+        return out, lse
+
+    def mix_vjp(
+        self, span: Span, q_BCHD: Tensor, out_BCHD: Tensor | None, lse_BCH: Tensor, dout_BCHD: Tensor, delta_BCH: Tensor | None = None
+    ) -> Tensor:
+        delta = delta_of(dout_BCHD, out_BCHD, lse_BCH) if delta_BCH is None else delta_BCH
+        k, v, dk, dv = (x[:, : span.stop] for x in (self._k, self._v, *self._adjoints))
+        return self._way(span).add_backward(self.mixer, dout_BCHD, q_BCHD, k, v, lse_BCH, delta, dk, dv).to(q_BCHD.dtype)
+
+    def blocks(self, span: Span) -> list[KVBlock]:
+        """This rank's; the others' are with them."""
+        mine = self._keys(span)[self.ranks.rank]
+        return [KVBlock(piece, self._k[:, rows], self._v[:, rows]) for piece, rows in zip(mine, places(mine, mine), strict=True)]
+
+    def _way(self, span: Span) -> TravellingQueries:
+        return TravellingQueries(self.ranks, self._queries(span), self._keys(span))
+
+
+class Halo(Staying):
+    """Keys stay; a chunk is sent those of other ranks that it sees. For windows shorter than a chunk."""
+
+    def mix(self, span: Span, q_BCHD: Tensor, stored: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        if stored is not None:
+            return stored
+        me, (out, lse) = self.ranks.rank, empty(q_BCHD, self._v)
+        for owner, keys, k, v in self._fetch(span):
+            attend(self.mixer, q_BCHD, self._queries(span)[me], k, v, keys, out, lse, with_sinks=owner == me)
+        return out.to(q_BCHD.dtype), lse
+
+    def mix_vjp(
+        self, span: Span, q_BCHD: Tensor, out_BCHD: Tensor | None, lse_BCH: Tensor, dout_BCHD: Tensor, delta_BCH: Tensor | None = None
+    ) -> Tensor:
+        me, dq, made = self.ranks.rank, wide_zeros(q_BCHD), []
+        for owner, keys, k, v in self._fetch(span):
+            dk, dv = (x[:, : span.stop] for x in self._adjoints) if owner == me else map(wide_zeros, (k, v))
+            attend_vjp(
+                self.mixer, dout_BCHD, q_BCHD, out_BCHD, lse_BCH, self._queries(span)[me], k, v, keys,
+                dq=dq, dk=dk, dv=dv, with_sinks=owner == me, delta=delta_BCH,
+            )
+            if owner != me:
+                made.append(Message("dkv", owner, (dk, dv)))
+        self._bring_home(span, made)
+        return dq.to(q_BCHD.dtype)
+
+    def blocks(self, span: Span) -> list[KVBlock]:
+        """Those of this rank, then those sent by the others, in the order of ranks."""
+        return [
+            KVBlock(piece, k[:, rows], v[:, rows])
+            for _, keys, k, v in self._fetch(span)
+            for piece, rows in zip(keys, places(keys, keys), strict=True)
+            if len(piece)
+        ]
+
+    def _fetch(self, span: Span) -> Iterator[tuple[int, Spans, Tensor, Tensor]]:
+        """(owner, positions, keys, values): one's own, while those of the others are on their way, then theirs."""
+        me, (k, v) = self.ranks.rank, (x[:, : span.stop] for x in (self._k, self._v))
+        mine, wanted = self._keys(span)[me], self._wanted(span, by=me)
+        sends = [
+            Message("kv", peer, tuple(cut(x, mine, self._wanted(span, by=peer)[me]).contiguous() for x in (k, v))) for peer in self._others
+        ]
+        receives = [Message("kv", peer, _buffers((k, v), wanted[peer])) for peer in self._others]
+        pending = self.ranks.exchange(sends, receives)
+        yield me, mine, k, v
+        pending.wait()
+        for message in receives:
+            if total(wanted[message.peer]):
+                yield message.peer, wanted[message.peer], *message.tensors
+
+    def _bring_home(self, span: Span, made: Sequence[Message]) -> None:
+        """Add what other ranks made of this one's keys, in the order of ranks."""
+        me, mine = self.ranks.rank, self._keys(span)[self.ranks.rank]
+        wanted = {peer: self._wanted(span, by=peer)[me] for peer in self._others}
+        receives = [Message("dkv", peer, _buffers(self._adjoints, wanted[peer])) for peer in self._others if total(wanted[peer])]
+        self.ranks.exchange(made, receives).wait()
+        for message in receives:
+            for adjoint, part in zip(self._adjoints, message.tensors, strict=True):
+                at = 0
+                for rows in places(mine, wanted[message.peer]):
+                    adjoint[:, rows] += part[:, at : at + rows.stop - rows.start]
+                    at += rows.stop - rows.start
+
+    @property
+    def _others(self) -> list[int]:
+        return [rank for rank in range(self.ranks.size) if rank != self.ranks.rank]
+
+    def _wanted(self, span: Span, by: int) -> tuple[Spans, ...]:
+        """What the chunk's queries of rank `by` see of every rank's keys."""
+        queries = self._queries(span)[by]
+        return tuple(seen_by_any(self.mixer, queries, keys) for keys in self._keys(span))
+
+
+def _buffers(like: Sequence[Tensor], spans: Spans) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape[0], total(spans), *x.shape[2:]) for x in like)

@@ -1,0 +1,135 @@
+"""Bytes that a rank receives for one layer, each way, and which way is cheapest. The modules' docstrings derive the sums.
+
+U ranks exchange heads, in each of R groups that hold different tokens (P = U R). Between the exchanges the groups bring queries and keys
+together in one of the WAYS, with the heads of one rank. Means over ranks, in bytes, for a sequence whose tokens are all needed by all;
+windows count their halo.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from longtrain.parallel.alltoall import Heads
+from longtrain.parallel.settings import WAYS
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """What of a mixer decides its traffic."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    itemsize: int
+    window: int | None = None
+    """Tokens to the left that a query sees; None for all."""
+    causal: bool = True
+
+    @property
+    def kv(self) -> int:
+        """Bytes of the keys and values of a token."""
+        return self.kv_heads * (self.head_dim + self.value_dim) * self.itemsize
+
+    @property
+    def wide(self) -> int:
+        return max(4, self.itemsize)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Received:
+    """Bytes in the forward pass and in the backward pass, where keys are projected again, unless they were kept."""
+
+    forward: float
+    backward: float
+
+    @property
+    def total(self) -> float:
+        return self.forward + self.backward
+
+    def __add__(self, other: Received) -> Received:
+        return Received(forward=self.forward + other.forward, backward=self.backward + other.backward)
+
+
+NOTHING = Received(forward=0, backward=0)
+
+
+def received(way: str, shape: Shape, tokens: int, *, heads: int = 1, ring: int = 1, chunks: int = 1, kept: bool = False) -> Received:
+    """For one layer: heads over `heads` ranks, `way` over `ring` groups of them, a sequence streamed in `chunks`; `kept`: K/V are stored."""
+    inner = shape if heads == 1 else _of_one_rank(shape, heads)
+    over_groups = _over_groups(way, inner, tokens, ring, chunks) if ring > 1 else NOTHING
+    return over_groups + (_over_heads(shape, tokens / ring, heads, kept, two_passes=way == "ring") if heads > 1 else NOTHING)
+
+
+def _of_one_rank(shape: Shape, ranks: int) -> Shape:
+    split = Heads(shape.heads, shape.kv_heads, ranks)
+    of_first, of_keys = split.of_queries(0), split.of_keys(0)
+    return Shape(
+        heads=max(1, of_first.stop - of_first.start), kv_heads=of_keys.stop - of_keys.start, head_dim=shape.head_dim,
+        value_dim=shape.value_dim, itemsize=shape.itemsize, window=shape.window, causal=shape.causal,
+    )
+
+
+def _over_heads(shape: Shape, tokens: float, ranks: int, kept: bool, two_passes: bool) -> Received:
+    split, b, w, D = Heads(shape.heads, shape.kv_heads, ranks), shape.itemsize, shape.wide, shape.head_dim + shape.value_dim
+    away = tokens / ranks * (ranks - 1) / ranks
+    keys = shape.kv * sum(heads.stop - heads.start for heads in map(split.of_keys, range(ranks))) / shape.kv_heads
+    gradients = keys // b * w if split.replicated else keys
+    there_and_back = away * shape.heads * D * b  # q there and the output back; dout there and dq back
+    if two_passes:  # attends again in the backward pass, in order to differentiate
+        return Received(forward=there_and_back + away * keys, backward=2 * there_and_back + away * (keys + gradients))
+    return Received(  # a chunk's queries go there again, with LSE and delta
+        forward=there_and_back + away * (shape.heads * w + keys),
+        backward=there_and_back + away * (shape.heads * (shape.head_dim * b + 2 * w) + (0 if kept else keys) + gradients),
+    )
+
+
+def _over_groups(way: str, shape: Shape, tokens: float, groups: int, chunks: int) -> Received:
+    H, D, Dv, b, w, kv = shape.heads, shape.head_dim, shape.value_dim, shape.itemsize, shape.wide, shape.kv
+    away, made = tokens * (groups - 1) / groups, kv // b * w
+    if way == "ring":  # in two passes: the backward pass attends again, in order to differentiate
+        return Received(forward=away * kv, backward=away * (kv + kv + made))
+    if way == "queries":
+        return Received(forward=away * H * (D * b + (Dv + 1) * w), backward=away * H * ((D + Dv) * b + (D + 2) * w))
+    halo = chunks * min(tokens if shape.window is None else shape.window, away)
+    return Received(forward=halo * kv, backward=halo * (kv + made))
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The way of one mixer, and what each would have cost."""
+
+    way: str
+    costs: dict[str, Received]
+    refused: dict[str, str]
+
+    def __str__(self) -> str:
+        said = [f"{name} {of.forward / 2**20:,.1f} + {of.backward / 2**20:,.1f} MiB" for name, of in self.costs.items()]
+        return "; ".join([f"{self.way} ({', '.join(said)})", *(f"not {name}: {why}" for name, why in self.refused.items())])
+
+
+def choose(
+    shape: Shape, tokens: int, *, heads: int, ring: int, chunks: int, runs: int = 1, segment_layers: int = 1, way: str = "auto"
+) -> Choice:
+    """The cheapest way of `heads` x `ring` ranks, or the one that is asked for. `runs`: spans of a chunk that a rank holds.
+
+    A halo goes over all ranks alike. Raises ValueError where what is asked for cannot be.
+    """
+    refused: dict[str, str] = {}
+    if ring == 1:
+        refused = dict.fromkeys(("ring", "queries"), "all ranks exchange heads; set parallel.heads below their number")
+    if ring > 1 and not shape.causal:
+        refused["queries"] = "a query sees what comes after its chunk"
+    if ring > 1 and segment_layers > 1:
+        refused["ring"] = "it needs two passes over the sequence, and segments of several layers are streamed chunk by chunk"
+    if shape.window is None or not shape.causal:
+        refused["halo"] = "a query sees all that came before it"
+    if way in refused:
+        raise ValueError(f"parallel.way is {way}, and that cannot be: {refused[way]}; or use auto")
+    costs = {name: received(name, shape, tokens, heads=heads, ring=ring, chunks=chunks) for name in WAYS[:2] if name not in refused}
+    if ring == 1:
+        costs = {"heads": received("heads", shape, tokens, heads=heads)}
+    if "halo" not in refused:
+        costs["halo"] = received("halo", shape, tokens, ring=heads * ring, chunks=chunks * runs)
+    if not costs:
+        raise ValueError(f"parallel: no way to spread this layer: {refused}; let all ranks exchange heads, or use segment_layers=1")
+    return Choice(min(costs, key=lambda name: costs[name].total) if way == "auto" else way, costs, refused)

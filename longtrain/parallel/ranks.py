@@ -1,0 +1,106 @@
+"""The processes that share a sequence, and every byte that passes between them.
+
+The only place that calls torch.distributed. What is sent is counted where it is sent, by what it is, so that tests hold the formulas of
+`cost.py` against the calls.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class Traffic:
+    """Bytes that this rank received from others, by what they were ("kv", "dkv", "q", ...)."""
+
+    received: Counter[str] = field(default_factory=Counter)
+
+    def total(self) -> int:
+        return sum(self.received.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """Tensors of one kind to or from a peer. `tensors` are what is sent, or the buffers that receive."""
+
+    what: str
+    peer: int
+    tensors: tuple[Tensor, ...]
+
+
+class Pending:
+    """Messages on their way."""
+
+    def __init__(self, works: Sequence[dist.Work], sent: Sequence[Message], received: Sequence[Message]) -> None:
+        self._works, self._sent, self._received = works, sent, received
+
+    def wait(self) -> dict[str, tuple[Tensor, ...]]:
+        """What was received, by kind; what was sent may then be changed."""
+        for work in self._works:
+            work.wait()
+        return {message.what: message.tensors for message in self._received}
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """Processes of a group, numbered within it, and the counter of what passes between them."""
+
+    group: dist.ProcessGroup | None
+    rank: int
+    size: int
+    traffic: Traffic
+
+    @classmethod
+    def of(cls, group: dist.ProcessGroup | None = None, traffic: Traffic | None = None) -> Ranks:
+        """This process among those of `group`; None: among all."""
+        group = dist.group.WORLD if group is None else group
+        return cls(group, dist.get_rank(group), dist.get_world_size(group), Traffic() if traffic is None else traffic)
+
+    @classmethod
+    def alone(cls, traffic: Traffic | None = None) -> Ranks:
+        """This process by itself."""
+        return cls(None, 0, 1, Traffic() if traffic is None else traffic)
+
+    def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
+        """Start all of them at once. Between two ranks, messages must be listed in the same order on both."""
+        operations = [(dist.isend, m) for m in sends] + [(dist.irecv, m) for m in receives]
+        for m in receives:
+            self.traffic.received[m.what] += sum(t.nbytes for t in m.tensors)
+        calls = [dist.P2POp(call, t, group=self.group, group_peer=m.peer) for call, m in operations for t in m.tensors if t.numel()]
+        return Pending(dist.batch_isend_irecv(calls) if calls else (), sends, receives)
+
+    def all_to_all(self, what: str, sends: Sequence[Sequence[Tensor]], shapes: Sequence[Sequence[torch.Size]]) -> list[list[Tensor]]:
+        """Each peer is sent its tensors and gives those of `shapes`; all of one dtype. One collective."""
+        flat = [t.reshape(-1) for tensors in sends for t in tensors]
+        counts = [sum(t.numel() for t in tensors) for tensors in sends]
+        expected = [sum(map(torch.Size.numel, of_peer)) for of_peer in shapes]
+        buffer = torch.cat(flat)
+        received = buffer.new_empty(sum(expected))
+        dist.all_to_all_single(received, buffer, expected, counts, group=self.group)
+        self.traffic.received[what] += (sum(expected) - expected[self.rank]) * received.itemsize
+        of_peers = [of_peer.split([s.numel() for s in shape]) for of_peer, shape in zip(received.split(expected), shapes, strict=True)]
+        return [[t.view(s) for t, s in zip(of_peer, shape, strict=True)] for of_peer, shape in zip(of_peers, shapes, strict=True)]
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum over ranks, bitwise the same on all of them."""
+        x = x.clone()
+        dist.all_reduce(x, group=self.group)
+        return x
+
+    def greatest(self, x: Tensor) -> Tensor:
+        """The largest over ranks, entry by entry."""
+        x = x.clone()
+        dist.all_reduce(x, op=dist.ReduceOp.MAX, group=self.group)
+        return x
+
+    def first(self, x: Tensor) -> Tensor:
+        """What rank 0 has."""
+        x = x.clone()
+        dist.broadcast(x, group=self.group, group_src=0)
+        return x

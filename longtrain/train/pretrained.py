@@ -1,0 +1,231 @@
+"""A model of transformers in a run: built from a directory or a `config.json`, given adapters, and saved as it came.
+
+transformers and peft are extras: they are imported when a configuration asks for them. Every error names its setting.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from longtrain.config import Config, Locations
+from longtrain.config.hf import HfModelConfig, LoraConfig
+from longtrain.data.corpus import say_tokenizer
+from longtrain.train.output import said_plainly
+from longtrain.train.rotary import Rope
+
+CONFIG_FILE, SHARD = "config.json", "5GB"
+BASE = "base"
+"""Where a saved adapter's own base model stands, if it was drawn at random."""
+TOKENIZER_FILES = (
+    "tokenizer*", "*vocab*", "merges*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "*.model", "*.tiktoken",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pretrained:
+    """A model as it was built, in float32 (of LoRA the frozen weights in the training dtype)."""
+
+    model: nn.Module
+    """The transformers model, or the peft model around it."""
+    rope: Rope
+    notes: tuple[str, ...]
+    """What a reader of the run's first lines should know."""
+
+
+def build(
+    settings: HfModelConfig,
+    reach: int,
+    dtype: torch.dtype,
+    where: Locations,
+    *,
+    read_weights: bool = True,
+    change: Callable[[Any], None] | None = None,
+) -> Pretrained:
+    """Build the model that `model.hf` names for sequences of at most `reach` tokens; where it has no weights, or they are not to be read,
+    with random ones by torch's generator. `change` may change its (text) configuration first.
+
+    Raises ConfigError naming what is missing, does not fit or cannot be trained.
+    """
+    transformers = import_transformers(where)
+    source, weights = locate(settings.hf, where)
+    read_weights = read_weights and weights
+    described = load_config(transformers, source, where)
+    if change is not None:
+        change(described.get_text_config())
+    rope = Rope.of(described, reach)
+    if settings.rope is not None:
+        try:
+            rope.put(described, settings.rope)
+        except ValueError as error:
+            raise where.error("model.rope", str(error)) from None
+    dtype = torch.float32 if settings.lora is None else dtype
+    notes = [] if weights else [f"{source} names a shape, not weights: random ones, drawn with train.seed"]
+    if read_weights:
+        model, unread = load_weights(transformers, source, described, dtype, where)
+        notes += [f"{len(unread)} tensors of {source} have no place in {type(model).__name__} (such as {unread[0]})"] if unread else []
+    else:
+        model = transformers.AutoModelForCausalLM.from_config(described, dtype=dtype)
+    check_trainable(model, where)
+    if settings.lora is not None:
+        model = add_adapters(model, settings.lora, where)
+    return Pretrained(model=model, rope=rope, notes=tuple(notes))
+
+
+def import_transformers(where: Locations) -> Any:
+    """The library, with longtrain's attention registered. Raises ConfigError with the command that installs it."""
+    try:
+        import transformers
+
+        import longtrain.hf  # noqa: F401  (it checks the version)
+    except ImportError as error:
+        raise where.error("model.hf", f"transformers cannot be used ({error}); get it with: pip install longtrain[hf]") from None
+    return transformers
+
+
+def locate(given: str, where: Locations) -> tuple[Path, bool]:
+    """The directory, or the `config.json`, that `model.hf` names, and whether there are weights."""
+    path = Path(given)
+    if path.is_file():
+        if path.suffix != ".json":
+            raise where.error("model.hf", f"{path} is a file, and no config.json; name the directory of a model, or its config.json")
+        return path, False
+    if not path.is_dir():
+        raise where.error("model.hf", f"there is no {path} (from {Path.cwd()}), and nothing is downloaded; fetch the model, then name its directory")
+    if not (path / CONFIG_FILE).is_file():
+        adapter = " (it is an adapter: name the model it belongs to)" if (path / "adapter_config.json").is_file() else ""
+        raise where.error("model.hf", f"{path} holds no {CONFIG_FILE}{adapter}; name a directory that save_pretrained has written")
+    if not any(path.glob("*.safetensors")):
+        raise where.error(
+            "model.hf",
+            f"{path} holds no safetensors; fetch them (or save them again with save_pretrained), or write {path / CONFIG_FILE} for random weights",
+        )
+    return path, True
+
+
+def load_config(transformers: Any, source: Path, where: Locations) -> Any:
+    try:
+        return transformers.AutoConfig.from_pretrained(str(source), local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise where.error("model.hf", f"{source} describes no model that transformers {transformers.__version__} has ({error}); correct it") from None
+
+
+def load_weights(transformers: Any, source: Path, described: Any, dtype: torch.dtype, where: Locations) -> tuple[nn.Module, list[str]]:
+    """The model with its weights, every one of them read; and the names of tensors that it has no place for."""
+    try:
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(
+            str(source), config=described, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise where.error("model.hf", f"{source} cannot be loaded ({error}); fetch its files again") from None
+    if found["missing_keys"]:
+        missing = sorted(found["missing_keys"])
+        raise where.error(
+            "model.hf",
+            f"{source} lacks {len(missing)} tensors of {type(model).__name__} (such as {missing[0]}), which would begin at random; name a "
+            "directory with all of them",
+        )
+    return model, sorted(found["unexpected_keys"])
+
+
+def check_trainable(model: nn.Module, where: Locations) -> None:
+    """Refuse what a run would get wrong: quantised weights, packed rows that are not kept apart, a result that could not be saved."""
+    name = type(model).__name__
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise where.error("model.hf", "its weights are quantised, which cannot be trained here; name the model before quantisation")
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        raise where.error("model.hf", f"{name} takes no position_ids, by which packed documents are kept apart; use a family that does")
+    if getattr(model.config.get_text_config(), "output_router_logits", False):
+        raise where.error(
+            "model.hf", f"its {CONFIG_FILE} says output_router_logits: true, and the loss that balances experts is not trained here; set it false"
+        )
+    if model.can_generate():
+        try:
+            model.generation_config.validate(strict=True)
+        except ValueError as error:
+            raise where.error("model.hf", f"its generation_config.json could not be saved again ({error}); correct it") from None
+
+
+def add_adapters(model: nn.Module, lora: LoraConfig, where: Locations) -> nn.Module:
+    """The peft model around `model`: only its adapters require gradients."""
+    try:
+        import peft
+    except ImportError as error:
+        raise where.error("model.lora", f"peft cannot be used ({error}); get it with: pip install longtrain[lora]") from None
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for index, target in enumerate(() if isinstance(lora.target_modules, str) else lora.target_modules):
+        if not any(name == target or name.endswith(f".{target}") for name, _ in model.named_modules()):
+            ends = sorted({name.rpartition(".")[2] for name in linear})
+            raise where.error(f"model.lora.target_modules[{index}]", f"{target} matches no layer; the linear layers are called {', '.join(ends)}")
+    targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    settings = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets
+    )
+    try:
+        return peft.get_peft_model(model, settings)
+    except ValueError as error:
+        raise where.error("model.lora.target_modules", f"{error}; name linear layers") from None
+
+
+def save(model: nn.Module, config: Config, directory: Path, shard: str | int = SHARD) -> list[str]:
+    """Write what `from_pretrained` reads (of LoRA: the adapter, as peft reads it), with the tokenizer's files; returns the file names.
+
+    `directory` is made; it is the old one or the new one whole, never a part.
+    """
+    partial = directory.with_name(f".{directory.name}.partial")
+    with said_plainly(directory):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        if config.model.lora is None:
+            model.save_pretrained(str(partial), max_shard_size=shard)
+        else:
+            save_adapter(model, config, partial, directory, shard)
+        for file in tokenizer_files(config.model.hf):
+            (shutil.copytree if file.is_dir() else shutil.copyfile)(file, partial / file.name)
+        shutil.rmtree(directory, ignore_errors=True)
+        partial.rename(directory)
+    return sorted(p.name for p in directory.iterdir())
+
+
+def save_adapter(model: nn.Module, config: Config, partial: Path, directory: Path, shard: str | int) -> None:
+    """The adapter, and its base model where nobody else has that: one drawn at random, or whose rotary positions were changed."""
+    given, described = Path(config.model.hf), next(iter(model.peft_config.values()))
+    changed = not given.is_dir() or any(stage.rope is not None for stage in config.stages())
+    described.base_model_name_or_path = str((directory / BASE if changed else given).resolve())
+    model.save_pretrained(str(partial), save_embedding_layers=False)
+    if changed:
+        adapters = {n for n, _ in model.named_parameters() if ".lora_" in n}
+        base = {
+            n.removeprefix("base_model.model.").replace(".base_layer.", "."): t for n, t in model.state_dict().items() if n not in adapters
+        }
+        model.get_base_model().save_pretrained(str(partial / BASE), state_dict=base, max_shard_size=shard)
+
+
+def tokenizer_files(given: str) -> Iterator[Path]:
+    """The files of a tokenizer beside the model that `model.hf` names."""
+    source = Path(given)
+    source = source if source.is_dir() else source.parent
+    found = {file for pattern in TOKENIZER_FILES for file in source.glob(pattern)}
+    return iter(sorted(found))
+
+
+def check_tokenizer(given: str, tokenizer: dict, where: Locations) -> None:
+    """Raise ConfigError where the data's tokens were made by another tokenizer than the one that stands beside the model."""
+    own = next((file for file in tokenizer_files(given) if file.name == "tokenizer.json"), None)
+    if own is None:
+        return
+    expected = hashlib.sha256(own.read_bytes()).hexdigest()
+    if tokenizer.get("sha256") != expected:
+        raise where.error(
+            "data",
+            f"its tokens were made by {say_tokenizer(tokenizer)}, and the model reads those of {own} (sha256 {expected[:12]}); build the data "
+            f"again: longtrain data build ... --tokenizer {own.parent}",
+        )

@@ -1,0 +1,330 @@
+"""`linear_attention` by chunks against its recurrence, and the recurrence against what a person can check."""
+
+import math
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from longtrain.ops.linear_attention import chunked, decay, explain, linear_attention, linear_attention_backward
+
+F64 = torch.float64
+
+
+def relative(a, b):
+    return float((a.detach().double() - b.detach().double()).norm() / b.detach().double().norm().clamp_min(1e-300))
+
+
+def make(B=2, T=37, H=2, D=5, V=3, forget=None, beta=False, state=False, dtype=F64, seed=0, strength=1.0):
+    """Tensors of a call. `forget`: None, "fixed" [H], "head" [B, T, H] or "feature" [B, T, H, D]."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=F64)
+
+    data = dict(q=normal(B, T, H, D), k=F.normalize(normal(B, T, H, D), dim=-1), v=normal(B, T, H, V))
+    shape = {None: None, "fixed": (H,), "head": (B, T, H), "feature": (B, T, H, D)}[forget]
+    if shape is not None:
+        data["decay"] = -normal(*shape).exp() * strength
+    if beta:
+        data["beta"] = 2 * normal(B, T, H).sigmoid()
+    if state:
+        data["initial_state"] = normal(B, H, D, V)
+    return {name: t.to(dtype) for name, t in data.items()}
+
+
+def output_and_grads(data, **options):
+    """Output, last state and the gradients of everything, for random gradients of both."""
+    leaves = {name: t.clone().requires_grad_() for name, t in data.items()}
+    out, state = linear_attention(**leaves, return_state=True, **options)
+    generator = torch.Generator().manual_seed(1)
+    upstream = [torch.randn(t.shape, generator=generator, dtype=F64).to(t.dtype) for t in (out, state)]
+    grads = torch.autograd.grad((out, state), list(leaves.values()), upstream)
+    return {"out": out, "state": state, **dict(zip(leaves, grads))}
+
+
+def assert_same(ours, theirs, tolerance=1e-12):
+    assert ours.keys() == theirs.keys()
+    scale = max(float(t.detach().double().norm()) for t in theirs.values())
+    for name in theirs:
+        assert ours[name].dtype == theirs[name].dtype and ours[name].shape == theirs[name].shape, name
+        error, norm = float((ours[name].detach().double() - theirs[name].detach().double()).norm()), float(theirs[name].detach().double().norm())
+        # zero by mathematics (decays of one token, states behind a document): noise, held to the whole
+        assert error <= tolerance * (norm if norm > 1e-10 * scale else scale), f"{name}: {error / max(norm, 1e-300):.2e}"
+
+
+def drawn(case):
+    """A call drawn at random, over what breaks."""
+    draw = random.Random(case)
+    tokens = draw.choice([1, 2, 3, 7, 15, 16, 17, 31, 33, 50, 64, 65, draw.randint(1, 90)])
+    data = make(
+        B=draw.choice([1, 1, 2]), T=tokens, H=draw.choice([1, 2, 3]), D=draw.choice([1, 2, 4, 5, 8]), V=draw.choice([1, 3, 4, 7]),
+        forget=draw.choice([None, "fixed", "head", "feature", "feature"]), beta=draw.random() < 0.5, state=draw.random() < 0.5,
+        strength=draw.choice([1e-3, 0.3, 5.0, 300.0]), seed=case,
+    )  # fmt: skip
+    options = dict(chunk_size=draw.choice([1, 2, 4, 16, 16, 64]), scale=draw.choice([None, 0.3]))
+    if draw.random() < 0.5:
+        inner = sorted(draw.randint(0, tokens) for _ in range(draw.randint(1, 4)))
+        options["cu_seqlens"] = torch.tensor([0, *inner, tokens], dtype=draw.choice([torch.int32, torch.int64]))
+    return data, options
+
+
+@pytest.mark.parametrize("block", range(12))
+def test_chunks_equal_the_recurrence(block):
+    """300 drawn calls: lengths, chunks, documents (empty ones, too), decays of every kind and strength, states, the delta rule."""
+    for case in range(25 * block, 25 * block + 25):
+        data, options = drawn(case)
+        try:
+            assert_same(output_and_grads(data, **options), output_and_grads(data, **options, backend="reference"))
+        except AssertionError as error:
+            raise AssertionError(f"case {case}, {({n: list(t.shape) for n, t in data.items()})}, {options}: {error}") from None
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_float32_is_as_exact_as_the_recurrence_in_float32(block):
+    """Against float64 on the same rounded inputs: at most twice the recurrence's own error, both measured over 10 calls together. With
+    the delta rule on keys in many directions: the system of a chunk whose keys are all parallel costs a digit."""
+    ours, theirs = {}, {}
+    for case in range(10 * block, 10 * block + 10):
+        data, options = drawn(1000 + case)
+        if "beta" in data:
+            data = make(T=data["q"].shape[1], D=16, forget=("head", "feature")[case % 2], beta=True, state=True, seed=case, strength=0.3)
+        narrow = {name: t.float() for name, t in data.items()}
+        exact = output_and_grads({name: t.double() for name, t in narrow.items()}, **options, backend="reference")
+        for errors, backend in ((ours, "chunked"), (theirs, "reference")):
+            result = output_and_grads(narrow, **options, backend=backend)
+            scale = max(float(t.detach().norm()) for t in exact.values())
+            for name in exact:
+                error = float((result[name].double() - exact[name]).detach().norm() / exact[name].detach().norm().clamp_min(1e-3 * scale))
+                errors[name] = errors.get(name, 0) + error**2
+    for name in ours:
+        assert ours[name] <= 4 * theirs[name] + (2e-7) ** 2, f"{name}: {ours[name] ** 0.5:.1e} against {theirs[name] ** 0.5:.1e}"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("forget, beta", [(None, False), ("feature", False), ("head", True)])
+def test_narrow_types_compute_in_float32(dtype, forget, beta):
+    data = make(T=300, D=16, V=16, forget=forget, beta=beta, dtype=dtype, strength=0.05)
+    ours = output_and_grads(data)
+    exact = output_and_grads({name: t.double() for name, t in data.items()}, backend="reference")
+    assert ours["state"].dtype == torch.float32
+    for name in data | {"out": 0}:
+        assert ours[name].dtype == dtype
+        # output and gradients are rounded once; the upstream gradient was rounded for one and not for the other
+        assert relative(ours[name], exact[name]) < 2 * torch.finfo(dtype).eps, name
+
+
+def test_decays_and_betas_may_be_wider_than_queries():
+    data = make(forget="head", beta=True, dtype=torch.bfloat16)
+    data["decay"], data["beta"] = data["decay"].float(), data["beta"].float()
+    ours = output_and_grads(data)
+    assert (ours["out"].dtype, ours["q"].dtype, ours["decay"].dtype, ours["beta"].dtype) == (torch.bfloat16,) * 2 + (torch.float32,) * 2
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same(output_and_grads(data), ours, 0)
+
+
+@pytest.mark.parametrize("kind", ["head", "feature"])
+def test_strong_decays_lose_nothing_that_is_near(kind):
+    """A token that forgets nearly all, then tokens that forget nearly nothing: sums of the whole chunk would drown the small ones."""
+    data = make(T=64, D=4, V=4, forget=kind, dtype=torch.float32)
+    data["decay"] = torch.full_like(data["decay"], -1e-4)
+    data["decay"][:, 10] = -1e5
+    ours = output_and_grads(data)
+    exact = output_and_grads({name: t.double() for name, t in data.items()}, backend="reference")
+    for name in ours:
+        assert relative(ours[name], exact[name]) < 1e-6, name
+
+
+@pytest.mark.parametrize("kind", ["fixed", "head", "feature"])
+@pytest.mark.parametrize("beta", [False, True])
+def test_a_decay_of_minus_infinity_is_a_document_s_beginning(kind, beta):
+    data = make(T=40, forget=kind, beta=beta)
+    if kind == "fixed":
+        data["decay"] = data["decay"].expand(2, 40, 2).contiguous()
+    packed = output_and_grads(data, cu_seqlens=torch.tensor([0, 13, 40]), chunk_size=16)
+    data["decay"] = data["decay"].clone()
+    data["decay"][:, 13] = -math.inf
+    marked = output_and_grads(data, chunk_size=16)
+    assert all(t.isfinite().all() for t in marked.values())
+    assert_same(marked, packed, 0 if kind != "fixed" else 1e-14)
+
+
+@pytest.mark.parametrize("forget, beta", [(None, False), ("feature", True)])
+@pytest.mark.parametrize("edges", [[0, 7, 37], [0, 1, 2, 37], [0, 0, 5, 5, 37, 37]])
+def test_documents_equal_separate_calls(edges, forget, beta):
+    data = make(B=1, forget=forget, beta=beta)
+    packed = linear_attention(**data, cu_seqlens=torch.tensor(edges), chunk_size=8)
+    for start, stop in zip(edges, edges[1:]):
+        alone = linear_attention(**{name: t[:, start:stop] for name, t in data.items()}, chunk_size=8)
+        torch.testing.assert_close(packed[:, start:stop], alone, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("forget, beta", [(None, False), ("head", True), ("feature", True), ("fixed", False)])
+@pytest.mark.parametrize("cut", [1, 16, 20, 36])
+def test_a_sequence_in_two_calls_is_the_sequence(forget, beta, cut):
+    data = make(forget=forget, beta=beta, state=True)
+    whole, state = linear_attention(**data, return_state=True, chunk_size=16)
+    first = {name: t if name == "initial_state" or t.dim() == 1 else t[:, :cut] for name, t in data.items()}
+    second = {name: t if t.dim() == 1 else t[:, cut:] for name, t in data.items()}
+    a, middle = linear_attention(**first, return_state=True, chunk_size=16)
+    b, last = linear_attention(**{**second, "initial_state": middle}, return_state=True, chunk_size=16)
+    torch.testing.assert_close(torch.cat([a, b], 1), whole, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(last, state, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("forget, beta", [(None, False), ("feature", True)])
+def test_pieces_change_nothing(forget, beta, monkeypatch):
+    data = make(T=70, forget=forget, beta=beta, state=True)
+    whole = output_and_grads(data, chunk_size=8)
+    monkeypatch.setattr(chunked, "PIECE_TOKENS", {"cpu": 24, "other": 24})
+    assert_same(output_and_grads(data, chunk_size=8), whole, 1e-14)
+
+
+def test_the_backward_pass_alone(monkeypatch):
+    data = make(T=70, forget="head", beta=True, state=True)
+    expected = output_and_grads(data)
+    out, state = linear_attention(**data, return_state=True)
+    generator = torch.Generator().manual_seed(1)
+    dout, dstate = (torch.randn(t.shape, generator=generator, dtype=F64) for t in (out, state))
+    monkeypatch.setattr(chunked, "PIECE_TOKENS", {"cpu": 64, "other": 64})
+    grads = linear_attention_backward(dout, **data, dstate=dstate)
+    assert_same(dict(zip(data, grads)), {name: expected[name] for name in data}, 1e-13)
+    without = linear_attention_backward(dout, **{n: t for n, t in data.items() if n in "qkv"})
+    assert [g is None for g in without] == [False, False, False, True, True, False]
+
+
+def test_reference_by_hand():
+    """Two features, one value, two tokens: a decay a feature, a half-overwriting beta."""
+    q, k = torch.tensor([[1.0, 2.0], [3.0, 1.0]]), torch.tensor([[1.0, 0.0], [0.6, 0.8]])
+    v, log_decay, beta = torch.tensor([4.0, 5.0]), torch.tensor([[0.0, 0.0], [math.log(0.5), math.log(0.25)]]), torch.tensor([1.0, 0.5])
+    # S_1 = beta v k = (4, 0); out_1 = 4. Decayed (2, 0), read by k_2: 1.2; u_2 = 0.5 (5 - 1.2) = 1.9; S_2 = (2 + 1.14, 1.52)
+    out, state = linear_attention(
+        *(t.view(1, 2, 1, -1) for t in (q, k, v)), decay=log_decay.view(1, 2, 1, 2), beta=beta.view(1, 2, 1), scale=1.0, return_state=True,
+        backend="reference",
+    )  # fmt: skip
+    torch.testing.assert_close(state.flatten(), torch.tensor([3.14, 1.52]))
+    torch.testing.assert_close(out.flatten(), torch.tensor([4.0, 3 * 3.14 + 1.52]))
+
+
+def test_without_decay_it_is_attention_without_softmax():
+    data = make(T=20)
+    scores = torch.einsum("bthd,bshd->bhts", data["q"], data["k"]).tril() / math.sqrt(5)
+    torch.testing.assert_close(linear_attention(**data, chunk_size=4), torch.einsum("bhts,bshv->bthv", scores, data["v"]))
+
+
+def test_the_delta_rule_returns_what_was_written_last():
+    """beta = 1 and keys of norm 1: reading with the key that was just written gives its value, whatever stood there."""
+    data = make(T=50, D=4, V=3)
+    out = linear_attention(data["k"], data["k"], data["v"], beta=torch.ones(2, 50, 2, dtype=F64), scale=1.0, chunk_size=16)
+    torch.testing.assert_close(out, data["v"], rtol=1e-12, atol=1e-12)
+
+
+def test_decayed_scores_by_their_definition():
+    for features in (1, 4):
+        q, k, g = torch.randn(2, 8, 4, dtype=F64), torch.randn(8, 4, dtype=F64), -torch.rand(8, features, dtype=F64)
+        expected = torch.zeros(2, 8, 8, dtype=F64)
+        for i in range(8):
+            for j in range(i + 1):
+                expected[:, i, j] = (q[:, i] * k[j] * g[j + 1 : i + 1].sum(0).exp()).sum(-1)
+        torch.testing.assert_close(decay.scores(q, k, g), expected, rtol=1e-13, atol=1e-14)
+
+
+@pytest.mark.parametrize("forget, beta", [(None, False), ("feature", True)])
+def test_the_op_is_registered_as_torch_wants_it(forget, beta):
+    data = {name: t.requires_grad_() for name, t in make(T=12, forget=forget, beta=beta, state=beta).items()}
+    full = (data["q"], data["k"], data["v"], data.get("decay"), data.get("beta"), data.get("initial_state"), torch.tensor([0, 5, 12]), 0.5, 4)
+    torch.library.opcheck(torch.ops.longtrain.linear_attention.default, full)
+
+
+def test_compiled_it_is_one_graph_with_the_same_bits():
+    data = make(T=30, forget="head", beta=True, dtype=torch.float32)
+
+    def step(q, k, v, decay, beta):
+        return linear_attention(q * 2, k, v, decay=decay, beta=beta, chunk_size=16).sin()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    results = []
+    for f in (step, compiled):
+        leaves = [t.clone().requires_grad_() for t in data.values()]
+        y = f(*leaves)
+        results.append([y.detach(), *torch.autograd.grad(y.square().sum(), leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+def test_saves_its_inputs_and_the_states_of_pieces_only():
+    data = {name: t.requires_grad_() for name, t in make(T=50, forget="head", beta=True, state=True).items()}
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
+        linear_attention(**data)
+    others = [t for t in saved if t.data_ptr() not in {p.data_ptr() for p in data.values()}]
+    assert [list(t.shape) for t in others] == [[2, 1, 2, 5, 3]]
+
+
+@pytest.mark.parametrize("frozen", ["q", "k", "v", "decay", "beta", "initial_state"])
+def test_frozen_tensors(frozen):
+    data = make(forget="head", beta=True, state=True)
+    expected = output_and_grads(data)
+    leaves = {name: t.clone().requires_grad_(name != frozen) for name, t in data.items()}
+    out, state = linear_attention(**leaves, return_state=True)
+    generator = torch.Generator().manual_seed(1)
+    torch.autograd.backward((out, state), [torch.randn(t.shape, generator=generator, dtype=F64) for t in (out, state)])
+    assert leaves[frozen].grad is None
+    assert_same({n: t.grad for n, t in leaves.items() if n != frozen}, {n: expected[n] for n in leaves if n != frozen}, 1e-14)
+
+
+def test_strides_do_not_matter():
+    data = make(T=20, forget="feature", beta=True)
+    strided = {name: t.transpose(0, 1).contiguous().transpose(0, 1) for name, t in data.items()}
+    assert_same(output_and_grads(strided), output_and_grads(data), 0)
+
+
+def test_no_token_at_all():
+    data = make(T=0, state=True, forget="head", beta=True)
+    result = output_and_grads(data)
+    assert result["out"].shape == (2, 0, 2, 3) and torch.equal(result["state"], data["initial_state"])
+
+
+def test_second_derivatives_are_refused_and_the_reference_has_them():
+    data = {name: t.requires_grad_() for name, t in make(T=5).items()}
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        torch.autograd.grad(linear_attention(**data).sum(), data["q"], create_graph=True)
+    torch.autograd.grad(linear_attention(**data, backend="reference").sum(), data["q"], create_graph=True)
+
+
+@pytest.mark.parametrize("change, match", [
+    (dict(k=torch.ones(2, 37, 1, 5)), "repeat keys and values"),
+    (dict(v=torch.ones(2, 36, 2, 3)), "do not fit"),
+    (dict(q=torch.ones(2, 37, 10)), "do not fit"),
+    (dict(q=torch.ones(2, 37, 2, 5, dtype=torch.int64)), "q must be a real floating-point tensor"),
+    (dict(beta=torch.ones(2, 37)), r"beta must have shape \[B, T, H\] = \[2, 37, 2\]"),
+    (dict(initial_state=torch.ones(2, 2, 3, 5)), r"initial_state must have shape \[B, H, D, Dv\]"),
+    (dict(decay=torch.zeros(37, 2)), r"decay must be a number, or floating point of shape \[H\]"),
+    (dict(decay=0.5), "at most 0, found 0.5"),
+    (dict(decay=float("nan")), "at most 0, found nan"),
+    (dict(chunk_size=48), "power of two, not 48"),
+    (dict(chunk_size=0), "power of two"),
+    (dict(cu_seqlens=torch.tensor([0, 36])), "must ascend from 0 to T = 37"),
+    (dict(cu_seqlens=torch.tensor([0, 8, 7, 37])), "must ascend"),
+    (dict(cu_seqlens=torch.tensor([0.0, 37.0])), "int32 or int64"),
+    (dict(backend="fla"), "backend must be auto or one of chunked, reference"),
+])  # fmt: skip
+def test_what_is_refused(change, match):
+    with pytest.raises(ValueError, match=match):
+        linear_attention(**{**make(), **change})
+
+
+def test_a_gradient_of_another_shape_is_refused():
+    data = make()
+    with pytest.raises(ValueError, match="dstate must have shape"):
+        linear_attention_backward(data["v"], **data, dstate=torch.zeros(2, 2, 3, 5))
+
+
+def test_a_number_is_a_decay_of_all_heads():
+    data = make()
+    expected = linear_attention(**data, decay=torch.full((2,), math.log(0.9), dtype=F64))
+    torch.testing.assert_close(linear_attention(**data, decay=math.log(0.9)), expected, rtol=1e-14, atol=1e-14)
+
+
+def test_explain_names_every_backend():
+    assert explain(**make(forget="head")) == {"chunked": None, "reference": None}

@@ -1,0 +1,159 @@
+"""A model whose sequences several processes share: loss and gradients are those of one process, in float64, by every way."""
+
+from __future__ import annotations
+
+import copy
+from itertools import cycle
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import longtrain as lt
+from tests.processes import run_ranks
+from tests.stream.conftest import TOLERANCE, VOCAB, assert_same, loss_and_grads, make_model
+
+TOKENS = 70
+
+
+def call(tokens: int = TOKENS, batch: int = 1, **extra) -> dict:
+    ids = torch.randint(VOCAB, (batch, tokens), generator=torch.Generator().manual_seed(tokens))
+    return {"input_ids": ids, "labels": ids.clone(), **extra}
+
+
+def masked() -> dict:
+    """Labels that are all ignored on the first ranks."""
+    masked_call = call()
+    masked_call["labels"][:, :45] = -100
+    return masked_call
+
+
+def documents(*edges: int) -> torch.Tensor:
+    return torch.tensor([0, *edges, TOKENS], dtype=torch.int32)
+
+
+FEATURES = {
+    "plain": (dict(), call),
+    "one kv head": (dict(num_kv_heads=1), call),
+    "windows and full": (dict(window=(9, None, 3)), call),
+    "documents": (dict(window=(None, 6)), lambda: call(cu_seqlens=documents(1, 1, 21, 22, 47))),
+    "dropout": (dict(attention_dropout=0.3, window=(None, 8)), call),
+    "masked labels": (dict(), masked),
+    "token weights": (dict(), lambda: call(token_weights=torch.rand(1, TOKENS, generator=torch.Generator().manual_seed(0)))),
+    "normalizer and batch of two": (dict(), lambda: call(batch=2, normalizer=131.0)),
+    "fewest tokens": (dict(), lambda: call(tokens=4)),
+}
+
+PLANS = {
+    "chunks": lt.Plan(chunk_tokens=16),
+    "one chunk": lt.Plan(chunk_tokens=1000),
+    "segments, half of it stored": lt.Plan(chunk_tokens=13, segment_layers=2, store_outputs=0.5, store_kv=0.3, loss_chunk_tokens=5),
+    "all stored, boundaries as tensors": lt.Plan(chunk_tokens=16, store_kv=1.0, boundaries="tensor"),
+    "nothing stored": lt.Plan(chunk_tokens=16, store_outputs=0.0),
+}
+
+WAYS = {
+    "heads": lt.Parallel(),
+    "heads, striped": lt.Parallel(layout="striped", stripe=2),
+    "queries": lt.Parallel(heads=1, way="queries", stripe=2),
+    "queries, contiguous": lt.Parallel(heads=1, way="queries", layout="contiguous"),
+    "ring": lt.Parallel(heads=1, way="ring", layout="zigzag"),
+    "cheapest without heads": lt.Parallel(heads=1, stripe=2),
+}
+TWO_D = {
+    "2 x 2, queries": lt.Parallel(heads=2, way="queries", stripe=2),
+    "2 x 2, ring": lt.Parallel(heads=2, way="ring", layout="contiguous"),
+    "2 x 2": lt.Parallel(heads=2, layout="zigzag"),
+}
+
+
+def fits(plan: lt.Plan, parallel: lt.Parallel) -> bool:
+    """A ring needs two passes, layer by layer."""
+    return parallel.way != "ring" or plan.segment_layers == 1
+
+
+def summed(grads: dict) -> dict:
+    for grad in grads.values():
+        dist.all_reduce(grad)
+    return grads
+
+
+def check(model, plan: lt.Plan, parallel: lt.Parallel, inputs: dict, what: str) -> None:
+    """Each process has the whole batch; their gradients add up to those of one process, after the factor for averaging."""
+    expected_loss, expected = loss_and_grads(copy.deepcopy(model), inputs)
+    model = copy.deepcopy(model)
+    report = lt.apply(model, plan, parallel=parallel)
+    report.check_replay()
+    loss, grads = loss_and_grads(model, inputs)
+    grads = {name: grad / dist.get_world_size() for name, grad in summed(grads).items()}
+    try:
+        assert abs(float(loss - expected_loss)) <= TOLERANCE * abs(float(expected_loss))
+        assert_same(grads, expected)
+        assert not report.store.names()
+    except AssertionError as error:
+        raise AssertionError(f"{what}, rank {dist.get_rank()}: {error}") from error
+    report.undo()
+
+
+def quick(rank: int, world: int) -> None:
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    ways = cycle(("heads", "cheapest without heads", "queries, contiguous"))
+    for feature, (changes, make_call) in FEATURES.items():
+        check(make_model(layers=2, **changes), PLANS["chunks"], WAYS[way := next(ways)], make_call(), f"{feature}, {way}")
+    model = make_model(layers=3, window=(None, 9))
+    for name, way in [
+        ("one chunk", "ring"), ("segments, half of it stored", "heads, striped"), ("all stored, boundaries as tensors", "heads"),
+        ("nothing stored", "queries"),
+    ]:
+        check(model, PLANS[name], WAYS[way], call(tokens=37), f"{name}, {way}")
+    bad_input(rank, world)
+
+
+def bad_input(rank: int, world: int) -> None:
+    model = make_model()
+    lt.apply(model, lt.Plan(chunk_tokens=16), parallel=lt.Parallel())
+    with pytest.raises(ValueError, match="processes that share a sequence were given different ones"):
+        model(**call(tokens=30 + rank))
+    with pytest.raises(ValueError, match="1 tokens cannot be spread over"):
+        model(**call(tokens=1))
+    for wrong, says in [
+        (dict(heads=3), "cannot be cut into groups of 3"),
+        (dict(heads=1, way="halo"), "halo, and that cannot be: a query sees all that came before"),
+    ]:
+        other = make_model()
+        with pytest.raises(ValueError, match=says):
+            lt.apply(other, lt.Plan(chunk_tokens=16), parallel=lt.Parallel(**wrong))
+            other(**call())
+
+
+def test_two_ranks():
+    run_ranks(quick, 2)
+
+
+def everything(rank: int, world: int) -> None:
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    ways = {**WAYS, **(TWO_D if world == 4 else {})}
+    for feature, (changes, make_call) in FEATURES.items():
+        model = make_model(layers=3, **changes)
+        for name, plan in PLANS.items():
+            for way, parallel in ways.items():
+                if fits(plan, parallel):
+                    check(model, plan, parallel, make_call(), f"P={world}, {feature}, {name}, {way}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_every_feature_plan_and_way(world):
+    run_ranks(everything, world)
+
+
+@pytest.mark.parametrize("wrong, says", [
+    (dict(layout="ring"), "parallel.layout must be one of auto, contiguous, zigzag, striped, found 'ring'"),
+    (dict(way="tree"), "parallel.way must be one of auto, ring, queries, halo, found 'tree'"),
+    (dict(heads=0), "parallel.heads must be an integer of at least 1, found 0"),
+])
+def test_wrong_settings(wrong, says):
+    with pytest.raises(ValueError, match=says):
+        lt.Parallel(**wrong)
