@@ -52,6 +52,11 @@ def chunk_spans(tokens: int, chunk_tokens: int) -> list[Span]:
     return [Span(a, min(a + chunk_tokens, tokens)) for a in range(0, tokens, chunk_tokens)]
 
 
+def whole_chunks(kept: Span, chunk_tokens: int) -> Span:
+    """The chunks that lie within `kept`, the last tokens of a sequence."""
+    return Span(min(-(-kept.start // chunk_tokens) * chunk_tokens, kept.stop), kept.stop)
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """Positions and documents of one packed sequence of `tokens` tokens, and which of them this process holds.

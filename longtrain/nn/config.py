@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
+
+LayerKind = Literal["attention", "window", "linear", "delta", "lact", "conv"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """A Llama-style decoder. Raises ValueError naming the setting that is wrong."""
+    """A Llama-style decoder, all attention or with other mixers in some of its layers. Raises ValueError naming the setting that is wrong."""
 
     vocab_size: int
     """Number of token ids, V. Example: 256."""
@@ -30,9 +33,24 @@ class ModelConfig:
     head_dim: int | None = None
     """Features of a head, D; `hidden_size / num_heads` by default. Example: 128."""
 
+    layers: tuple[LayerKind, ...] | None = None
+    """What mixes the tokens, as a pattern repeated over the layers; attention in all of them by default. `attention`: full. `window`:
+    attention over the last `window` tokens. `linear`: gated linear attention. `delta`: the gated delta rule. `lact`: test-time training
+    once in `lact_chunk` tokens. `conv`: gated long convolution of `conv_taps` taps. Example: [conv, window, attention, linear]."""
+
     window: tuple[int | None, ...] | None = None
-    """Tokens a query sees, itself included, as a pattern repeated over the layers; None in it is full attention.
-    Example: [1024, null]."""
+    """Tokens a query sees, itself included, as a pattern repeated over the layers; None in it is full attention. With `layers`: over
+    those of kind `window`, full attention being a kind of its own. Example: [1024, null]."""
+
+    conv_taps: int = 128
+    """Tokens that a layer of kind `conv` sees, itself included. With at most `memory.chunk_tokens` it streams chunk by chunk, with more
+    whole, a group of channels at a time."""
+
+    conv_implicit: bool = False
+    """The filters of `conv` layers are made by a small network, for sight as long as the sequence at few parameters."""
+
+    lact_chunk: int = 512
+    """Tokens after which the fast weights of a `lact` layer change."""
 
     rope_base: float = 10_000.0
     """Base of the rotary frequencies."""
@@ -53,7 +71,8 @@ class ModelConfig:
     """Standard deviation of the initial weights."""
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim"):
+        sizes = ("vocab_size", "num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim")
+        for name in (*sizes, "conv_taps", "lact_chunk"):
             value = getattr(self, name)
             if value is None and name == "head_dim":
                 continue
@@ -71,6 +90,11 @@ class ModelConfig:
             for width in self.window:
                 if width is not None and (not isinstance(width, int) or width < 1):
                     raise ValueError(f"model.window entries must be null (full) or at least 1 token, found {width!r}")
+        if self.layers is not None:
+            self._check_layers()
+        for name, kind in (("conv_taps", "conv"), ("conv_implicit", "conv"), ("lact_chunk", "lact")):
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default and kind not in (self.layers or ()):
+                raise ValueError(f"model.{name} has no effect: model.layers names no {kind} layer; add one, or remove model.{name}")
         if not 0 <= self.attention_dropout < 1:
             raise ValueError(f"model.attention_dropout must be in [0, 1), found {self.attention_dropout!r}")
         if not 0 <= self.rope_fraction <= 1 or int(self.resolved_head_dim * self.rope_fraction) % 2:
@@ -85,6 +109,29 @@ class ModelConfig:
     def resolved_head_dim(self) -> int:
         return self.head_dim or self.hidden_size // self.num_heads
 
+    def layer_kind(self, index: int) -> LayerKind:
+        """What mixes the tokens in layer `index`."""
+        if self.layers is not None:
+            return self.layers[index % len(self.layers)]
+        return "attention" if self.layer_window(index) is None else "window"
+
     def layer_window(self, index: int) -> int | None:
-        """Tokens that a query of layer `index` sees; None for all."""
-        return None if self.window is None else self.window[index % len(self.window)]
+        """Tokens that a query of layer `index` sees, if its mixer is attention; None for all."""
+        if self.window is None or self.layers is not None and self.layer_kind(index) != "window":
+            return None
+        if self.layers is not None:
+            index = sum(self.layer_kind(i) == "window" for i in range(index))
+        return self.window[index % len(self.window)]
+
+    def _check_layers(self) -> None:
+        kinds = get_args(LayerKind)
+        if not isinstance(self.layers, tuple) or not self.layers or any(kind not in kinds for kind in self.layers):
+            raise ValueError(f"model.layers must be a list of {', '.join(kinds)}, found {self.layers!r}")
+        windowed = "window" in self.layers
+        if windowed and (self.window is None or None in self.window):
+            raise ValueError(
+                f"model.layers names window layers and model.window is {self.window!r}; give it their widths, such as [1024] "
+                "(full attention is the kind attention)"
+            )
+        if self.window is not None and not windowed:
+            raise ValueError("model.window has no effect: model.layers names no window layer; add one, or remove model.window")

@@ -2,20 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from longtrain.nn.attention import Attention
 from longtrain.nn.config import ModelConfig
 from longtrain.nn.ends import TokenEmbed
+from longtrain.nn.lact import LaCT
+from longtrain.nn.linear_attention import DeltaNet, LinearAttention
+from longtrain.nn.long_conv import LongConvMixerModule
 from longtrain.nn.mlp import SwiGLU
 from longtrain.nn.norm import RMSNorm
-from longtrain.ops.mixers import AttentionMixer
 from longtrain.span import Layout
 
 
+def _attention(config: ModelConfig, index: int) -> Attention:
+    return Attention(
+        config.hidden_size,
+        config.num_heads,
+        config.num_kv_heads,
+        config.resolved_head_dim,
+        window=config.layer_window(index),
+        rope_base=config.rope_base,
+        rope_fraction=config.rope_fraction,
+        dropout=config.attention_dropout,
+        layer_index=index,
+    )
+
+
+def _heads(config: ModelConfig) -> dict[str, Any]:
+    shape = dict(hidden_size=config.hidden_size, num_heads=config.num_heads, head_dim=config.resolved_head_dim)
+    return {**shape, "norm_eps": config.norm_eps}
+
+
+MIXERS: dict[str, tuple[str, Callable[[ModelConfig, int], nn.Module]]] = {
+    "attention": ("self_attn", _attention),
+    "window": ("self_attn", _attention),
+    "linear": ("linear", lambda config, index: LinearAttention(**_heads(config))),
+    "delta": ("delta", lambda config, index: DeltaNet(**_heads(config))),
+    "lact": ("lact", lambda config, index: LaCT(**_heads(config), chunk_tokens=config.lact_chunk)),
+    "conv": (
+        "conv",
+        lambda config, index: LongConvMixerModule(config.hidden_size, config.conv_taps, implicit=config.conv_implicit, layer_index=index),
+    ),
+}
+"""By kind of layer (`ModelConfig.layers`): the name its mixer's parameters have, and how it is made. Each has
+``mixer(documents, dropout_seed)``, which says what is to be computed, and ``forward(x_BTE, positions_BT, mix) -> [B, T, E]``."""
+
+
 class DecoderLayer(nn.Module):
-    """``x + attention(norm(x))``, then ``x + mlp(norm(x))``; ``[B, T, E] -> [B, T, E]``.
+    """``x + mixer(norm(x))``, then ``x + mlp(norm(x))``; ``[B, T, E] -> [B, T, E]``. The mixer is attention, or of another kind.
 
     It can be streamed: everything but `mix` is token-local, `token_args` names the arguments that run along the tokens, and
     `mixers` says what `mix` has to compute (`longtrain.stream.protocol.StreamableLayer`).
@@ -26,31 +65,26 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.self_attn = Attention(
-            config.hidden_size,
-            config.num_heads,
-            config.num_kv_heads,
-            config.resolved_head_dim,
-            window=config.layer_window(index),
-            rope_base=config.rope_base,
-            rope_fraction=config.rope_fraction,
-            dropout=config.attention_dropout,
-            layer_index=index,
-        )
+        self.mixer_name, make = MIXERS[config.layer_kind(index)]
+        self.add_module(self.mixer_name, make(config, index))
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
+    @property
+    def token_mixer(self) -> nn.Module:
+        return self.get_submodule(self.mixer_name)
+
     def mixers(
         self, *, positions_BT: Tensor, documents: Layout | None = None, dropout_seed: int | None = None
-    ) -> tuple[AttentionMixer, ...]:
-        return (self.self_attn.mixer(documents, dropout_seed),)
+    ) -> tuple[Any, ...]:
+        return (self.token_mixer.mixer(documents, dropout_seed),)
 
     def forward(
         self, x_BTE: Tensor, *, positions_BT: Tensor, documents: Layout | None = None, dropout_seed: int | None = None, mix=None
     ) -> Tensor:
         if mix is None:
             (mix,) = self.mixers(positions_BT=positions_BT, documents=documents, dropout_seed=dropout_seed)
-        x_BTE = x_BTE + self.self_attn(self.input_layernorm(x_BTE), positions_BT, mix)
+        x_BTE = x_BTE + self.token_mixer(self.input_layernorm(x_BTE), positions_BT, mix)
         return x_BTE + self.mlp(self.post_attention_layernorm(x_BTE))
 
     def example(self, tokens: int) -> tuple[Tensor, dict]:

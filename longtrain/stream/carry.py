@@ -9,10 +9,12 @@ from torch import Tensor
 
 from longtrain.ops.attention import merge_attention
 from longtrain.ops.mixers import AttentionMixer, LongConvMixer
+from longtrain.ops.state_mixers import LaCTMixer, LinearAttentionMixer
 from longtrain.span import Span
 from longtrain.stream.conv_carry import ConvCarry
 from longtrain.stream.protocol import CarrySpec, KVBlock
 from longtrain.stream.sliding import Sliding, first_needed
+from longtrain.stream.state_carry import StateCarry
 
 
 def kv_carry_spec(kv_heads: int, head_dim: int, value_dim: int, dtype: torch.dtype) -> CarrySpec:
@@ -103,7 +105,7 @@ class KVCarry:
             adjoint.extend(self.mixer.keys_for(span), values[span], self.spec.adjoint_dtype)
 
 
-CARRIES = {AttentionMixer: KVCarry, LongConvMixer: ConvCarry}
+CARRIES = {AttentionMixer: KVCarry, LongConvMixer: ConvCarry, LinearAttentionMixer: StateCarry, LaCTMixer: StateCarry}
 """Which carry streams which mixer. A mixer of the user's own brings ``make_carry(spans)`` and ``causal = True`` instead."""
 
 

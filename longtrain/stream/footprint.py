@@ -3,12 +3,13 @@
     x        one boundary between layers, E elements
     output   what the mixers give for a token, with its LSE (`lse` of it): kept for the stored share
     carry    K/V of a token; adjoint: their accumulators, float32 or wider
+    state    of fixed size instead: what a chunk's entry state takes (bytes, not bytes a token)
     graph    what autograd saves of a token while its chunk is replayed, with what the backward of a chunk holds at once
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from longtrain.stream.carry import is_causal, make_carry
-from longtrain.span import Span
+from longtrain.span import Span, whole_chunks
 from longtrain.stream.replay import BareLayer, Mix, call_layer
 from longtrain.stream.sliding import capacity
 
@@ -41,6 +42,13 @@ class LayerFootprint:
     parameter_gradients: int
     causal: bool
     mixers: tuple
+    state: int = 0
+    workspaces: tuple[Callable[[int], int], ...] = ()
+    """What `mix_vjp` holds of a chunk of so many tokens, mixer by mixer."""
+
+    def kept_outputs(self, kept: Span, chunk: int) -> Span:
+        """The tokens whose outputs are stored where a plan says `kept`: a state carry stores those of whole chunks."""
+        return whole_chunks(kept, chunk) if self.state and not self.carry else kept
 
     def carry_tokens(self, tokens: int, chunk: int) -> int:
         """Tokens that the carry's buffers hold: all, or as far as a chunk's queries see."""
@@ -57,10 +65,8 @@ class LayerFootprint:
 def probe_layer(layer: nn.Module) -> LayerFootprint:
     """Run `layer` on two tiny examples and read off the slope of what is saved and passed. `.grad` is not touched."""
     small, large = (_observe(layer, tokens) for tokens in PROBE_TOKENS)
-    mixers = small.pop("mixers")
-    large.pop("mixers")
-    causal = all(is_causal(mixer, PROBE_CHUNK) for mixer in mixers)
-    slopes = {key: (large[key] - small[key]) // (PROBE_TOKENS[1] - PROBE_TOKENS[0]) for key in small}
+    fixed = {key: large.pop(key) for key in ("mixers", "state", "workspaces")}
+    slopes = {key: (large[key] - small[key]) // (PROBE_TOKENS[1] - PROBE_TOKENS[0]) for key in large}
     trainable = [p for p in layer.parameters() if p.requires_grad]
     return LayerFootprint(
         x=slopes["x"],
@@ -71,8 +77,8 @@ def probe_layer(layer: nn.Module) -> LayerFootprint:
         graph=slopes["saved"] + GRADIENTS_AT_ONCE * slopes["widest"],
         parameters=sum(p.nbytes for p in layer.parameters()),
         parameter_gradients=sum(p.numel() * max(p.element_size(), 4) for p in trainable),
-        causal=causal,
-        mixers=mixers,
+        causal=all(is_causal(mixer, PROBE_CHUNK) for mixer in fixed["mixers"]),
+        **fixed,
     )
 
 
@@ -80,7 +86,7 @@ def _observe(layer: nn.Module, tokens: int) -> dict[str, int]:
     device = next(layer.parameters()).device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad():
         x, arguments = layer.example(tokens)
-        seen = {"x": x.nbytes // x.shape[0], "output": 0, "lse": 0, "carry": 0, "adjoint": 0, "saved": 0, "widest": 0}
+        seen = {"x": x.nbytes // x.shape[0], **dict.fromkeys(("output", "lse", "carry", "adjoint", "widest", "state"), 0), "workspaces": ()}
         parameters = {p.untyped_storage().data_ptr() for p in layer.parameters()}
         storages: dict[int, int] = {}
 
@@ -99,18 +105,23 @@ def _observe(layer: nn.Module, tokens: int) -> dict[str, int]:
         def noted(mixer, mixed: Sequence[Tensor], *inputs: Tensor) -> Tensor:
             with torch.no_grad():
                 out = mixer(*mixed)
-            lse = out.shape[:3].numel() * 4 if out.ndim == 4 else 0
-            seen["output"] += out.nbytes + lse
-            seen["lse"] += lse
+            carry = None
             if is_causal(mixer, PROBE_CHUNK):
                 carry = make_carry(mixer, [Span(0, tokens)])
                 carry.append(Span(0, tokens), *inputs[1:])
+            is_state = carry is not None and carry.spec.kind == "state"
+            lse = out.shape[:3].numel() * 4 if out.ndim == 4 and not is_state else 0
+            seen["output"] += out.nbytes + lse
+            seen["lse"] += lse
+            if carry is not None:
+                seen["state"] += carry.spec.state_bytes
+                seen["workspaces"] += (carry.spec.workspace,) if carry.spec.workspace else ()
                 seen["carry"] += carry.spec.bytes_per_token * tokens
                 seen["adjoint"] += carry.spec.adjoint_bytes_per_token * tokens
             else:  # two passes hold the inputs and their gradients whole
                 seen["carry"] += sum(t.nbytes for t in inputs)
                 seen["adjoint"] += sum(t.nbytes for t in inputs)
-            return _Node.apply(out, *inputs)
+            return _Node.apply(out, len(inputs) if is_state else 1, *inputs)
 
         # Everything saved stays alive until the graph goes, so that no address is counted for two tensors.
         with torch.autograd.graph.saved_tensors_hooks(saved, lambda t: t):
@@ -122,11 +133,11 @@ def _observe(layer: nn.Module, tokens: int) -> dict[str, int]:
 
 
 class _Node(torch.autograd.Function):
-    """Stands for the mixer in the graph: saves what the streaming node saves (query and output)."""
+    """Stands for the mixer in the graph: holds what the streaming node holds (output and query; with a state all inputs)."""
 
     @staticmethod
-    def forward(ctx, out: Tensor, *inputs: Tensor) -> Tensor:
-        ctx.save_for_backward(out, inputs[0])
+    def forward(ctx, out: Tensor, held: int, *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(out, *inputs[:held])
         return out.view_as(out)
 
     @staticmethod

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from longtrain.offload import Stored
-from longtrain.span import Span
+from longtrain.span import Span, whole_chunks
 from longtrain.stream.call import Call, Enough
 from longtrain.stream.carry import make_carry
 from longtrain.stream.protocol import Carry
@@ -39,6 +39,10 @@ class MixerState:
     new_written: Callable[[str], Stored]
     hand_over: bool
     """Everything written stays on the device, so the carry's own buffers go into the store, whole and without a copy."""
+    entries: Stored
+    """The state before each span, of a carry that resumes, under the number of the span."""
+    resumes: bool
+    """The carry is a state: entry states are kept, nothing that it was given; outputs are kept for whole spans."""
     slides: bool
     """The carry holds a stretch of the sequence; in the backward pass everything written comes from the store, chunk by chunk."""
     written: Sequence[Stored] = ()
@@ -53,20 +57,26 @@ class MixerState:
         index, plan, tokens = call.indices[layer], call.plan, call.tokens
         new_carry = partial(make_carry, mixer, call.spans)
         carry, keep_written = new_carry(), call.kept("kv", layer)
-        slides = getattr(carry, "slides", False)
+        slides, resumes = getattr(carry, "slides", False), getattr(carry, "resumes", False)
         place_kv, place_outputs = plan.place("kv", index, tokens), plan.place("outputs", index, tokens)
         place_lse = None if place_outputs is None else (lambda span: replace(place_outputs(span), compress=False))
+        place_entry = None if place_kv is None else (lambda number: replace(place_kv(call.spans[number.start]), compress=False))
+        keep_outputs = call.kept("outputs", layer)
+        if resumes:
+            keep_written, keep_outputs = Span(0, tokens), whole_chunks(keep_outputs, plan.chunk_tokens)
         return cls(
             mixer=mixer,
             new_carry=new_carry,
             carry=carry,
             spans=call.spans,
-            keep_outputs=call.kept("outputs", layer),
+            keep_outputs=keep_outputs,
             keep_written=keep_written,
             outputs=Stored(call.store, f"layer {index} mixer output", place_outputs),
             lses=Stored(call.store, f"layer {index} LSE", place_lse),
             new_written=lambda name: Stored(call.store, f"layer {index} {name}", place_kv),
-            hand_over=keep_written.start == 0 and not slides and place_kv is None and getattr(carry, "hands_over", True),
+            hand_over=keep_written.start == 0 and not slides and not resumes and place_kv is None and getattr(carry, "hands_over", True),
+            entries=Stored(call.store, f"layer {index} state", place_entry),
+            resumes=resumes,
             slides=slides,
             seen={} if call.check_replay else None,
         )
@@ -80,7 +90,10 @@ class MixerState:
         if self.seen is not None:
             self.seen[span] = tuple(t.clone() for t in (q, *written))
         self._append(span, written)
-        if keep and not self.hand_over:
+        if self.resumes:
+            if keep and self.carry.entry is not None:
+                self.entries.put(self._number(span), self.carry.entry[:, None])
+        elif keep and not self.hand_over:
             self._put_written(span & self.keep_written, span, written)
         outs = []
         for part, q_part in self._parts(span, q):
@@ -105,7 +118,9 @@ class MixerState:
 
     def restore(self, span: Span, q: Tensor, *written: Tensor, stop: bool) -> Tensor:
         """Append a span again, and give the output on to the next layer."""
-        if self.slides:
+        if self.resumes:
+            self._resume(span, written, self.entries.get)
+        elif self.slides:
             self._append(span, written)
             self._put_written(span & Span(0, self.keep_written.start), span, written)
         elif not self.hand_over:
@@ -127,7 +142,7 @@ class MixerState:
         """After the spans that had to be restored: take the `others` from the store, unless the carry slides and asks for them later."""
         if self.slides:
             self.carry = self.new_carry()
-        elif not self.hand_over:
+        elif not self.hand_over and not self.resumes:
             for span in others:
                 self.carry.append(span, *self._take_written(span))
 
@@ -135,6 +150,8 @@ class MixerState:
         """The mixer as a node of the chunk's graph; outputs come from the store where they are, else from the kernel."""
         for extent in self._extents_for(span):
             self.carry.prepend(extent, *self._take_written(extent), queries=span)
+        if self.resumes:
+            self._resume(span, written, self.entries.take)
         self._compare(span, q, *written)
         outs, lses = [], []
         with torch.no_grad():
@@ -148,12 +165,16 @@ class MixerState:
 
     def needs_to_restore(self, span: Span) -> Iterator[Need]:
         """What `restore` will take from the store for a span."""
-        if not self.slides and not self.hand_over and len(part := span & self.keep_written):
+        if self.resumes:
+            yield self.entries, self._number(span)
+        elif not self.slides and not self.hand_over and len(part := span & self.keep_written):
             yield from ((stored, part) for stored in self.written)
 
     def needs(self, span: Span) -> Iterator[Need]:
         """What `replay` will take from the store for a span."""
         yield from ((stored, extent) for extent in self._extents_for(span) for stored in self.written)
+        if self.resumes:
+            yield self.entries, self._number(span)
         for part in span.split(self.keep_outputs.start):
             if self._is_stored(part):
                 yield self.outputs, part
@@ -188,8 +209,16 @@ class MixerState:
 
     def _append(self, span: Span, written: Sequence[Tensor]) -> None:
         self.carry.append(span, *written)
-        if self.carry.spec.kind != "append":  # a state is rebuilt in order, from the first token on
+        if self.carry.spec.kind != "append" and not self.resumes:  # a state is rebuilt in order, from the first token on
             self.keep_written, self.hand_over = Span(self.keep_written.stop, self.keep_written.stop), False
+
+    def _number(self, span: Span) -> Span:
+        """What the entry state of `span` is stored under: one token for each span."""
+        number = bisect_left(self.spans, span.start, key=attrgetter("start"))
+        return Span(number, number + 1)
+
+    def _resume(self, span: Span, written: Sequence[Tensor], fetch: Callable[[Span], Tensor]) -> None:
+        self.carry.resume(span, fetch(self._number(span))[:, 0] if span.start else None, *written)
 
     def _put_written(self, part: Span, span: Span, written: Sequence[Tensor]) -> None:
         """Keep `part` of what a span was written."""

@@ -38,7 +38,7 @@ class CarrySpec:
     """All that the planner sees of a carry."""
 
     kind: Literal["append", "state"]
-    """`append`: grows with the prefix (keys and values). `state`: of fixed size (a matrix, an input history)."""
+    """`append`: grows with the prefix (keys and values). `state`: of fixed size (a matrix, fast weights)."""
 
     tensors: tuple[str, ...]
     """Names of what `append` takes, after the query."""
@@ -51,6 +51,12 @@ class CarrySpec:
 
     adjoint_dtype: torch.dtype
     """Dtype of the accumulators: float32, or the inputs' dtype where that is wider."""
+
+    state_bytes: int = 0
+    """Bytes of the state, for a batch of one: every span's entry state is kept from forward to backward."""
+
+    workspace: Callable[[int], int] | None = None
+    """Bytes that `mix_vjp` of a span of so many tokens holds beside its inputs, for a batch of one; None where that is little."""
 
 
 @dataclass(slots=True)
@@ -71,7 +77,7 @@ class Carry(Protocol):
     def spec(self) -> CarrySpec: ...
 
     def append(self, span: Span, *written: Tensor) -> None:
-        """Take the mixer's inputs (after the query) of a span; once per span, ascending. A state carry saves its entry state."""
+        """Take the mixer's inputs (after the query) of a span; once per span, ascending."""
 
     def mix(self, span: Span, q: Tensor, stored: tuple[Tensor, Tensor | None] | None) -> tuple[Tensor, Tensor | None]:
         """Output and LSE of the queries of a span, or of a part of one. With `stored` given it is returned and no kernel runs. Pure."""
@@ -88,6 +94,10 @@ class Carry(Protocol):
     def written(self, span: Span) -> tuple[Tensor, ...]:
         """What `append` took for a span, to store it (kind "append" only)."""
 
+    # A state carry that `resumes` (attribute, true) has `entry`, the state ``[B, ...]`` before the span appended last (None before the first),
+    # and resume(span, entry, *written): its inputs again, to mix or to differentiate it. Entry states are then kept in the token store;
+    # a state carry that does not is rebuilt from the first token on. Such a carry mixes whole spans.
+    #
     # Of a mixer with `shared` tensors (filters) also: shared_grads() -> their gradients, once every span had its turn. Such a mixer's
     # `carried(mix, *inputs)` calls `mix(q, *written)` and does by itself what of it is token-local (gates).
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 import longtrain as lt
+from longtrain.parallel.cost import received
 from tests.processes import run_ranks
 from tests.stream.conftest import TOLERANCE, VOCAB, assert_same, loss_and_grads, make_model
 
@@ -107,7 +108,30 @@ def quick(rank: int, world: int) -> None:
         ("nothing stored", "queries"),
     ]:
         check(model, PLANS[name], WAYS[way], call(tokens=37), f"{name}, {way}")
+    bytes_are_the_formulas(rank, world)
     bad_input(rank, world)
+
+
+def bytes_are_the_formulas(rank: int, world: int) -> None:
+    """Bytes counted while a step of two layers streams, against `longtrain.parallel.cost`: exact where everybody needs everything."""
+    chunks, tokens = 4, 16 * world
+    for name, parallel in [("heads", WAYS["heads"]), ("queries", WAYS["queries"]), ("ring", WAYS["ring"])]:
+        model = make_model(layers=2, hidden_size=8 * world, num_heads=2 * world, num_kv_heads=world, head_dim=4)
+        report = lt.apply(model, lt.Plan(chunk_tokens=tokens // chunks), parallel=parallel)
+        traffic = report.sharing.mesh.all.traffic
+        loss = model(**call(tokens=tokens)).loss
+        forward = traffic.total()
+        loss.backward()
+        counted = torch.tensor([forward, traffic.total() - forward])
+        dist.all_reduce(counted)
+        heads, ring = report.sharing.mesh.heads.size, report.sharing.mesh.ring.size
+        expected = received(name, report.sharing.shapes[0][0], tokens, heads=heads, ring=ring, chunks=chunks)
+        expected = torch.tensor([expected.forward, expected.backward], dtype=torch.float64) * 2 * world
+        if name == "heads":
+            assert torch.equal(counted.double(), expected), (name, counted, expected)
+        else:  # the first queries see nothing of later ranks
+            assert (counted <= expected).all() and (counted >= expected * (1 - 1 / chunks)).all(), (name, counted, expected)
+        assert name in report.sharing.explain(tokens)
 
 
 def bad_input(rank: int, world: int) -> None:
@@ -131,22 +155,22 @@ def test_two_ranks():
     run_ranks(quick, 2)
 
 
-def everything(rank: int, world: int) -> None:
+def everything(rank: int, world: int, feature: str) -> None:
     torch.set_default_dtype(torch.float64)
     torch.manual_seed(0)
-    ways = {**WAYS, **(TWO_D if world == 4 else {})}
-    for feature, (changes, make_call) in FEATURES.items():
-        model = make_model(layers=3, **changes)
-        for name, plan in PLANS.items():
-            for way, parallel in ways.items():
-                if fits(plan, parallel):
-                    check(model, plan, parallel, make_call(), f"P={world}, {feature}, {name}, {way}")
+    changes, make_call = FEATURES[feature]
+    model = make_model(layers=3, **changes)
+    for name, plan in PLANS.items():
+        for way, parallel in {**WAYS, **(TWO_D if world == 4 else {})}.items():
+            if fits(plan, parallel):
+                check(model, plan, parallel, make_call(), f"P={world}, {name}, {way}")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_every_feature_plan_and_way(world):
-    run_ranks(everything, world)
+@pytest.mark.parametrize("feature", FEATURES)
+def test_every_feature_plan_and_way(feature, world):
+    run_ranks(everything, world, feature)
 
 
 @pytest.mark.parametrize("wrong, says", [

@@ -11,7 +11,8 @@ import torch
 import longtrain as lt
 from longtrain.nn import LanguageModel, ModelConfig
 from longtrain.planner import measure_model, peak, step_memory
-from longtrain.planner.search import _smallest, held_beside_model
+from longtrain.planner.rates import usual_rates
+from longtrain.planner.search import Asked, _fastest, _smallest, _what_to_change, held_beside_model
 from longtrain.config import load_config
 from longtrain.planner.tiers import describe, tier_use
 from longtrain.train.prepare import step_count
@@ -90,22 +91,21 @@ def test_a_wear_limit_is_respected(tmp_path):
 
 
 def test_a_disk_that_is_too_small_says_which_size_would_do(tmp_path):
-    m = model()
-    footprint = measure_model(m)
-    def on_disk(budget: int, **limits) -> lt.Offload:
-        return lt.Offload(disk=lt.DiskSettings(path=str(tmp_path), budget=budget, **limits), staging_bytes=1 << 20)
+    footprint = measure_model(model())
 
-    def room() -> int:  # what this process holds grows a little
-        return _smallest(footprint, TOKENS, 1, on_disk(1 << 40))[1] + held_beside_model(footprint) + 2**21
+    def asked(budget: int, steps: int = 1, **limits) -> Asked:
+        disk = lt.DiskSettings(path=str(tmp_path), budget=budget, **limits)
+        return Asked(footprint, TOKENS, 1, lt.Offload(disk=disk, staging_bytes=1 << 20), usual_rates(footprint.device), steps)
 
-    with pytest.raises(lt.InfeasibleBudget, match=r"more \(of which") as refusal:
-        lt.plan(m, TOKENS, room(), tiers=on_disk(1 << 16))
-    enough = int(re.search(r"memory\.disk\.budget to (\d+)MiB", str(refusal.value))[1]) << 20
-    assert lt.plan(m, TOKENS, room() + 2**20, tiers=on_disk(enough)).offload is not None
-    with pytest.raises(lt.InfeasibleBudget, match=r"max_written to \d+MiB \(50 steps\)") as refusal:
-        lt.plan(m, TOKENS, room(), tiers=on_disk(1 << 40, max_written=1 << 20), steps=50)
-    enough = int(re.search(r"max_written to (\d+)MiB", str(refusal.value))[1]) << 20
-    assert lt.plan(m, TOKENS, room() + 2**20, tiers=on_disk(1 << 40, max_written=enough), steps=50).offload is not None
+    room = _smallest(footprint, TOKENS, 1, asked(1 << 40).tiers)[1] + 2**20
+    assert _fastest(asked(1 << 16), room) is None
+    message = _what_to_change(asked(1 << 16), room, 0)
+    enough = int(re.search(r"memory\.disk\.budget to (\d+)MiB \(.* more\)", message)[1]) << 20
+    assert _fastest(asked(enough), room).offload is not None
+    worn = asked(1 << 40, steps=50, max_written=1 << 20)
+    assert _fastest(worn, room) is None
+    enough = int(re.search(r"max_written to (\d+)MiB \(50 steps\)", _what_to_change(worn, room, 0))[1]) << 20
+    assert _fastest(asked(1 << 40, steps=50, max_written=enough), room).offload is not None
 
 
 def test_what_leaves_is_described_with_its_wear(tmp_path):

@@ -1,0 +1,106 @@
+"""Mixers of a decoder layer whose memory is a matrix: gated linear attention and the (gated) delta rule. In the place of `nn.Attention`.
+
+Positions are not rotated: decays and order tell what is far. The papers' short convolutions before q, k and v are left out: a layer of kind
+`conv` or `window` beside them looks at the neighbours.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longtrain.nn.norm import RMSNorm
+from longtrain.ops.state_mixers import LinearAttentionMixer
+from longtrain.span import Layout
+
+_GLA_TEMPERATURE = 16
+"""GLA, section 4.4: the log of a sigmoid, divided by this, so that little is forgotten in a step."""
+
+
+class HeadOutput(nn.Module):
+    """``o_proj(norm(out) * silu(gate_proj(x)))``, the norm by head. State: ``norm [D]``, ``gate_proj [H D, E]``, ``o_proj [E, H D]``."""
+
+    def __init__(self, hidden_size: int, num_heads: int, head_dim: int, norm_eps: float) -> None:
+        super().__init__()
+        self.norm = RMSNorm(head_dim, norm_eps)
+        self.gate_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=False)
+        self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=False)
+
+    def forward(self, out_BTHD: Tensor, x_BTE: Tensor) -> Tensor:
+        return self.o_proj(self.norm(out_BTHD).flatten(-2) * F.silu(self.gate_proj(x_BTE)))
+
+
+class LinearAttention(nn.Module):
+    """Gated linear attention (Yang et al. 2023, arXiv:2312.06635) ``[B, T, E] -> [B, T, E]``: every key feature forgets at its own pace.
+
+    Decays come from x through `decay_rank` features; at the start of training half-lives lie evenly (in their logarithm) from 16 to
+    `longest_half_life` tokens.
+    State: ``q_proj, k_proj, v_proj [H D, E]``, ``decay_down [R, E]``, ``decay_up [H D, R]`` with a bias, ``output``.
+    """
+
+    def __init__(
+        self, hidden_size: int, num_heads: int, head_dim: int, *, decay_rank: int = 16, longest_half_life: float = 8192, norm_eps: float = 1e-6
+    ) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(hidden_size, num_heads * head_dim, bias=False) for _ in range(3))
+        self.decay_down = nn.Linear(hidden_size, decay_rank, bias=False)
+        self.decay_up = nn.Linear(decay_rank, num_heads * head_dim)
+        half_lives = torch.logspace(math.log2(16), math.log2(max(longest_half_life, 16)), head_dim, base=2.0, dtype=torch.float64)
+        with torch.no_grad():  # log sigmoid(bias) / 16 = -log(2) / half-life
+            self.decay_up.bias.copy_(torch.logit(0.5 ** (_GLA_TEMPERATURE / half_lives)).repeat(num_heads))
+        self.output = HeadOutput(hidden_size, num_heads, head_dim, norm_eps)
+
+    def mixer(self, documents: Layout | None = None, dropout_seed: int | None = None) -> LinearAttentionMixer:
+        return LinearAttentionMixer(gated=True, documents=documents)
+
+    def forward(self, x_BTE: Tensor, positions_BT: Tensor, mix) -> Tensor:
+        """`mix`: callable of (q, k, v, decay), the whole mixer or the streaming engine's part of it."""
+        gates = self.decay_up(self.decay_down(x_BTE))
+        decay = F.logsigmoid(gates.to(torch.promote_types(gates.dtype, torch.float32))) / _GLA_TEMPERATURE
+        q, k, v, decay = (
+            t.unflatten(-1, (-1, self.head_dim)) for t in (self.q_proj(x_BTE), self.k_proj(x_BTE), self.v_proj(x_BTE), decay)
+        )
+        return self.output(mix(q, k, v, decay), x_BTE)
+
+
+class DeltaNet(nn.Module):
+    """The delta rule (Yang et al. 2024, arXiv:2406.06484), by default gated (arXiv:2412.06464), ``[B, T, E] -> [B, T, E]``: a token
+    overwrites what its key pointed to.
+
+    Keys and queries have norm 1; beta is a sigmoid of x. A head's decay is ``-exp(log_rate) softplus(step_proj(x) + step_bias)``, drawn as
+    in Mamba-2: rates from 1 to 16, steps from 0.001 to 0.1.
+    State: ``q_proj, k_proj, v_proj [H D, E]``, ``beta_proj [H, E]``, ``output``; gated also ``step_proj [H, E]``, ``log_rate, step_bias [H]``.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, head_dim: int, *, gated: bool = True, norm_eps: float = 1e-6) -> None:
+        super().__init__()
+        self.head_dim, self.gated = head_dim, gated
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(hidden_size, num_heads * head_dim, bias=False) for _ in range(3))
+        self.beta_proj = nn.Linear(hidden_size, num_heads, bias=False)
+        if gated:
+            self.step_proj = nn.Linear(hidden_size, num_heads, bias=False)
+            self.log_rate = nn.Parameter(torch.empty(num_heads).uniform_(1, 16).log_())
+            steps = torch.empty(num_heads).uniform_(math.log(0.001), math.log(0.1)).exp_()
+            self.step_bias = nn.Parameter(steps + torch.log(-torch.expm1(-steps)))  # softplus of it is the step
+        self.output = HeadOutput(hidden_size, num_heads, head_dim, norm_eps)
+
+    def mixer(self, documents: Layout | None = None, dropout_seed: int | None = None) -> LinearAttentionMixer:
+        return LinearAttentionMixer(gated=self.gated, delta=True, documents=documents)
+
+    def forward(self, x_BTE: Tensor, positions_BT: Tensor, mix) -> Tensor:
+        """`mix`: callable of (q, k, v, decay if gated, beta), the whole mixer or the streaming engine's part of it."""
+        q, k, v = (F.silu(p(x_BTE)).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        wide = torch.promote_types(x_BTE.dtype, torch.float32)
+        rates = [self.beta_proj(x_BTE).to(wide).sigmoid()]
+        if self.gated:
+            rates.insert(0, -self.log_rate.to(wide).exp() * F.softplus(self.step_proj(x_BTE).to(wide) + self.step_bias.to(wide)))
+        return self.output(mix(unit(q), unit(k), v, *rates), x_BTE)
+
+
+def unit(x: Tensor) -> Tensor:
+    """The last axis scaled to norm 1, in float32 or wider."""
+    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1).to(x.dtype)
