@@ -87,6 +87,7 @@ setup(
         "trainers": ["transformers>=5.21,<6", "accelerate", "peft", "trl"],
         "gpu": ["triton>=3.6; sys_platform == 'linux' and platform_machine == 'x86_64'"],
         "plot": ["matplotlib"],
+        "tasks": ["matplotlib", "scikit-learn"],
         "tokenizers": ["tokenizers"],
         "parquet": ["pyarrow"],
         "tensorboard": ["tensorboard"],
