@@ -71,6 +71,10 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("run", metavar="RUN", help="directory of the run, such as out/quickstart")
     sub.add_argument("--out", metavar="FILE", help="where to write the page (report.html in the run's directory)")
     sub.set_defaults(command=report)
+    sub = commands.add_parser("task", help="train a small classifier on a task made on the spot, with and without squashed filters")
+    sub.add_argument("config", metavar="CONFIG", help="YAML file, such as configs/tasks/listops.yaml")
+    sub.add_argument("overrides", nargs="*", metavar="setting=value", help="settings that replace those of the file")
+    sub.set_defaults(command=task)
     sub = commands.add_parser("export", help="write a run's weights as a Hugging Face directory of sharded safetensors")
     sub.add_argument("run", metavar="RUN", help="directory of the run, or one of its checkpoints")
     sub.add_argument("out", metavar="OUT", help="directory to write, empty or not there")
@@ -115,6 +119,12 @@ def train(args: argparse.Namespace) -> int:
     from longtrain.train import run
 
     return run(*load_config(args.config, args.overrides), stop_after=args.stop_after)
+
+
+def task(args: argparse.Namespace) -> int:
+    from longtrain.tasks import run
+
+    return run.run(args.config, args.overrides)
 
 
 def export(args: argparse.Namespace) -> int:

@@ -21,7 +21,9 @@ from longtrain.config.hf import HfModelConfig
 from longtrain.nn import LanguageModel
 from longtrain.offload import check_disk
 from longtrain.plan import SPLITS, Offload, Plan, Split
+from longtrain.planner.pretrained import layers_differ
 from longtrain.span import Layout
+from longtrain.stream.carry import is_causal
 
 CHUNK = 24
 TIER_BYTES = 64 * 2**20
@@ -89,15 +91,17 @@ def _of_layers(plan: Plan, layers: int) -> Plan:
 def shrink(config: Config, plan: Plan, tokens: int) -> tuple[LanguageModel, Plan, str]:
     """A small float64 model in the proportions of the config's, the plan for its layers, and what it is."""
     model = config.model
-    pattern = len(model.window or (None,))
-    layers = min(model.num_layers, max(2 * pattern, plan.segment_layers + 1))
+    pattern = len(model.layers) if model.layers else 2 * len(model.window or (None,))
+    layers = min(model.num_layers, max(2, pattern, plan.segment_layers + 1))
     ratio = model.num_heads // model.num_kv_heads
     kv_heads = min(model.num_kv_heads, 2)
-    window = None
+
+    def shorter(length: int) -> int:
+        return max(min(length, 5), length * tokens // config.data.seq_len)
+
+    lengths = {name: shorter(getattr(model, name)) for name, kind in (("conv_taps", "conv"), ("lact_chunk", "lact")) if kind in (model.layers or ())}
     if model.window is not None:
-        window = tuple(
-            None if w is None or w >= config.data.seq_len else max(min(w, 5), w * tokens // config.data.seq_len) for w in model.window
-        )
+        lengths["window"] = tuple(None if w is None or w >= config.data.seq_len else shorter(w) for w in model.window)
     shape = replace(
         model,
         vocab_size=min(model.vocab_size, 211),
@@ -107,12 +111,12 @@ def shrink(config: Config, plan: Plan, tokens: int) -> tuple[LanguageModel, Plan
         num_heads=kv_heads * ratio,
         num_kv_heads=kv_heads,
         head_dim=min(model.resolved_head_dim, 32),
-        window=window,
         initializer_range=0.1,
+        **lengths,
     )
     said = (
         f"{shape.num_layers} layers, width {shape.hidden_size}, {shape.num_heads} heads, {shape.num_kv_heads} kv heads of "
-        f"{shape.resolved_head_dim}, windows {shape.window}, vocabulary {shape.vocab_size}"
+        f"{shape.resolved_head_dim}, {f'{list(shape.layers)}, ' if shape.layers else ''}windows {shape.window}, vocabulary {shape.vocab_size}"
     )
     return LanguageModel(shape).double(), _of_layers(plan, layers), said
 
@@ -166,6 +170,10 @@ def check(model: nn.Module, plan: Plan, tokens: int, dtype: torch.dtype) -> Iter
     else:
         inputs |= {"position_ids": Layout(tokens, edges).positions()[None], "use_cache": False}
     exact = _step(model, inputs)
+    if own and any(two_passes(layer, plan.chunk_tokens) for layer in model.model.layers):
+        layers = 1  # such layers stand alone in their segments
+    if not own and layers_differ(model):
+        layers = 1
     for name, variant in _variants(plan, layers):
         try:
             streamed = _streamed_step(model, variant, inputs)
@@ -194,6 +202,11 @@ def check(model: nn.Module, plan: Plan, tokens: int, dtype: torch.dtype) -> Iter
     error = _overall(streamed, exact)
     ratio = error / plain_error
     yield Row(f"{name} gradients against float64", f"{error:.1e}, {ratio:.2f}x plain's", f"<= {DTYPE_BOUND}x", ratio <= DTYPE_BOUND)
+
+
+def two_passes(layer: nn.Module, chunk_tokens: int) -> bool:
+    """Whether a mixer of a layer of ours sees the future, or so far back that it runs in two passes."""
+    return not all(is_causal(mixer, chunk_tokens) for mixer in layer.mixers(**layer.example(1)[1]))
 
 
 def _variants(plan: Plan, layers: int) -> Iterator[tuple[str, Plan]]:

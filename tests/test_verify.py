@@ -25,6 +25,24 @@ def test_exact_streaming_passes_every_row(changes):
     assert all(row.good for row in rows(**changes)), rows(**changes)
 
 
+HYBRID = dict(layers=("conv", "window", "linear", "attention", "delta", "lact"), num_layers=6, window=(9,), lact_chunk=10)
+
+
+@pytest.mark.parametrize("conv_taps", [5, 100])
+def test_hybrids_pass_every_row(conv_taps):
+    """With a convolution that streams by chunks, and with one that takes two passes."""
+    found = rows(**HYBRID, conv_taps=conv_taps)
+    assert all(row.good for row in found), found
+    assert any("segments of 2" in row.check for row in found) == (conv_taps == 5)
+
+
+def test_a_hybrid_config_is_verified(tmp_path, capsys):
+    layers = "model.layers=[lact, window, linear, conv, delta]"
+    changes = [layers, "model.num_layers=5", "model.window=[1024]", "model.conv_taps=64", "model.lact_chunk=2048", f"output.dir={tmp_path}"]
+    assert verify.run("configs/quickstart.yaml", changes) == 0
+    assert "['lact', 'window', 'linear', 'conv', 'delta']" in capsys.readouterr().out
+
+
 class SwappedGradients(carry.KVCarry):
     def take_grad(self, span):
         return super().take_grad(span)[::-1]

@@ -33,10 +33,9 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 import longtrain as lt
 from bench_step import paired_ratio, say
 from longtrain.nn import LanguageModel, ModelConfig
-from longtrain.planner import measure_model
-from longtrain.planner.tiers import tier_use
 from longtrain.train.peak_memory import read_peak, reset_peak
 from longtrain.units import parse_bytes
+from step_methods import on_disk
 from step_process import machine, status_bytes
 
 BASELINE = "memory"
@@ -138,19 +137,10 @@ def ask(process: subprocess.Popen, request: str) -> dict:
 
 
 def make_plan(model: LanguageModel, variant: str, *, path: str, seq_len: int, chunk: int, staging: int) -> lt.Plan:
-    """The variant's plan; its disk as large as the planner says that the step needs, and a tenth more."""
     store_outputs, on_disk = VARIANTS[variant]
     if not on_disk:
         return lt.Plan(chunk_tokens=chunk, store_outputs=store_outputs)
-    split = lt.Split()
-
-    def of(budget: int) -> lt.Plan:
-        disk = lt.DiskSettings(path=path, budget=budget)
-        offload = lt.Offload(inputs=split, gradients=split, outputs=split, kv=split, disk=disk, staging_bytes=staging)
-        return lt.Plan(chunk_tokens=chunk, store_outputs=store_outputs, offload=offload)
-
-    held = tier_use(measure_model(model), of(1), seq_len)["disk"].held
-    return of(held + held // 10 + (1 << 20))
+    return on_disk(model, lt.Plan(chunk_tokens=chunk, store_outputs=store_outputs), path, seq_len, staging)
 
 
 def serve(task: dict, variant: str) -> None:

@@ -172,6 +172,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--chunk", type=int, default=1024, help="Plan.chunk_tokens of the streamed step")
     parser.add_argument("--plan", default="", help="more Plan fields of the streamed step: key=value,...")
+    parser.add_argument("--disk", default=".", help="a directory on the disk that streamed+disk writes to")
     parser.add_argument("--methods", nargs="+", default=["checkpoint", "checkpoint+chunked", "selective+chunked", "streamed"],
                         help=f"of {', '.join(METHODS)}, streamed:key=value,...")
     parser.add_argument("--against", nargs="*", default=["checkpoint", "checkpoint+chunked", "selective+chunked"],

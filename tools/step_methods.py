@@ -5,6 +5,7 @@
     checkpoint+chunked    the same with chunked cross entropy
     selective+chunked     checkpointing that keeps the attention outputs (the rival in time), chunked cross entropy
     streamed              longtrain.apply; "streamed:key=value,..." sets fields of its Plan
+    streamed+disk         the same with all that it stores between forward and backward on disk
     hf-plain, hf-checkpoint   transformers' own LlamaForCausalLM with the same weights (needs transformers)
 
 The baselines are longtrain's model run by plain torch: their attention is F.scaled_dot_product_attention, torch's flash path.
@@ -26,16 +27,21 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 import longtrain as lt
 from longtrain.nn import LanguageModel, ModelConfig
 from longtrain.ops.linear_cross_entropy import linear_cross_entropy
+from longtrain.planner import measure_model
+from longtrain.planner.tiers import tier_use
 from longtrain.span import Layout
 
-METHODS = ("plain", "checkpoint", "checkpoint+chunked", "selective+chunked", "streamed", "hf-plain", "hf-checkpoint")
+METHODS = ("plain", "checkpoint", "checkpoint+chunked", "selective+chunked", "streamed", "streamed+disk", "hf-plain", "hf-checkpoint")
 
 Step = Callable[[Tensor], Tensor]
 """Token ids [B, T] to the loss, a graph behind it."""
 
 
-def prepare(method: str, config: ModelConfig, plan: lt.Plan, *, device: str, dtype: torch.dtype, seed: int = 0) -> tuple[nn.Module, Step]:
-    """A model and the function that runs its forward by `method`. Weights depend on `seed` alone.
+def prepare(
+    method: str, config: ModelConfig, plan: lt.Plan, *, device: str, dtype: torch.dtype, seed: int = 0, disk: str = ".", tokens: int = 0
+) -> tuple[nn.Module, Step]:
+    """A model and the function that runs its forward by `method`. Weights depend on `seed` alone. `streamed+disk` writes to the
+    directory `disk`, with room for steps of `tokens`.
 
     Raises ValueError for an unknown method or plan field, ImportError naming the extra where transformers is missing.
     """
@@ -46,12 +52,26 @@ def prepare(method: str, config: ModelConfig, plan: lt.Plan, *, device: str, dty
     model = LanguageModel(config).to(device, dtype)
     if name.startswith("hf-"):
         return _transformers_step(model, config, name == "hf-checkpoint", device, dtype)
-    if name == "streamed":
-        lt.apply(model, dataclasses.replace(plan, **_plan_fields(settings)))
+    if name in ("streamed", "streamed+disk"):
+        plan = dataclasses.replace(plan, **_plan_fields(settings))
+        lt.apply(model, on_disk(model, plan, disk, tokens) if name == "streamed+disk" else plan)
         return model, lambda ids: model(input_ids=ids, labels=ids).loss
     if settings:
-        raise ValueError(f"only streamed takes settings, not {method!r}")
+        raise ValueError(f"only streamed steps take settings, not {method!r}")
     return model, partial(_baseline_step, model, name)
+
+
+def on_disk(model: nn.Module, plan: lt.Plan, path: str, tokens: int, staging_bytes: int = 32 << 20) -> lt.Plan:
+    """`plan` with everything that it stores on disk, and with room there for what the planner says a step needs, and a tenth more."""
+    split = lt.Split()
+
+    def of(budget: int) -> lt.Plan:
+        disk = lt.DiskSettings(path=path, budget=budget)
+        offload = lt.Offload(inputs=split, gradients=split, outputs=split, kv=split, disk=disk, staging_bytes=staging_bytes)
+        return dataclasses.replace(plan, offload=offload)
+
+    held = tier_use(measure_model(model), of(1), tokens)["disk"].held
+    return of(held + held // 10 + (1 << 20))
 
 
 def _plan_fields(settings: str) -> dict:

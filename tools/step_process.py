@@ -44,10 +44,11 @@ class Task:
     chunk: int
     plan: str
     warmup_tokens: int | None
+    disk: str = "."
 
     @classmethod
     def from_arguments(cls, arguments: dict, tokens: int) -> Task:
-        return cls(tokens=tokens, **{f.name: arguments[f.name] for f in dataclasses.fields(cls) if f.name != "tokens"})
+        return cls(tokens=tokens, **{f.name: arguments[f.name] for f in dataclasses.fields(cls) if f.name in arguments})
 
 
 class StepProcess:
@@ -96,15 +97,17 @@ def serve(task: Task, method: str, gradients: Path) -> None:
     from longtrain.nn import ModelConfig
     from step_methods import prepare
 
+    imported = status_bytes("VmRSS")
     windows = None if not task.window else tuple(None if w in ("full", None) else int(w) for w in task.window)
     config = ModelConfig(
         vocab_size=task.vocab, num_layers=task.layers, hidden_size=task.hidden, intermediate_size=task.ffn, num_heads=task.heads,
         num_kv_heads=task.kv_heads, head_dim=task.head_dim, window=windows, tie_embeddings=task.tie_embeddings)
-    if method == "streamed" or method.startswith("streamed:"):
-        given = method.partition(":")[2]
-        method = "streamed:" + ",".join(filter(None, [task.plan, given]))
+    name, _, given = method.partition(":")
+    if name.startswith("streamed"):
+        method = f"{name}:" + ",".join(filter(None, [task.plan, given]))
     device = torch.device(task.device)
-    model, step = prepare(method, config, lt.Plan(chunk_tokens=task.chunk), device=task.device, dtype=getattr(torch, task.dtype))
+    model, step = prepare(
+        method, config, lt.Plan(chunk_tokens=task.chunk), device=task.device, dtype=getattr(torch, task.dtype), disk=task.disk, tokens=task.tokens)
     ids_BT = torch.randint(0, task.vocab, (task.batch, task.tokens), generator=torch.Generator().manual_seed(1)).to(device)
 
     def whole_step(ids: torch.Tensor = ids_BT) -> torch.Tensor:
@@ -125,6 +128,7 @@ def serve(task: Task, method: str, gradients: Path) -> None:
             answer["cpu"] = time.process_time() - cpu
         elif request == "memory":
             answer = memory(whole_step, device)
+            answer["whole"] = answer["base"] + answer["peak"] - (0 if device.type == "cuda" else imported)
         else:
             raise ValueError(f"unknown request {request!r}")
         print(json.dumps(answer), flush=True)

@@ -33,6 +33,7 @@ class Options:
     sinks: bool
 
 
+@torch.compiler.disable(reason="what streams is not compiled, the pieces around it are")
 def longtrain_attention(
     module: nn.Module,
     query: Tensor,

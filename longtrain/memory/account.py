@@ -108,14 +108,14 @@ def totals(ledger: Ledger, held: np.ndarray) -> dict[str, int]:
 
 
 def top_items(ledger: Ledger, held: np.ndarray, counts: np.ndarray, streamed: bool) -> list[dict[str, Any]]:
-    """What most was held in. Parameters, gradients and moments are one line for each kind, whatever their number."""
+    """What most was held in. Layers are one line (`model.layers.*.mlp`), and so are parameters and moments of a kind."""
     merged: dict[tuple, dict[str, Any]] = {}
     for i in np.argsort(-held, kind="stable").tolist():
         if not held[i]:
             break
         item = ledger.items[i]
-        name = kind_of(item)
-        key = (item.category, name, item.module if name == item.name else "", item.line if name == item.name else "")
+        name, module = kind_of(item), re.sub(r"\.\d+(?=\.|$)", ".*", item.module)
+        key = (item.category, name, module if name == item.name else "", item.line if name == item.name else "")
         line = merged.setdefault(key, {
             "category": item.category, "name": name, "module": key[2], "line": item.line, "shape": item.shape, "dtype": item.dtype,
             "bytes": 0, "count": 0, "remedy": remedy(item, streamed),

@@ -285,10 +285,10 @@ def make_contexts(watch: Watch) -> list[Context]:
 
 def short_path(path: str) -> str:
     """As a reader knows it: from the package on, or from the working directory."""
-    if path.startswith(str(PACKAGE)):
-        return str(Path(path).relative_to(PACKAGE))
     if "site-packages/" in path:
         return path.rsplit("site-packages/", 1)[1]
+    if path.startswith(f"{PACKAGE}/longtrain/"):
+        return path[len(str(PACKAGE)) + 1 :]
     try:
         return str(Path(path).relative_to(Path.cwd()))
     except ValueError:

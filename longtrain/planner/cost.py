@@ -11,7 +11,7 @@ from torch import nn
 from longtrain.nn.ends import TokenLoss
 from longtrain.ops.linear_cross_entropy import default_chunk_tokens, footprint_bytes
 from longtrain.plan import Plan
-from longtrain.planner.pretrained import probe_transformers
+from longtrain.planner.pretrained import layers_differ, probe_transformers
 from longtrain.stream.footprint import LayerFootprint, probe_layer
 from longtrain.stream.protocol import StreamableLayer
 
@@ -37,6 +37,8 @@ class ModelFootprint:
     width: int
     dtype: torch.dtype
     device: torch.device
+    alike: bool = True
+    """Whether all layers are given the same arguments, as those of one segment must be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,7 @@ def measure_model(model: nn.Module, optimizer_bytes_per_parameter: int = 8) -> M
         width=head.in_features if head is not None else 0,
         dtype=first.dtype,
         device=first.device,
+        alike=not layers_differ(model),
     )
 
 
@@ -100,9 +103,9 @@ def step_memory(model: ModelFootprint, plan: Plan, tokens: int, batch: int = 1) 
         return 1.0 if plan.offload is None else plan.offload.split(what, layer).device
 
     kept_kv = [f.carry * batch * len(plan.stored_kv(i, tokens)) * f.causal * stays("kv", i) for i, f in enumerate(layers)]
-    stored = [
-        kept_kv[i] + f.output * batch * len(plan.stored_outputs(i, tokens)) * stays("outputs", i) for i, f in enumerate(layers)
-    ]
+    states = [f.state * batch * ((tokens - 1) // chunk) * stays("kv", i) for i, f in enumerate(layers)]
+    kept_outputs = [len(f.kept_outputs(plan.stored_outputs(i, tokens), chunk)) for i, f in enumerate(layers)]
+    stored = [kept_kv[i] + states[i] + f.output * batch * kept_outputs[i] * stays("outputs", i) for i, f in enumerate(layers)]
     fixed = {"parameters": model.parameters, "optimizer": model.optimizer}
     if model.device.type == "cpu":
         fixed["workspace"] = CPU_WORKSPACE
@@ -134,7 +137,7 @@ def step_memory(model: ModelFootprint, plan: Plan, tokens: int, batch: int = 1) 
             "stored outputs and K/V": sum(stored[: segments[j][-1] + 1]),
             "gradient of the hidden states": own[-1].x * n * gradient,
             "K/V and their gradients": carries,
-            "graph of a chunk": sum(f.graph for f in own) * chunk * batch,
+            "graph of a chunk": (sum(f.graph for f in own) * chunk + max((w(chunk) for f in own for w in f.workspaces), default=0)) * batch,
             "gradients": gradients + sum(f.parameter_gradients for f in own),
         }
         phases.append(Phase(f"backward of layers {segments[j][0]} to {segments[j][-1]}", _whole({**fixed, **items})))

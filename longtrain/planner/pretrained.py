@@ -39,6 +39,13 @@ def probe_transformers(model: nn.Module) -> tuple[list[nn.Module], list[LayerFoo
     return [f.module for f in found], footprints, head if isinstance(head, nn.Linear) else None
 
 
+def layers_differ(model: nn.Module) -> bool:
+    """Whether a transformers model says that its layers are of several kinds, which are given masks and positions of their own."""
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else None
+    return len(set(getattr(text, "layer_types", None) or ())) > 1
+
+
 @contextmanager
 def adapted_to(model: nn.Module, tokens: int) -> Iterator[list]:
     """The layers as `longtrain.hf` finds them on so many tokens, streamable meanwhile."""

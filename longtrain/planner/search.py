@@ -95,8 +95,8 @@ class Asked:
 
 
 def _candidates(model: ModelFootprint, tokens: int) -> list[Plan]:
-    # A segment of several layers stores fewer inputs; its layers must all be causal.
-    segments = [k for k in SEGMENTS if k <= len(model.layers)] if all(f.causal for f in model.layers) else [1]
+    # A segment of several layers stores fewer inputs; its layers must all be causal, and be given the same.
+    segments = [k for k in SEGMENTS if k <= len(model.layers)] if model.alike and all(f.causal for f in model.layers) else [1]
     chunks = [c for c in CHUNKS if c < tokens] or [tokens]
     return [Plan(chunk_tokens=chunk, store_outputs=0.0, segment_layers=k) for k in segments for chunk in chunks]
 

@@ -46,14 +46,23 @@ def tier_use(model: ModelFootprint, plan: Plan, tokens: int, batch: int = 1) -> 
                     sizes[place.tier] += sum(padded(b * len(part) * batch) for b in exact if b)
         return sizes
 
+    def states(layer: int) -> Counter:
+        """Bytes by tier of the entry states, one for every chunk but the first."""
+        split, sizes = plan.offload.split("kv", layer), Counter()
+        for span in spans[1:] if layers[layer].state else []:
+            if (tier := split.place(span, tokens).tier) != "device":
+                sizes[tier] += padded(layers[layer].state * batch)
+        return sizes
+
     whole = Span(0, tokens)
     starts = [*range(0, end, plan.segment_layers), end] if plan.boundaries == "stream" else []
     inputs, gradients = ({i: extents(what, i, [layers[min(i, end - 1)].x], whole) for i in starts} for what in ("inputs", "gradients"))
-    outputs = [extents("outputs", i, [f.output - f.lse], plan.stored_outputs(i, tokens), exact=[f.lse]) for i, f in enumerate(layers)]
+    kept_outputs = [f.kept_outputs(plan.stored_outputs(i, tokens), chunk) for i, f in enumerate(layers)]
+    outputs = [extents("outputs", i, [f.output - f.lse], kept_outputs[i], exact=[f.lse]) for i, f in enumerate(layers)]
     halves = [[f.carry // 2] * 2 for f in layers]
-    kept_kv = [extents("kv", i, halves[i], plan.stored_kv(i, tokens)) for i in range(end)]
+    kept_kv = [extents("kv", i, halves[i], plan.stored_kv(i, tokens)) + states(i) for i in range(end)]
     slides = [f.causal and f.carry_tokens(tokens, chunk) < tokens for f in layers]
-    all_kv = [extents("kv", i, halves[i], whole) if slides[i] else kept_kv[i] for i in range(end)]
+    all_kv = [extents("kv", i, halves[i], whole) + states(i) if slides[i] else kept_kv[i] for i in range(end)]
 
     moments = [_sum([*inputs.values(), *outputs, *kept_kv])]
     for first in range(0, end, plan.segment_layers):

@@ -100,6 +100,8 @@ def count_parameters(run: Run) -> int | None:
     model = run.config.get("model") or {}
     try:
         width, heads, kv_heads = model["hidden_size"], model["num_heads"], model["num_kv_heads"]
+        if model.get("layers"):
+            return None  # mixers of other shapes
         attention = 2 * width * (model.get("head_dim") or width // heads) * (heads + kv_heads)
         layer = attention + 3 * width * model["intermediate_size"] + 2 * width
         return model["num_layers"] * layer + model["vocab_size"] * width * (1 if model.get("tie_embeddings") else 2) + width

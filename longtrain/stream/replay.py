@@ -95,7 +95,8 @@ class Surroundings:
         # Cast weights are not cached: a cached cast would tie the graph of one chunk to the freed graph of another.
         with ExitStack() as stack:
             for kind, enabled, dtype in self.autocast:
-                stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))
+                if enabled or torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))
             yield
 
 

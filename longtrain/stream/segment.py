@@ -151,6 +151,8 @@ def _same_value(a: Any, b: Any) -> bool:
         return True
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return not (a.requires_grad or b.requires_grad) and torch.equal(a, b)
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return len(a) == len(b) and all(map(_same_value, a, b))
     return not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b
 
 

@@ -69,7 +69,7 @@ def run(given: str, out: str, dtype: str, shard: str) -> int:
     size = sum(t.nbytes for t in weights.values())
     print(f"{checkpoint} as {described['model_type']}: {len(weights)} tensors, {dtype}, {format_bytes(size)} in {files} files in {directory}")
     if described["model_type"] == "longtrain":
-        print("transformers has no class that computes this model (a pattern of windows, or partial rotation); longtrain reads it as train.init")
+        print("transformers has no class that computes this model (a pattern of windows or of layers, or partial rotation); longtrain reads it as train.init")
     return 0
 
 
@@ -118,7 +118,7 @@ def hf_config(model: ModelConfig, stage: LengthStage, dtype: str) -> dict:
     """`config.json`; the rotary settings are those of the length the weights were last trained at."""
     windows = {model.layer_window(layer) for layer in range(model.num_layers)}
     window = windows.pop() if len(windows) == 1 else 0
-    exact = window != 0 and model.rope_fraction == 1
+    exact = window != 0 and model.rope_fraction == 1 and all(kind in ("attention", "window") for kind in model.layers or ())
     kind, name = ("llama", "LlamaForCausalLM") if window is None else ("mistral", "MistralForCausalLM")
     described = {
         "architectures": [name if exact else "LongtrainLanguageModel"],
@@ -148,5 +148,6 @@ def hf_config(model: ModelConfig, stage: LengthStage, dtype: str) -> dict:
     if exact and window is not None:
         described["sliding_window"] = window
     if not exact:
-        described |= {"window": model.window, "rope_fraction": model.rope_fraction}
+        hybrid = ("layers", "conv_taps", "conv_implicit", "lact_chunk") if model.layers else ()
+        described |= {name: getattr(model, name) for name in ("window", "rope_fraction", *hybrid)}
     return described

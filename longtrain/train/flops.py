@@ -12,7 +12,10 @@ from torch import nn
 from longtrain.data.packing import Batch
 from longtrain.train.calls import is_transformers
 
-RULE = "6 x matrix parameters x tokens (4 x frozen ones) + 12 x heads x head dim x visible query-key pairs; nothing recomputed is counted"
+STATE_PRODUCTS = {"linear": 2, "delta": 3, "lact": 9}
+"""Products of a token with a matrix D x D of each head, by kind of layer: read and written, erased, read and learned by three matrices."""
+
+RULE = "6 x matrix parameters (states too, each time a token meets them) x tokens (4 x frozen ones) + 12 x heads x head dim x visible query-key pairs; nothing recomputed is counted"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +34,13 @@ def costs_of(model: nn.Module) -> Costs:
     """Of longtrain's own model, or of one of transformers by what its configuration says."""
     if not is_transformers(model):
         config = model.config
-        width, head_dim = config.hidden_size, config.resolved_head_dim
-        layer = 2 * width * head_dim * (config.num_heads + config.num_kv_heads) + 3 * width * config.intermediate_size
-        windows = (config.layer_window(i) for i in range(config.num_layers))
-        return Costs(config.num_layers * layer + config.vocab_size * width, tuple((config.num_heads * head_dim, w) for w in windows))
+        head_dim = config.resolved_head_dim
+        kinds = [config.layer_kind(i) for i in range(config.num_layers)]
+        projections = sum(m.weight.numel() for m in model.model.layers.modules() if isinstance(m, nn.Linear))
+        states = sum(STATE_PRODUCTS.get(kind, 0) for kind in kinds) * config.num_heads * head_dim**2
+        windows = (config.layer_window(i) for i, kind in enumerate(kinds) if kind in ("attention", "window"))
+        features = config.num_heads * head_dim
+        return Costs(projections + states + config.vocab_size * config.hidden_size, tuple((features, w) for w in windows))
     text = model.config.get_text_config()
     embedding, head = (getattr(module, "weight", None) for module in (model.get_input_embeddings(), model.get_output_embeddings()))
     chosen = getattr(text, "num_experts_per_tok", None) or 1

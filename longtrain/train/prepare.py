@@ -23,6 +23,7 @@ from longtrain.data.packing import PackedDocuments
 from longtrain.nn import LanguageModel
 from longtrain.nn.attention import Attention
 from longtrain.nn.rotary import RotaryEmbedding
+from longtrain.planner.pretrained import layers_differ
 from longtrain.train import output
 from longtrain.train.calls import described, vocabulary
 from longtrain.train.flops import RULE, Costs, costs_of, measure_rate
@@ -156,6 +157,8 @@ def settle_fallback(model: nn.Module, device: torch.device, config: Config, wher
 
 def stream(model: nn.Module, plan: lt.Plan, where: Locations) -> lt.Report:
     """Put the plan on the model; a tier that cannot be had is the configuration's error."""
+    if plan.segment_layers > 1 and layers_differ(model):
+        raise where.error("memory.segment_layers", "the model's layers are of several kinds and are not given the same, so they cannot share a segment; set 1")
     try:
         if plan.offload is not None and plan.offload.disk is not None:
             lt.offload.check_disk(plan.offload.disk)

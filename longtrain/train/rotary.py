@@ -7,7 +7,6 @@ schedule) is put into the configuration, and the rotary embeddings are built aga
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,26 +73,25 @@ class Rope:
         Raises ValueError where the rotary embeddings cannot be built again.
         """
         parameters = self.changed(wanted)
+        other = [found for found in rotary_embeddings(model) if found[2].config.rope_parameters != parameters or _dynamic(parameters)]
         self.put(model.config, wanted)
-        for parent, name, module in rotary_embeddings(model):
-            if module.config.rope_parameters != parameters or _dynamic(parameters):
-                module.config.rope_parameters = copy.deepcopy(parameters)
-                try:
-                    fresh = type(module)(module.config)
-                except TypeError as error:
-                    raise ValueError(f"{type(module).__name__} cannot be built again ({error}); remove it") from None
-                setattr(parent, name, fresh.to(next(module.buffers()).device).train(module.training))
+        for parent, name, module in other:
+            module.config.rope_parameters = copy.deepcopy(parameters)  # most often the same configuration
+            try:
+                fresh = type(module)(module.config)
+            except TypeError as error:
+                raise ValueError(f"{type(module).__name__} cannot be built again ({error}); remove it") from None
+            setattr(parent, name, fresh.to(next(module.buffers()).device).train(module.training))
 
 
-def rotary_embeddings(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+def rotary_embeddings(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
     """(parent, name, module) of every module that computes rotary positions from its configuration: it keeps inverse frequencies."""
-    found = [
-        (parent, name, module)
-        for parent in model.modules()
-        for name, module in parent.named_children()
-        if getattr(getattr(module, "config", None), "rope_parameters", None) and any(n.endswith("inv_freq") for n, _ in module.named_buffers(recurse=False))
-    ]
-    return iter(found)
+
+    def keeps(module: nn.Module) -> bool:
+        described = getattr(getattr(module, "config", None), "rope_parameters", None)
+        return bool(described) and any(name.endswith("inv_freq") for name, _ in module.named_buffers(recurse=False))
+
+    return [(parent, name, module) for parent in model.modules() for name, module in parent.named_children() if keeps(module)]
 
 
 def _dynamic(parameters: dict[str, Any] | None) -> bool:

@@ -35,6 +35,12 @@ def test_a_trainer_learns(name, libraries):
     assert len(losses) == 5 and losses[-1] < losses[0]
 
 
+def test_compiled_pieces_learn():
+    pytest.importorskip("transformers")
+    losses = numbers(run("hf_compile.py"), "'loss'")
+    assert len(losses) == 5 and losses[-1] < losses[0]
+
+
 def test_rewards_rise():
     pytest.importorskip("transformers")
     rewards = numbers(run("rl_logprobs.py"), "reward")

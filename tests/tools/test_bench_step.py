@@ -50,7 +50,7 @@ def test_selective_checkpointing_runs_attention_once_forward():
     assert calls["selective+chunked"] == 3 and calls["checkpoint+chunked"] == 6
 
 
-@pytest.mark.parametrize("method,match", [("fast", "method must be one of"), ("streamed:chunks=3", "no field of Plan"), ("plain:x=1", "only streamed takes settings")])
+@pytest.mark.parametrize("method,match", [("fast", "method must be one of"), ("streamed:chunks=3", "no field of Plan"), ("plain:x=1", "only streamed steps take settings")])
 def test_unknown_methods_and_settings(method, match):
     with pytest.raises(ValueError, match=match):
         prepare(method, CONFIG, lt.Plan(chunk_tokens=8), device="cpu", dtype=torch.float32)

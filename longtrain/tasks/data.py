@@ -1,0 +1,157 @@
+"""The tasks: what their sequences are, and how they are drawn. A sequence is padded with 0 behind its end; real tokens begin at 1."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+DIGITS_INSTALL = "the task digits needs scikit-learn, which carries its images: pip install longtrain[tasks]"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Examples:
+    """``ids [N, T]`` uint8, 0 behind a sequence's end; ``labels [N]`` int64."""
+
+    ids: np.ndarray
+    labels: np.ndarray
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Task:
+    """`train` and `test` have no sequence in common. `vocab_size` counts the padding, `classes` the labels."""
+
+    name: str
+    vocab_size: int
+    classes: int
+    train: Examples
+    test: Examples
+
+    @property
+    def chance(self) -> float:
+        """Share of the test examples that have their commonest label: the most that is right of one answer to all."""
+        return float(np.bincount(self.test.labels).max() / len(self.test.labels))
+
+
+def make_task(name: str, tokens: int, train: int, test: int, seed: int) -> Task:
+    """Draw a task of `train` and `test` examples of at most `tokens` tokens. Raises ValueError where it has no such examples."""
+    draw, vocab_size, classes = TASKS[name]
+    examples = draw(tokens, train + test, np.random.default_rng([seed, sorted(TASKS).index(name)]))
+    split = [Examples(examples.ids[part], examples.labels[part]) for part in (slice(train), slice(train, None))]
+    return Task(name, vocab_size, classes, *split)
+
+
+# ListOps (Nangia and Bowman 2018, arXiv:1804.06028; at length in the Long Range Arena, arXiv:2011.04006): nested prefix expressions of
+# digits, whose value is asked for.   [MAX 4 [MIN 2 9 ] 0 ] -> 4
+OPERATIONS = {
+    "MIN": min,
+    "MAX": max,
+    "MED": lambda values: sorted(values)[(len(values) - 1) // 2],
+    "SM": lambda values: sum(values) % 10,
+}
+LISTOPS_TOKENS = [*map(str, range(10)), *(f"[{name}" for name in OPERATIONS), "]"]
+DEEPEST, MOST_ARGUMENTS, NESTED = 4, 5, 0.3
+
+
+def listops(tokens: int, examples: int, random: np.random.Generator) -> Examples:
+    """Expressions of a third of `tokens` to `tokens` tokens, all different, up to 4 deep, with 2 to 5 arguments of which 3 in 10 are expressions."""
+    token_ids = {token: i for i, token in enumerate(LISTOPS_TOKENS, start=1)}
+    ids, labels, seen = np.zeros((examples, tokens), np.uint8), np.empty(examples, np.int64), set()
+    while len(seen) < examples:
+        expression, value = _expression(1, random)
+        text = " ".join(expression)
+        if tokens // 3 <= len(expression) <= tokens and text not in seen:
+            ids[len(seen), : len(expression)], labels[len(seen)] = [token_ids[token] for token in expression], value
+            seen.add(text)
+    return Examples(ids, labels)
+
+
+def _expression(depth: int, random: np.random.Generator) -> tuple[list[str], int]:
+    name = list(OPERATIONS)[random.integers(len(OPERATIONS))]
+    written, values = [f"[{name}"], []
+    for _ in range(random.integers(2, MOST_ARGUMENTS + 1)):
+        if depth < DEEPEST and random.random() < NESTED:
+            inner, value = _expression(depth + 1, random)
+        else:
+            value = int(random.integers(10))
+            inner = [str(value)]
+        written += inner
+        values.append(value)
+    return [*written, "]"], OPERATIONS[name](values)
+
+
+# Pathfinder (Linsley et al. 2018, arXiv:1805.08315; in the Long Range Arena as a sequence of pixels): two winding paths and two dots. Are
+# both dots on the same path?  Pixels: 1 empty, 2 path, 3 dot.
+EMPTY, PATH, DOT = 1, 2, 3
+
+
+def pathfinder(tokens: int, examples: int, random: np.random.Generator) -> Examples:
+    """Square images of `tokens` pixels, row by row; half of them have both dots at the ends of one path. Raises ValueError for no square."""
+    side = int(tokens**0.5)
+    if side * side != tokens or side < 8:
+        raise ValueError(f"pathfinder's tokens are a square image of at least 8 x 8 pixels, found {tokens}; give {max(8, side) ** 2}")
+    ids, labels = np.empty((examples, tokens), np.uint8), random.permutation(np.arange(examples) % 2)
+    for image, label in zip(ids, labels, strict=True):
+        image[:] = _paths(side, bool(label), random).reshape(-1)
+    return Examples(ids, labels.astype(np.int64))
+
+
+def _paths(side: int, same: bool, random: np.random.Generator) -> np.ndarray:
+    image, taken, paths = np.full((side, side), EMPTY, np.uint8), np.zeros((side, side), bool), []
+    while len(paths) < 2:
+        path = _walk(side, random)
+        if path is not None and not any(taken[r, c] for r, c in path):
+            paths.append(path)
+            for r, c in path:  # the other path keeps two pixels away, since a gap between dashes is one
+                taken[max(0, r - 2) : r + 3, max(0, c - 2) : c + 3] = True
+    for path in paths:
+        for number, (r, c) in enumerate(path):
+            if number % 4 != 3:  # dashed
+                image[r, c] = PATH
+    (a, b), (c, d) = ((path[0], path[-1]) for path in paths)
+    for r, column in ((a, b) if same else (a, d) if random.random() < 0.5 else (b, c)):
+        image[r, column] = DOT
+    return image
+
+
+def _walk(side: int, random: np.random.Generator) -> list[tuple[int, int]] | None:
+    """A winding path of 5/8 `side` pixels, next to each other, that does not come back to itself; None where the drawn one leaves the image."""
+    (row, column), heading, turn = (random.random(2) * side).tolist(), random.random() * 2 * math.pi, random.normal(0, 0.15)
+    path: list[tuple[int, int]] = []
+    for bend in random.normal(0, 0.05, 4 * side).tolist():
+        pixel = (int(row), int(column))
+        if not (0 <= row < side and 0 <= column < side):
+            return None
+        if not path or pixel != path[-1]:
+            if any(abs(pixel[0] - r) + abs(pixel[1] - c) <= 1 for r, c in path[:-1]):
+                return None
+            path.append(pixel)
+            if len(path) == side * 5 // 8:
+                return path
+        turn += bend
+        heading += turn * 0.5
+        row, column = row + 0.5 * math.sin(heading), column + 0.5 * math.cos(heading)
+    return None
+
+
+def digits(tokens: int, examples: int, random: np.random.Generator) -> Examples:
+    """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels (16 greys), row by row, every pixel repeated to a square of `tokens`.
+
+    Raises ValueError where there are not so many, ImportError without scikit-learn.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError(DIGITS_INSTALL) from error
+    images, labels = load_digits(return_X_y=True)
+    times = int((tokens / 64) ** 0.5)
+    if 64 * times * times != tokens or examples > len(images):
+        raise ValueError(f"digits has {len(images)} images of 64, 256, 1024, .. tokens; found examples {examples}, tokens {tokens}")
+    order = random.permutation(len(images))[:examples]
+    squares = images[order].reshape(-1, 8, 8).repeat(times, 1).repeat(times, 2)
+    return Examples(squares.reshape(examples, tokens).astype(np.uint8) + 1, labels[order].astype(np.int64))
+
+
+TASKS = {"listops": (listops, len(LISTOPS_TOKENS) + 1, 10), "pathfinder": (pathfinder, 4, 2), "digits": (digits, 18, 10)}
+"""How to draw it, its vocabulary with the padding, its classes."""

@@ -1,0 +1,41 @@
+"""The classifier: long convolutions over the whole sequence, in both directions (Fu et al. 2023, arXiv:2302.06646, section 4.1)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longtrain.nn import LongConv, RMSNorm
+
+
+class ConvLayer(nn.Module):
+    """``x + dropout(GLU(linear(gelu(conv(norm(x))))))``, ``[B, T, E] -> [B, T, E]``."""
+
+    def __init__(self, width: int, tokens: int, *, dropout: float, layer_index: int, **filter_settings) -> None:
+        super().__init__()
+        self.norm = RMSNorm(width)
+        self.conv = LongConv(width, 2 * tokens - 1, causal=False, layer_index=layer_index, **filter_settings)
+        self.linear, self.dropout = nn.Linear(width, 2 * width), nn.Dropout(dropout)
+
+    def forward(self, x_BTE: Tensor, real_BT1: Tensor) -> Tensor:
+        mixed_BTE = self.conv(self.norm(x_BTE) * real_BT1)
+        return x_BTE + self.dropout(F.glu(self.linear(F.gelu(mixed_BTE))))
+
+
+class SequenceClassifier(nn.Module):
+    """Token ids ``[B, T]`` (0 is padding) to logits ``[B, classes]``: embedding, layers, mean over the real tokens, linear."""
+
+    def __init__(self, vocab_size: int, classes: int, width: int, layers: int, tokens: int, *, dropout: float = 0.0, **filter_settings) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocab_size, width)
+        self.layers = nn.ModuleList(ConvLayer(width, tokens, dropout=dropout, layer_index=i, **filter_settings) for i in range(layers))
+        self.norm, self.head = RMSNorm(width), nn.Linear(width, classes)
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        real_BT1 = (ids_BT > 0)[..., None].to(self.embed.weight.dtype)
+        x_BTE = self.embed(ids_BT)
+        for layer in self.layers:
+            x_BTE = layer(x_BTE, real_BT1)
+        mean_BE = (self.norm(x_BTE) * real_BT1).sum(1) / real_BT1.sum(1).clamp_min(1)
+        return self.head(mean_BE)

@@ -1,0 +1,84 @@
+"""The tasks' examples are what they say: labels follow from the sequences, and no test example was learned from."""
+
+import numpy as np
+import pytest
+import torch
+
+from longtrain.tasks.data import DOT, EMPTY, LISTOPS_TOKENS, PATH, TASKS, make_task
+
+
+def evaluated(tokens: list[str]) -> int:
+    """The value of a ListOps expression, with a stack."""
+    stack: list[list] = [[]]
+    for token in tokens:
+        if token.startswith("["):
+            stack.append([token])
+        elif token == "]":
+            name, *values = stack.pop()
+            values.sort()
+            value = {"[MIN": values[0], "[MAX": values[-1], "[SM": sum(values) % 10, "[MED": values[(len(values) - 1) // 2]}[name]
+            stack[-1].append(value)
+        else:
+            stack[-1].append(int(token))
+    ((value,),) = stack
+    return value
+
+
+def test_listops_labels_are_the_values_of_expressions():
+    task = make_task("listops", 60, 300, 100, seed=1)
+    for ids, label in zip(task.train.ids, task.train.labels, strict=True):
+        length = int((ids > 0).sum())
+        assert 20 <= length <= 60 and (ids[:length] > 0).all()
+        assert evaluated([LISTOPS_TOKENS[i - 1] for i in ids[:length]]) == label
+    assert set(task.train.labels) == set(range(10))
+    train, test = ({ids.tobytes() for ids in part.ids} for part in (task.train, task.test))
+    assert len(train) == 300 and len(test) == 100 and not train & test
+
+
+def test_pathfinder_labels_say_whether_a_path_joins_the_dots():
+    task = make_task("pathfinder", 256, 60, 20, seed=1)
+    assert sorted(np.unique(task.train.ids)) == [EMPTY, PATH, DOT]
+    for ids, label in zip(task.train.ids, task.train.labels, strict=True):
+        image = ids.reshape(16, 16)
+        dots = [tuple(place) for place in np.argwhere(image == DOT)]
+        assert len(dots) == 2
+        drawn = {tuple(place) for place in np.argwhere(image != EMPTY)}
+        reached, border = {dots[0]}, [dots[0]]
+        while border:  # a gap between dashes is one pixel, another path at least two pixels away
+            r, c = border.pop()
+            near = {p for p in drawn - reached if max(abs(p[0] - r), abs(p[1] - c)) <= 2}
+            reached |= near
+            border += near
+        assert (dots[1] in reached) == bool(label)
+        assert len(drawn - reached) > 4
+    assert abs(task.train.labels.mean() - 0.5) < 0.2
+
+
+def test_digits_are_scikit_learns():
+    datasets = pytest.importorskip("sklearn.datasets")
+    task = make_task("digits", 256, 1500, 297, seed=0)
+    known = {(image.tobytes(), label) for image, label in zip(*datasets.load_digits(return_X_y=True), strict=True)}
+    images = task.train.ids.reshape(-1, 8, 2, 8, 2)
+    assert (images == images[:, :, :1, :, :1]).all()
+    drawn = {(image.astype(float).tobytes(), int(label)) for image, label in zip(images[:, :, 0, :, 0] - 1, task.train.labels, strict=True)}
+    assert drawn <= {(image, int(label)) for image, label in known}
+
+
+@pytest.mark.parametrize("name", ["listops", "pathfinder"])
+def test_a_seed_draws_the_same_examples_again(name):
+    first, again, other = (make_task(name, 64, 20, 5, seed) for seed in (3, 3, 4))
+    assert (first.train.ids == again.train.ids).all() and (first.test.labels == again.test.labels).all()
+    assert not (first.train.ids == other.train.ids).all()
+    assert first.train.ids.max() < TASKS[name][1]
+
+
+def test_chance_is_the_commonest_label():
+    task = make_task("listops", 30, 500, 400, seed=0)
+    commonest = int(torch.from_numpy(task.test.labels).mode().values)
+    assert task.chance == (task.test.labels == commonest).mean() > 0.1
+
+
+@pytest.mark.parametrize("name, tokens, message", [("pathfinder", 100 + 1, "square image"), ("pathfinder", 49, "at least 8 x 8")])
+def test_sequences_that_there_are_not(name, tokens, message):
+    with pytest.raises(ValueError, match=message):
+        make_task(name, tokens, 2, 1, 0)
