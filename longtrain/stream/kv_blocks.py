@@ -9,7 +9,7 @@ Moved for each chunk of n: the K/V before it, and in the backward pass their flo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -48,15 +48,17 @@ class BlockKVCarry(KVCarry):
     def written(self, span: Span) -> tuple[Tensor, Tensor]:
         return self._k.get(span), self._v.get(span)
 
-    def blocks(self, span: Span, *, adjoints: bool = False) -> Iterator[KVBlock]:
+    def blocks(self, span: Span) -> Iterator[KVBlock]:
         spans = self._spans(span)
-        needs = [(stored, part) for part in spans for stored in (self._k, self._v, *([self._dk, self._dv] if part in self._summed and adjoints else []))]
-        self._k.store.prefetch(((stored.name, part) for stored, part in needs), first=True)
+        self._announce((stored, part) for part in spans for stored in (self._k, self._v))
+        for part in spans:
+            yield KVBlock(part, *self.written(part))
+
+    def adjoint_blocks(self, span: Span) -> Iterator[KVBlock]:
+        spans, values, sums = self._spans(span), (self._k, self._v), (self._dk, self._dv)
+        self._announce((stored, part) for part in spans for stored in (values + sums if part in self._summed else values))
         for part in spans:
             k_BSKD, v_BSKD = self.written(part)
-            if not adjoints:
-                yield KVBlock(part, k_BSKD, v_BSKD)
-                continue
             dk, dv = self._sums(part, k_BSKD, v_BSKD)
             yield KVBlock(part, k_BSKD, v_BSKD, dk, dv)
             if part == spans[-1]:
@@ -78,6 +80,9 @@ class BlockKVCarry(KVCarry):
 
     def _extend_adjoints(self, span: Span) -> None:
         """Sums are made with their block."""
+
+    def _announce(self, needs: Iterable[tuple[Stored, Span]]) -> None:
+        self._k.store.prefetch(((stored.name, part) for stored, part in needs), first=True)
 
     def _spans(self, span: Span) -> list[Span]:
         """The blocks that the queries of `span` see; the last one as far as they see it."""

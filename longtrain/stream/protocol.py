@@ -88,9 +88,9 @@ class Carry(Protocol):
     def take_grad(self, span: Span) -> tuple[Tensor, ...]:
         """Adjoint of ``append(span)``: final, since every later query has been handled. Once per span."""
 
-    def blocks(self, span: Span, *, adjoints: bool = False) -> Iterable[KVBlock]:
-        """The K/V blocks that a span's queries need, with their gradient sums if asked for, one by one, in an order that depends on (plan, layout,
-        span) alone. A block may be gone from the device when the next one is asked for, and what was added to its sums is kept."""
+    def blocks(self, span: Span) -> Iterable[KVBlock]:
+        """The K/V blocks that a span's queries need, in an order that depends on (plan, layout, span) alone; one may be gone from the device
+        when the next is asked for."""
 
     def written(self, span: Span) -> tuple[Tensor, ...]:
         """What `append` took for a span, to store it (kind "append" only)."""
