@@ -8,6 +8,7 @@ import os
 import platform
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from glob import glob
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
@@ -21,7 +22,7 @@ if X86:
     INSTRUCTION_SETS += [("avx2", ["-mavx2", "-mfma", "-mf16c"]), ("avx512", AVX512), ("avx512bf16", [*AVX512, "-mavx512bf16"])]
 FLAGS = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-g0", "-Wno-psabi"]
 KERNELS = ["longtrain.kernels"] if os.path.isdir("kernels") else []
-PER_INSTRUCTION_SET = ["csrc/attention_kernels.cpp"]
+PER_INSTRUCTION_SET = ["csrc/attention_kernels.cpp", "csrc/long_conv_kernels.cpp"]
 
 
 class BuildExtension(build_ext):
@@ -59,7 +60,7 @@ class BuildExtension(build_ext):
     def compile_kernels(self, instruction_set):
         name, flags = instruction_set
         return self.compiler.compile(
-            PER_INSTRUCTION_SET,
+            PER_INSTRUCTION_SET[:1] if name == "avx512bf16" else PER_INSTRUCTION_SET,  # bf16 products are attention's alone
             output_dir=os.path.join(self.build_temp, name),
             macros=[("LT_ISA", name)],
             include_dirs=["csrc"],
@@ -86,6 +87,7 @@ setup(
         "trainers": ["transformers>=5.21,<6", "accelerate", "peft", "trl"],
         "gpu": ["triton>=3.6; sys_platform == 'linux' and platform_machine == 'x86_64'"],
         "plot": ["matplotlib"],
+        "tasks": ["matplotlib", "scikit-learn"],
         "tokenizers": ["tokenizers"],
         "parquet": ["pyarrow"],
         "tensorboard": ["tensorboard"],
@@ -96,9 +98,8 @@ setup(
     ext_modules=[
         Extension(
             "longtrain._C",
-            sources=["csrc/attention.cpp", "csrc/memory_trace.cpp"],
-            depends=["csrc/attention_kernels.cpp", *(f"csrc/attention_{part}.h" for part in (
-                "args", "simd", "gemm", "tiles", "pairs", "forward", "backward"))],
+            sources=["csrc/attention.cpp", "csrc/long_conv.cpp", "csrc/memory_trace.cpp"],
+            depends=[*PER_INSTRUCTION_SET, *sorted(glob("csrc/*.h"))],
         )
     ],
     cmdclass={"build_ext": BuildExtension},

@@ -196,13 +196,19 @@ def _share(model: nn.Module, report: Report, layers: Sequence[tuple[int, Candida
 
     if any(entry.became == "left as it is" for entry in report.entries):
         raise ValueError(f"a layer that is not streamed sees the tokens of one process only; all must be streamed:\n{report}")
-    if not hasattr(model, "make_layout"):
-        raise ValueError(f"{type(model).__name__} has no make_layout, by which it is told the positions that a process holds")
-    shapes = [shapes_of(candidate.layer) for _, candidate in layers if candidate.counts]
+    shapes = [shapes_of(candidate.layer, PROOF_TOKENS) for _, candidate in layers if candidate.counts]
     sharing = Sharing(report.plan, parallel, group, shapes)
-    before, model.make_layout = model.make_layout, sharing.layout
-    report._undo.append(partial(setattr, model, "make_layout", before))
-    return sharing
+    if hasattr(model, "make_layout"):
+        before, model.make_layout = model.make_layout, sharing.layout
+        report._undo.append(partial(setattr, model, "make_layout", before))
+        return sharing
+    if "transformers" in sys.modules:
+        from longtrain import hf
+
+        if (pretrained := hf.pretrained_of(model)) is not None:
+            hf.share(pretrained, sharing, report._undo)
+            return sharing
+    raise ValueError(f"{type(model).__name__} has no make_layout, by which it would be told the positions that a process holds")
 
 
 def _open_store(model: nn.Module, plan: Plan) -> TokenStore:
@@ -229,7 +235,7 @@ def _stream_chain(report: Report, candidates: Sequence[tuple[int, Candidate]]) -
     """Replace the forwards of layers that follow each other."""
     chain, k = Chain(report.plan, report.store), report.plan.segment_layers
     if report.sharing is not None:
-        chain.spread = lambda: report.sharing.present
+        chain.spread = report.sharing.of
     report._chains.append(chain)
     layers = [entry for entry in candidates if entry[1].counts]
     groups = [layers[at : at + k] for at in range(0, len(layers), k)] + [[entry] for entry in candidates if not entry[1].counts]

@@ -200,6 +200,13 @@ class MaskedAttention:
     def make_carry(self, spans: Sequence[Span]) -> KVCarry:
         return KVCarry(self, spans)
 
+    def with_documents(self, cu_seqlens: Sequence[int]) -> MaskedAttention:
+        """As `AttentionMixer.with_documents`."""
+        return replace(self, mask=self.mask.with_documents(torch.tensor(cu_seqlens)))
+
+    def with_seed(self, seed: int) -> MaskedAttention:
+        return replace(self, base=self.base.with_seed(seed))
+
     def from_head(self, head: int) -> MaskedAttention:
         """As `AttentionMixer.from_head`."""
         return replace(self, base=self.base.from_head(head))

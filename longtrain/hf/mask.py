@@ -102,6 +102,10 @@ class Mask:
         return self.visible(*grid).view(batch, 1, len(self.queries), len(self.keys))
 
 
+class OfWhole(Tensor):
+    """An attention mask of ones over all positions of sequences of which the model is given a part: the mask made is that of all of them."""
+
+
 def longtrain_mask(
     batch_size: int,
     q_length: int,
@@ -119,6 +123,8 @@ def longtrain_mask(
     Raises ValueError for padding inside a row. A mask that is not causal or two-sided, windowed and cut into documents is refused when
     it is used.
     """
+    if isinstance(attention_mask, OfWhole):
+        q_length, attention_mask = kv_length, None
     queries, keys = (Span(int(start), int(start) + n) for start, n in ((q_offset, q_length), (kv_offset, kv_length)))
     paddings = [Span(0, max(keys.stop, queries.stop))] if attention_mask is None else _paddings(attention_mask, keys, queries)
     if mask_function is causal_mask_function:

@@ -6,7 +6,7 @@ is causal) or by head and channel group (when it sees the future).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -88,6 +88,11 @@ class AttentionMixer:
     def from_head(self, head: int) -> AttentionMixer:
         """The mixer of a run of heads that begins at `head`."""
         return replace(self, head_offset=self.head_offset + head)
+
+    def with_documents(self, cu_seqlens: Sequence[int]) -> AttentionMixer:
+        """The same with document boundaries added."""
+        edges = {*cu_seqlens, *(() if self.documents is None else self.documents.edges)}
+        return replace(self, documents=Layout(cu_seqlens[-1], tuple(sorted(edges))))
 
     def with_seed(self, seed: int) -> AttentionMixer:
         return replace(self, dropout_seed=seed)

@@ -97,7 +97,7 @@ class Heads:
     def to_tokens(self, ranks: Ranks, spans: Sequence[Spans], what: str, queries: Sequence[Tensor], keys: Sequence[Tensor] = ()) -> list[Tensor]:
         """The way back. Keys' heads that several ranks had are summed."""
         xs = [*queries, *keys]
-        sends = [[x.index_select(1, rows) for x in xs] for rows in _rows(spans, xs[0].device)]
+        sends = [[torch.cat([x[:, rows] for rows in of_rank], dim=1) for x in xs] for of_rank in _rows(spans)]
         mine, shapes = sends[ranks.rank], []
         for peer in range(self.ranks):
             counts = [_length(self.of_queries(peer))] * len(queries) + [_length(self.of_keys(peer))] * len(keys)
@@ -151,24 +151,25 @@ class AllToAll:
         return tuple(self.heads.to_tokens(self.ranks, self.spans, "dqkv", (dq.to(dtype),), (dk.to(dtype), dv.to(dtype))))
 
 
-def _rows(spans: Sequence[Spans], device: torch.device) -> list[Tensor]:
-    """For each rank, where its tokens stand among those of all, in the order of positions."""
-    order = sorted((span, rank) for rank, held in enumerate(spans) for span in held)
-    rows: list[list[Tensor]] = [[] for _ in spans]
+def _rows(spans: Sequence[Spans]) -> list[list[slice]]:
+    """For each rank, where its spans stand among those of all, in the order of positions."""
+    rows: list[list[slice]] = [[] for _ in spans]
     at = 0
-    for span, rank in order:
-        rows[rank].append(torch.arange(at, at + len(span), device=device))
+    for span, rank in sorted((span, rank) for rank, held in enumerate(spans) for span in held):
+        rows[rank].append(slice(at, at + len(span)))
         at += len(span)
-    return [torch.cat(parts) for parts in rows]
+    return rows
 
 
 def _in_order(spans: Sequence[Spans], parts: Sequence[Tensor]) -> Tensor:
-    tokens = sum(map(total, spans))
-    whole = parts[0].new_empty(parts[0].shape[0], tokens, *parts[0].shape[2:])
-    for rows, part in zip(_rows(spans, whole.device), parts, strict=True):
-        whole[:, rows] = part
+    whole = parts[0].new_empty(parts[0].shape[0], sum(map(total, spans)), *parts[0].shape[2:])
+    for of_rank, part in zip(_rows(spans), parts, strict=True):
+        at = 0
+        for rows in of_rank:
+            whole[:, rows] = part[:, at : at + _length(rows)]
+            at += _length(rows)
     return whole
 
 
-def _length(heads: slice) -> int:
-    return heads.stop - heads.start
+def _length(part: slice) -> int:
+    return part.stop - part.start

@@ -10,6 +10,7 @@ what order, depends on plan, layout and mask alone, so all ranks meet in the sam
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from itertools import chain
@@ -150,10 +151,14 @@ class Staying:
         """The positions of the chunk, for each rank."""
         return self.shards.parts[self._chunk_of[span.stop]]
 
-    def _keys(self, span: Span) -> tuple[Spans, ...]:
-        """The positions up to the end of the chunk, for each rank."""
-        parts = self.shards.parts[: self._chunk_of[span.stop] + 1]
-        return tuple(tuple(chain.from_iterable(part[rank] for part in parts)) for rank in range(self.ranks.size))
+    def _keys(self, span: Span) -> tuple[tuple[Spans, ...], slice]:
+        """The positions of the keys that the chunk may see, whole chunks of them, for each rank; and where this one's are in its buffers."""
+        last = self._chunk_of[span.stop]
+        start = self.mixer.keys_for(self.shards.chunks[last]).start
+        first = bisect_right([chunk.start for chunk in self.shards.chunks], start) - 1
+        parts = self.shards.parts[first : last + 1]
+        keys = tuple(tuple(chain.from_iterable(part[rank] for part in parts)) for rank in range(self.ranks.size))
+        return keys, slice(span.stop - total(keys[self.ranks.rank]), span.stop)
 
 
 class QueriesTravel(Staying):
@@ -162,24 +167,27 @@ class QueriesTravel(Staying):
     def mix(self, span: Span, q_BCHD: Tensor, stored: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         if stored is not None:
             return stored
-        prefix = slice(0, span.stop)
-        out, (*_, lse) = self._way(span).forward(self.mixer, q_BCHD, self._k[:, prefix], self._v[:, prefix])
+        way, held = self._way(span)
+        out, (*_, lse) = way.forward(self.mixer, q_BCHD, self._k[:, held], self._v[:, held])
         return out, lse
 
     def mix_vjp(
         self, span: Span, q_BCHD: Tensor, out_BCHD: Tensor | None, lse_BCH: Tensor, dout_BCHD: Tensor, delta_BCH: Tensor | None = None
     ) -> Tensor:
         delta = delta_of(dout_BCHD, out_BCHD, lse_BCH) if delta_BCH is None else delta_BCH
-        k, v, dk, dv = (x[:, : span.stop] for x in (self._k, self._v, *self._adjoints))
-        return self._way(span).add_backward(self.mixer, dout_BCHD, q_BCHD, k, v, lse_BCH, delta, dk, dv).to(q_BCHD.dtype)
+        way, held = self._way(span)
+        k, v, dk, dv = (x[:, held] for x in (self._k, self._v, *self._adjoints))
+        return way.add_backward(self.mixer, dout_BCHD, q_BCHD, k, v, lse_BCH, delta, dk, dv).to(q_BCHD.dtype)
 
     def blocks(self, span: Span) -> list[KVBlock]:
         """This rank's; the others' are with them."""
-        mine = self._keys(span)[self.ranks.rank]
-        return [KVBlock(piece, self._k[:, rows], self._v[:, rows]) for piece, rows in zip(mine, places(mine, mine), strict=True)]
+        keys, held = self._keys(span)
+        mine, k, v = keys[self.ranks.rank], self._k[:, held], self._v[:, held]
+        return [KVBlock(piece, k[:, rows], v[:, rows]) for piece, rows in zip(mine, places(mine, mine), strict=True)]
 
-    def _way(self, span: Span) -> TravellingQueries:
-        return TravellingQueries(self.ranks, self._queries(span), self._keys(span))
+    def _way(self, span: Span) -> tuple[TravellingQueries, slice]:
+        keys, held = self._keys(span)
+        return TravellingQueries(self.ranks, self._queries(span), keys), held
 
 
 class Halo(Staying):
@@ -196,9 +204,9 @@ class Halo(Staying):
     def mix_vjp(
         self, span: Span, q_BCHD: Tensor, out_BCHD: Tensor | None, lse_BCH: Tensor, dout_BCHD: Tensor, delta_BCH: Tensor | None = None
     ) -> Tensor:
-        me, dq, made = self.ranks.rank, wide_zeros(q_BCHD), []
+        me, dq, made, (_, held) = self.ranks.rank, wide_zeros(q_BCHD), [], self._keys(span)
         for owner, keys, k, v in self._fetch(span):
-            dk, dv = (x[:, : span.stop] for x in self._adjoints) if owner == me else map(wide_zeros, (k, v))
+            dk, dv = (x[:, held] for x in self._adjoints) if owner == me else map(wide_zeros, (k, v))
             attend_vjp(
                 self.mixer, dout_BCHD, q_BCHD, out_BCHD, lse_BCH, self._queries(span)[me], k, v, keys,
                 dq=dq, dk=dk, dv=dv, with_sinks=owner == me, delta=delta_BCH,
@@ -219,14 +227,15 @@ class Halo(Staying):
 
     def _fetch(self, span: Span) -> Iterator[tuple[int, Spans, Tensor, Tensor]]:
         """(owner, positions, keys, values): one's own, while those of the others are on their way, then theirs."""
-        me, (k, v) = self.ranks.rank, (x[:, : span.stop] for x in (self._k, self._v))
-        mine, wanted = self._keys(span)[me], self._wanted(span, by=me)
-        sends = [
-            Message("kv", peer, tuple(cut(x, mine, self._wanted(span, by=peer)[me]).contiguous() for x in (k, v))) for peer in self._others
-        ]
-        receives = [Message("kv", peer, _buffers((k, v), wanted[peer])) for peer in self._others]
+        me, (keys, held) = self.ranks.rank, self._keys(span)
+        k, v = self._k[:, held], self._v[:, held]
+        sends, receives, wanted = [], [], {}
+        for peer in self._others:
+            asked, wanted[peer] = self._wanted(span, peer, keys[me]), self._wanted(span, me, keys[peer])
+            sends.append(Message("kv", peer, tuple(cut(x, keys[me], asked).contiguous() for x in (k, v))))
+            receives.append(Message("kv", peer, _buffers((k, v), wanted[peer])))
         pending = self.ranks.exchange(sends, receives)
-        yield me, mine, k, v
+        yield me, keys[me], k, v
         pending.wait()
         for message in receives:
             if total(wanted[message.peer]):
@@ -234,25 +243,25 @@ class Halo(Staying):
 
     def _bring_home(self, span: Span, made: Sequence[Message]) -> None:
         """Add what other ranks made of this one's keys, in the order of ranks."""
-        me, mine = self.ranks.rank, self._keys(span)[self.ranks.rank]
-        wanted = {peer: self._wanted(span, by=peer)[me] for peer in self._others}
+        keys, held = self._keys(span)
+        mine = keys[self.ranks.rank]
+        wanted = {peer: self._wanted(span, peer, mine) for peer in self._others}
         receives = [Message("dkv", peer, _buffers(self._adjoints, wanted[peer])) for peer in self._others if total(wanted[peer])]
         self.ranks.exchange(made, receives).wait()
         for message in receives:
             for adjoint, part in zip(self._adjoints, message.tensors, strict=True):
-                at = 0
+                of_mine, at = adjoint[:, held], 0
                 for rows in places(mine, wanted[message.peer]):
-                    adjoint[:, rows] += part[:, at : at + rows.stop - rows.start]
+                    of_mine[:, rows] += part[:, at : at + rows.stop - rows.start]
                     at += rows.stop - rows.start
 
     @property
     def _others(self) -> list[int]:
         return [rank for rank in range(self.ranks.size) if rank != self.ranks.rank]
 
-    def _wanted(self, span: Span, by: int) -> tuple[Spans, ...]:
-        """What the chunk's queries of rank `by` see of every rank's keys."""
-        queries = self._queries(span)[by]
-        return tuple(seen_by_any(self.mixer, queries, keys) for keys in self._keys(span))
+    def _wanted(self, span: Span, by: int, keys: Spans) -> Spans:
+        """What the chunk's queries of rank `by` see of `keys`."""
+        return seen_by_any(self.mixer, self._queries(span)[by], keys)
 
 
 def _buffers(like: Sequence[Tensor], spans: Spans) -> tuple[Tensor, ...]:

@@ -37,7 +37,7 @@ class Shape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Received:
-    """Bytes in the forward pass and in the backward pass, where keys are projected again, unless they were kept."""
+    """Bytes in the forward pass and in the backward pass, which sends keys again."""
 
     forward: float
     backward: float
@@ -53,11 +53,11 @@ class Received:
 NOTHING = Received(forward=0, backward=0)
 
 
-def received(way: str, shape: Shape, tokens: int, *, heads: int = 1, ring: int = 1, chunks: int = 1, kept: bool = False) -> Received:
-    """For one layer: heads over `heads` ranks, `way` over `ring` groups of them, a sequence streamed in `chunks`; `kept`: K/V are stored."""
+def received(way: str, shape: Shape, tokens: int, *, heads: int = 1, ring: int = 1, chunks: int = 1) -> Received:
+    """For one layer: heads over `heads` ranks, `way` over `ring` groups of them, a sequence streamed in `chunks`."""
     inner = shape if heads == 1 else _of_one_rank(shape, heads)
     over_groups = _over_groups(way, inner, tokens, ring, chunks) if ring > 1 else NOTHING
-    return over_groups + (_over_heads(shape, tokens / ring, heads, kept, two_passes=way == "ring") if heads > 1 else NOTHING)
+    return over_groups + (_over_heads(shape, tokens / ring, heads, two_passes=way == "ring") if heads > 1 else NOTHING)
 
 
 def _of_one_rank(shape: Shape, ranks: int) -> Shape:
@@ -69,7 +69,7 @@ def _of_one_rank(shape: Shape, ranks: int) -> Shape:
     )
 
 
-def _over_heads(shape: Shape, tokens: float, ranks: int, kept: bool, two_passes: bool) -> Received:
+def _over_heads(shape: Shape, tokens: float, ranks: int, two_passes: bool) -> Received:
     split, b, w, D = Heads(shape.heads, shape.kv_heads, ranks), shape.itemsize, shape.wide, shape.head_dim + shape.value_dim
     away = tokens / ranks * (ranks - 1) / ranks
     keys = shape.kv * sum(heads.stop - heads.start for heads in map(split.of_keys, range(ranks))) / shape.kv_heads
@@ -77,9 +77,9 @@ def _over_heads(shape: Shape, tokens: float, ranks: int, kept: bool, two_passes:
     there_and_back = away * shape.heads * D * b  # q there and the output back; dout there and dq back
     if two_passes:  # attends again in the backward pass, in order to differentiate
         return Received(forward=there_and_back + away * keys, backward=2 * there_and_back + away * (keys + gradients))
-    return Received(  # a chunk's queries go there again, with LSE and delta
+    return Received(  # a chunk's queries go there again, with LSE and delta, and its keys before them
         forward=there_and_back + away * (shape.heads * w + keys),
-        backward=there_and_back + away * (shape.heads * (shape.head_dim * b + 2 * w) + (0 if kept else keys) + gradients),
+        backward=there_and_back + away * (shape.heads * (shape.head_dim * b + 2 * w) + keys + gradients),
     )
 
 

@@ -7,8 +7,10 @@ The only place that calls torch.distributed. What is sent is counted where it is
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -89,18 +91,19 @@ class Ranks:
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum over ranks, bitwise the same on all of them."""
-        x = x.clone()
-        dist.all_reduce(x, group=self.group)
-        return x
+        return self._collective(x, dist.all_reduce)
 
     def greatest(self, x: Tensor) -> Tensor:
         """The largest over ranks, entry by entry."""
-        x = x.clone()
-        dist.all_reduce(x, op=dist.ReduceOp.MAX, group=self.group)
-        return x
+        return self._collective(x, partial(dist.all_reduce, op=dist.ReduceOp.MAX))
 
     def first(self, x: Tensor) -> Tensor:
         """What rank 0 has."""
-        x = x.clone()
-        dist.broadcast(x, group=self.group, group_src=0)
-        return x
+        return self._collective(x, partial(dist.broadcast, group_src=0))
+
+    def _collective(self, x: Tensor, call: Callable[..., Any]) -> Tensor:
+        """A collective of a few bytes on a copy of `x`, on a device that the group serves."""
+        served = x.device if dist.get_backend(self.group) != "nccl" else torch.device("cuda", torch.cuda.current_device())
+        copy = x.to(served, copy=True)
+        call(copy, group=self.group)
+        return copy.to(x.device)

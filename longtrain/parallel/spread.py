@@ -8,7 +8,7 @@ counts once for each (`gradients="mean"`); with ``gradients="sum"`` they add up 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 from zlib import crc32
@@ -27,13 +27,11 @@ from longtrain.plan import Plan
 from longtrain.span import IGNORE_INDEX, Layout, Span
 from longtrain.stream.replay import BareLayer, Mix, call_layer
 
-PROBE_TOKENS = 8
-
 
 class Sharing:
     """The processes of one `lt.apply`, and how the sequence of the present pass is spread over them."""
 
-    def __init__(self, plan: Plan, parallel: Parallel, group, shapes: Sequence[Sequence[Shape]]) -> None:
+    def __init__(self, plan: Plan, parallel: Parallel, group, shapes: list[list[Shape]]) -> None:
         """`shapes`: those of each layer's mixers (`shapes_of`). Every process makes it, at the same time."""
         self.plan, self.parallel, self.shapes = plan, parallel, shapes
         size = Ranks.of(group).size if not isinstance(group, DeviceMesh) else group.size()
@@ -58,8 +56,17 @@ class Sharing:
                 f"the processes that share a sequence were given different ones (process {everyone.rank}: {tokens} tokens in "
                 f"{len(whole.edges) - 1} documents); give all of them the same batch"
             )
-        self.present = OnRank(self, self.shards(tokens))
+        self.present = OnRank(self, self.shards(tokens), whole.edges)
         return Layout(tokens, whole.edges, self.present.shards.spans(everyone.rank))
+
+    def of(self, tokens: int) -> OnRank:
+        """The present sequence, of which this process holds `tokens`. Raises ValueError where layers are given anything else."""
+        if self.present is None or self.present.spans[-1].stop != tokens:
+            raise ValueError(
+                f"the layers were given {tokens} tokens, which is not this process's part of a sequence: call the model itself with the whole "
+                "sequence (lt.token_logprobs cannot be shared by processes yet)"
+            )
+        return self.present
 
     def shards(self, tokens: int) -> Shards:
         inside = self.parallel.layout
@@ -90,7 +97,11 @@ class Sharing:
         if reduction == "mean" and normalizer is None:
             normalizer = self.mesh.all.sum((targets_BT != IGNORE_INDEX).sum()).clamp_min(1)
         loss = token_loss(hidden_BTE, norm, head, targets_BT, normalizer=normalizer, reduction=reduction, **options)
-        return loss if reduction == "none" else _Total.apply(self, loss)
+        return loss if reduction == "none" else self.total(loss)
+
+    def total(self, part: Tensor) -> Tensor:
+        """A number summed over processes; each gets the gradient of its own part."""
+        return _Total.apply(self, part)
 
 
 class _Total(torch.autograd.Function):
@@ -112,38 +123,45 @@ class OnRank:
 
     sharing: Sharing
     shards: Shards
+    edges: tuple[int, ...]
+    """Boundaries of the documents."""
 
     @property
     def spans(self) -> list[Span]:
         return self.shards.local_chunks(self.sharing.mesh.all.rank)
 
     def mixer(self, mixer: Any, layer: int, place: int) -> OverRanks:
-        mesh, shape = self.sharing.mesh, self.sharing.shapes[layer][place]
-        if not hasattr(mixer, "attend_vjp"):
-            raise ValueError(f"layer {layer}: a {type(mixer).__name__} cannot be spread over processes; attention can")
-        if mixer.dropout_p:  # the mask is a function of the seed, and of the first process's on all of them
-            mixer = mixer.with_seed(int(mesh.all.first(torch.tensor(mixer.dropout_seed))))
+        mesh, shape = self.sharing.mesh, _as_asked(mixer, self.sharing.shapes[layer][place])
+        self.sharing.shapes[layer][place] = shape
+        plain = getattr(mixer, "base", mixer)
+        if plain.dropout_p:  # the mask is a function of the seed, and of the first process's on all of them
+            mixer = mixer.with_seed(int(mesh.all.first(torch.tensor(plain.dropout_seed))))
+        if len(self.edges) > 2:
+            mixer = mixer.with_documents(self.edges)
         way = self.sharing.choice(shape, self.shards).way
         return OverRanks(
             base=mixer, mesh=mesh.flat if way == "halo" else mesh, shards=self.shards, way=way, heads=(shape.heads, shape.kv_heads)
         )
 
 
-def shapes_of(layer: nn.Module) -> list[Shape]:
-    """Of each mixer call of a streamable layer, seen on its own tiny example."""
+def _as_asked(mixer: Any, shape: Shape) -> Shape:
+    """With the window of a mixer: one longer than an example does not show there."""
+    left = getattr(mixer, "base", mixer).window_size[0]
+    return replace(shape, window=None if left < 0 else left + 1, causal=mixer.causal)
+
+
+def shapes_of(layer: nn.Module, tokens: int) -> list[Shape]:
+    """Of each mixer call of a streamable layer, seen on its example of `tokens`. Raises ValueError for mixers that cannot be spread."""
     found: list[Shape] = []
     with torch.random.fork_rng(devices={p.device for p in layer.parameters() if p.device.type == "cuda"}), torch.no_grad():
-        x, arguments = layer.example(PROBE_TOKENS)
+        x, arguments = layer.example(tokens)
 
         def seen(mixer, *inputs: Tensor) -> Tensor:
             if not hasattr(mixer, "attend_vjp"):
-                raise ValueError(f"a {type(mixer).__name__} cannot be spread over processes; attention can")
+                raise ValueError(f"a {type(mixer).__name__} cannot be spread over processes yet; attention can")
             q, k, v = inputs
-            window = mixer.window_size[0] + 1 if mixer.window_size[0] >= 0 else None
-            found.append(
-                Shape(heads=q.shape[2], kv_heads=k.shape[2], head_dim=q.shape[3], value_dim=v.shape[3], itemsize=q.itemsize,
-                      window=window, causal=mixer.causal)
-            )
+            shape = Shape(heads=q.shape[2], kv_heads=k.shape[2], head_dim=q.shape[3], value_dim=v.shape[3], itemsize=q.itemsize)
+            found.append(_as_asked(mixer, shape))
             return mixer(q, k, v)
 
         call_layer(BareLayer(layer), x, arguments, Mix([partial(seen, mixer) for mixer in layer.mixers(**arguments)]), None)

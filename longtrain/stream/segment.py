@@ -43,12 +43,12 @@ class Chain:
         """Whether this pass ends in the streamed loss, which takes the last boundary."""
         self.unfinished: Segment | None = None
         """The segment whose first layer has run it, and whose other layers have not yet been called."""
-        self.spread: Callable[[], Spread] | None = None
-        """How the sequence of the present pass is spread over processes, where it is."""
+        self.spread: Callable[[int], Spread] | None = None
+        """How the sequence is spread over processes of which this one holds so many tokens, where it is."""
 
     def spans(self, tokens: int) -> list[Span]:
         """The chunks of a sequence, or of what this process holds of it."""
-        return chunk_spans(tokens, self.plan.chunk_tokens) if self.spread is None else self.spread().spans
+        return chunk_spans(tokens, self.plan.chunk_tokens) if self.spread is None else self.spread(tokens).spans
 
     def new_boundary(self, layer: int, shape: torch.Size, device: torch.device) -> Boundary:
         return Boundary(self.store, self.plan, layer, shape, device)
@@ -95,7 +95,7 @@ class Segment:
             device=x.device,
             check_replay=chain.check_replay,
             progress=chain.progress,
-            spread=None if chain.spread is None else chain.spread(),
+            spread=None if chain.spread is None else chain.spread(x.shape[1]),
         )
         tensors = [call.arguments.leaves[i] for i in call.arguments.differentiable] + call.parameters.tensors
         into = out_of = None

@@ -8,8 +8,12 @@ from itertools import cycle
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import longtrain as lt
+from longtrain.parallel.cost import received
 from tests.processes import run_ranks
 from tests.stream.conftest import TOLERANCE, VOCAB, assert_same, loss_and_grads, make_model
 
@@ -107,7 +111,41 @@ def quick(rank: int, world: int) -> None:
         ("nothing stored", "queries"),
     ]:
         check(model, PLANS[name], WAYS[way], call(tokens=37), f"{name}, {way}")
+    windows = make_model(window=(9, 3))
+    check(windows, PLANS["chunks"], lt.Parallel(heads=1, way="halo", layout="contiguous"), call(cu_seqlens=documents(5, 40)), "halo")
+    same_bits_every_time(rank, world)
+    bytes_are_the_formulas(rank, world)
     bad_input(rank, world)
+
+
+def same_bits_every_time(rank: int, world: int) -> None:
+    for way in ("heads", "queries", "ring"):
+        model = make_model(num_kv_heads=1).float()
+        lt.apply(model, PLANS["chunks"], parallel=WAYS[way])
+        (loss, grads), (again, same) = (loss_and_grads(model, call()) for _ in range(2))
+        assert loss == again and all(torch.equal(grads[name], same[name]) for name in grads), way
+
+
+def bytes_are_the_formulas(rank: int, world: int) -> None:
+    """Bytes counted while a step of two layers streams, against `longtrain.parallel.cost`: exact where everybody needs everything."""
+    chunks, tokens = 4, 16 * world
+    for name, parallel in [("heads", WAYS["heads"]), ("queries", WAYS["queries"]), ("ring", WAYS["ring"])]:
+        model = make_model(layers=2, hidden_size=8 * world, num_heads=2 * world, num_kv_heads=world, head_dim=4)
+        report = lt.apply(model, lt.Plan(chunk_tokens=tokens // chunks), parallel=parallel)
+        traffic = report.sharing.mesh.all.traffic
+        loss = model(**call(tokens=tokens)).loss
+        forward = traffic.total()
+        loss.backward()
+        counted = torch.tensor([forward, traffic.total() - forward])
+        dist.all_reduce(counted)
+        heads, ring = report.sharing.mesh.heads.size, report.sharing.mesh.ring.size
+        expected = received(name, report.sharing.shapes[0][0], tokens, heads=heads, ring=ring, chunks=chunks)
+        expected = torch.tensor([expected.forward, expected.backward], dtype=torch.float64) * 2 * world
+        if name == "heads":
+            assert torch.equal(counted.double(), expected), (name, counted, expected)
+        else:  # the first queries see nothing of later ranks
+            assert (counted <= expected).all() and (counted >= expected * (1 - 1 / chunks)).all(), (name, counted, expected)
+        assert name in report.sharing.explain(tokens)
 
 
 def bad_input(rank: int, world: int) -> None:
@@ -117,6 +155,8 @@ def bad_input(rank: int, world: int) -> None:
         model(**call(tokens=30 + rank))
     with pytest.raises(ValueError, match="1 tokens cannot be spread over"):
         model(**call(tokens=1))
+    with pytest.raises(ValueError, match="30 tokens, which is not this process's part of a sequence: call the model itself"):
+        lt.token_logprobs(model, call(tokens=30)["input_ids"])
     for wrong, says in [
         (dict(heads=3), "cannot be cut into groups of 3"),
         (dict(heads=1, way="halo"), "halo, and that cannot be: a query sees all that came before"),
@@ -131,22 +171,66 @@ def test_two_ranks():
     run_ranks(quick, 2)
 
 
-def everything(rank: int, world: int) -> None:
+def everything(rank: int, world: int, feature: str) -> None:
     torch.set_default_dtype(torch.float64)
     torch.manual_seed(0)
-    ways = {**WAYS, **(TWO_D if world == 4 else {})}
-    for feature, (changes, make_call) in FEATURES.items():
-        model = make_model(layers=3, **changes)
-        for name, plan in PLANS.items():
-            for way, parallel in ways.items():
-                if fits(plan, parallel):
-                    check(model, plan, parallel, make_call(), f"P={world}, {feature}, {name}, {way}")
+    changes, make_call = FEATURES[feature]
+    model = make_model(layers=3, **changes)
+    for name, plan in PLANS.items():
+        for way, parallel in {**WAYS, **(TWO_D if world == 4 else {})}.items():
+            if fits(plan, parallel):
+                check(model, plan, parallel, make_call(), f"P={world}, {name}, {way}")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_every_feature_plan_and_way(world):
-    run_ranks(everything, world)
+@pytest.mark.parametrize("feature", FEATURES)
+def test_every_feature_plan_and_way(feature, world):
+    run_ranks(everything, world, feature)
+
+
+def with_disk(rank: int, world: int, directory: str) -> None:
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    away, halves = lt.Split(), lt.Split(device=0.3, host=0.3)
+    disk = lt.DiskSettings(path=directory, budget=2**26)
+    offload = lt.Offload(inputs=away, gradients=halves, outputs=halves, kv=away, host_bytes=2**24, disk=disk)
+    model = make_model(layers=3, window=(None, 9))
+    for way, parallel in WAYS.items():
+        plan = lt.Plan(chunk_tokens=16, store_outputs=0.6, store_kv=1.0, offload=offload)
+        check(model, plan, parallel, call(cu_seqlens=documents(33)), f"disk, {way}")
+
+
+@pytest.mark.slow
+def test_with_disk(tmp_path):
+    run_ranks(with_disk, 2, str(tmp_path))
+
+
+def groups_of_two(rank: int, world: int) -> None:
+    """Two sequences, each shared by two processes, and the mean over all four as DDP and FSDP2 take it."""
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    model, sequences = make_model(layers=2), [call(tokens=50), masked()]
+    targets = sum(int((s["labels"][:, 1:] != -100).sum()) for s in sequences)
+    loss, expected = loss_and_grads(copy.deepcopy(model), *({**s, "normalizer": targets} for s in sequences))
+    mesh = init_device_mesh("cpu", (2, 2, 1), mesh_dim_names=("dp", "cp_ring", "cp_ulysses"))
+    group = dist.new_subgroups_by_enumeration([[0, 1], [2, 3]])[0]
+    for shared, how in [(mesh["cp_ring", "cp_ulysses"], "DDP"), (group, "FSDP2"), (group, "DDP")]:
+        ours = copy.deepcopy(model)
+        lt.apply(ours, PLANS["chunks"], group=shared, parallel=lt.Parallel(stripe=2))
+        if how == "FSDP2":
+            for layer in ours.model.layers:
+                fully_shard(layer)
+            fully_shard(ours)
+        module = nn.parallel.DistributedDataParallel(ours) if how == "DDP" else ours
+        module(**{**sequences[rank // 2], "normalizer": targets / 2}).loss.backward()
+        grads = {n: p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for n, p in ours.named_parameters()}
+        assert_same(grads, expected)
+
+
+@pytest.mark.slow
+def test_groups_of_two_under_ddp_and_fsdp2():
+    run_ranks(groups_of_two, 4)
 
 
 @pytest.mark.parametrize("wrong, says", [

@@ -11,7 +11,7 @@ from longtrain.ops.attention.call import build_call
 from longtrain.ops.attention.mask import visible
 from longtrain.ops.mixers import AttentionMixer
 from longtrain.parallel.alltoall import Alone, AllToAll, Heads
-from longtrain.parallel.layout import Shards, spread
+from longtrain.parallel.layout import ARRANGEMENTS, Shards, spread
 from longtrain.parallel.ranks import Ranks
 from longtrain.parallel.ring import Ring
 from longtrain.parallel.travelling import TravellingQueries
@@ -118,12 +118,13 @@ def test_two_ranks():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_every_way_layout_mask_and_head_count(world):
-    run_ranks(whole_matrix, world)
+@pytest.mark.parametrize("layout", ARRANGEMENTS)
+def test_every_way_mask_and_head_count(layout, world):
+    run_ranks(whole_matrix, world, layout)
 
 
-def whole_matrix(rank: int, world: int) -> None:
-    matrix(rank, world, MASKS, HEADS, ["contiguous", "zigzag", "striped"], [TOKENS, world])
+def whole_matrix(rank: int, world: int, layout: str) -> None:
+    matrix(rank, world, MASKS, HEADS, [layout], [TOKENS, world])
     bytes_are_the_formulas(rank, world)
     routes_are_those_of_the_mask(rank, world)
     same_bits_every_time(rank, world)

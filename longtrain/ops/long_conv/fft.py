@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.fft import irfft, rfft
 
-from .call import Call, reach
+from .call import Call, Gradients, Wanted, reach, wrong
 
 # Bytes of one padded block [B, channels, n]: it and its few companions should stay in the last-level cache of a CPU.
 BLOCK_BYTES_CPU, BLOCK_BYTES_GPU = 4 << 20, 256 << 20
@@ -25,10 +25,6 @@ BLOCK_BYTES_CPU, BLOCK_BYTES_GPU = 4 << 20, 256 << 20
 def refuse(call: Call) -> str | None:
     """torch.fft serves every call."""
     return None
-
-
-def run(call: Call) -> Tensor:
-    return _LongConv.apply(call.u_BTE, call.k_EW, call.skip_E, call.gate_in_BTE, call.gate_out_BTE, call)
 
 
 def transform_size(length: int, past: int, future: int) -> int:
@@ -77,82 +73,82 @@ def _padded(rows_BeN: Tensor, gate_BeN: Tensor | None, size: int) -> Tensor:
     return out
 
 
-def _filter_spectrum(k_EW: Tensor, channels: slice, past: int, future: int, size: int, wide: torch.dtype) -> Tensor:
+def _heads(call: Call, channels: slice) -> Tensor:
+    return torch.arange(channels.start, channels.stop, device=call.k_HW.device) // call.share
+
+
+def _filter_spectrum(call: Call, channels: slice, past: int, future: int, size: int) -> Tensor:
     """Taps at their lags modulo `size`: the past from the left, the future from the right."""
-    laid_en = torch.zeros(channels.stop - channels.start, size, dtype=wide, device=k_EW.device)
-    laid_en[:, :past] = k_EW[channels, :past]
+    k_eW = call.k_HW[channels] if call.share == 1 else call.k_HW[_heads(call, channels)]
+    laid_en = torch.zeros(channels.stop - channels.start, size, dtype=call.wide, device=k_eW.device)
+    laid_en[:, :past] = k_eW[:, :past]
     if future:
-        laid_en[:, size - future:] = k_EW[channels, k_EW.shape[1] - future:]
+        laid_en[:, size - future:] = k_eW[:, k_eW.shape[1] - future:]
+    if laid_en.device.type == "cpu" and not torch.isfinite(laid_en).all():
+        row = int(torch.isfinite(laid_en).all(dim=1).logical_not().nonzero()[0])
+        raise wrong("k", f"a tap in row {(channels.start + row) // call.share} that is not finite", "finite taps")
     return rfft(laid_en)
 
 
-class _LongConv(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, u_BTE, k_EW, skip_E, gate_in_BTE, gate_out_BTE, call):
-        ctx.save_for_backward(u_BTE, k_EW, skip_E, gate_in_BTE, gate_out_BTE)
-        ctx.call_edges, ctx.causal, wide = call.edges, call.causal, call.wide
-        y_BTE = torch.empty(u_BTE.shape, dtype=u_BTE.dtype, device=u_BTE.device)
-        for document in call.documents:
-            length = document.stop - document.start
-            past, future = reach(k_EW.shape[1], length, call.causal)
-            size = transform_size(length, past, future)
-            for channels in _blocks(call, size):
-                gate = None if gate_in_BTE is None else _rows(gate_in_BTE, document, channels, wide)
-                v_Ben = _padded(_rows(u_BTE, document, channels, wide), gate, size)
-                y_BeN = _convolved(v_Ben, _filter_spectrum(k_EW, channels, past, future, size, wide), skip_E, channels, length)
-                if gate_out_BTE is not None:
-                    y_BeN.mul_(_rows(gate_out_BTE, document, channels, wide))
-                y_BTE[:, document, channels] = y_BeN.transpose(1, 2)
-        return y_BTE
+def forward(call: Call) -> Tensor:
+    u_BTE, wide = call.u_BTE, call.wide
+    y_BTE = torch.empty(u_BTE.shape, dtype=u_BTE.dtype, device=u_BTE.device)
+    for document in call.documents:
+        length = document.stop - document.start
+        past, future = reach(call.k_HW.shape[1], length, call.causal)
+        size = transform_size(length, past, future)
+        for channels in _blocks(call, size):
+            gate = None if call.gate_in_BTE is None else _rows(call.gate_in_BTE, document, channels, wide)
+            v_Ben = _padded(_rows(u_BTE, document, channels, wide), gate, size)
+            y_BeN = _convolved(v_Ben, _filter_spectrum(call, channels, past, future, size), call.skip_E, channels, length)
+            if call.gate_out_BTE is not None:
+                y_BeN.mul_(_rows(call.gate_out_BTE, document, channels, wide))
+            y_BTE[:, document, channels] = y_BeN.transpose(1, 2)
+    return y_BTE
 
-    @staticmethod
-    def backward(ctx, dy_BTE):
-        if torch.is_grad_enabled():
-            raise RuntimeError("long_conv: the fft backend has no second derivatives (create_graph=True); backend='reference' has them")
-        u_BTE, k_EW, skip_E, gate_in_BTE, gate_out_BTE = ctx.saved_tensors
-        want_u, want_k, want_skip, want_in, want_out = ctx.needs_input_grad[:5]
-        call = Call(u_BTE=u_BTE, k_EW=k_EW, skip_E=skip_E, gate_in_BTE=gate_in_BTE, gate_out_BTE=gate_out_BTE, causal=ctx.causal,
-                    edges=ctx.call_edges)
-        wide = call.wide
-        du_BTE = torch.empty_like(u_BTE) if want_u else None
-        din_BTE = torch.empty_like(gate_in_BTE) if want_in else None
-        dout_BTE = torch.empty_like(gate_out_BTE) if want_out else None
-        dk_EW = torch.zeros(k_EW.shape, dtype=wide, device=k_EW.device) if want_k else None
-        dskip_E = torch.zeros(skip_E.shape, dtype=wide, device=skip_E.device) if want_skip else None
-        for document in call.documents:
-            length = document.stop - document.start
-            past, future = reach(k_EW.shape[1], length, call.causal)
-            size = transform_size(length, past, future)
-            for channels in _blocks(call, size):
-                u_BeN = _rows(u_BTE, document, channels, wide)
-                gate_in = None if gate_in_BTE is None else _rows(gate_in_BTE, document, channels, wide)
-                dy_BeN = _rows(dy_BTE, document, channels, wide)
-                spectrum_k = _filter_spectrum(k_EW, channels, past, future, size, wide)
-                v_Ben = _padded(u_BeN, gate_in, size)
-                gate_out = None if gate_out_BTE is None else _rows(gate_out_BTE, document, channels, wide)
-                if want_out:
-                    y_BeN = _convolved(v_Ben, spectrum_k, skip_E, channels, length)
-                    dout_BTE[:, document, channels] = y_BeN.mul_(dy_BeN).transpose(1, 2)
-                    del y_BeN
-                g_Ben = _padded(dy_BeN, gate_out, size)
-                spectrum_g = rfft(g_Ben)
-                if want_skip:
-                    dskip_E[channels] += (g_Ben[..., :length] * v_Ben[..., :length]).sum(dim=(0, 2))
-                if want_k:
-                    dk_en = irfft((spectrum_g * rfft(v_Ben).conj()).sum(dim=0), n=size)
-                    dk_EW[channels, :past] += dk_en[:, :past]
-                    if future:
-                        dk_EW[channels, k_EW.shape[1] - future:] += dk_en[:, size - future:]
-                    del dk_en
-                if want_u or want_in:
-                    dv_BeN = irfft(spectrum_g.mul_(spectrum_k.conj()), n=size)[..., :length]
-                    if skip_E is not None:
-                        dv_BeN.addcmul_(g_Ben[..., :length], skip_E[channels, None].to(wide))
-                    if want_in:
-                        din_BTE[:, document, channels] = (dv_BeN * u_BeN).transpose(1, 2)
-                    if want_u:
-                        du_BTE[:, document, channels] = (dv_BeN if gate_in is None else dv_BeN.mul_(gate_in)).transpose(1, 2)
-        return du_BTE, dk_EW, dskip_E, din_BTE, dout_BTE, None
+
+def backward(call: Call, dy_BTE: Tensor, wanted: Wanted) -> Gradients:
+    u_BTE, k_HW, skip_E, wide = call.u_BTE, call.k_HW, call.skip_E, call.wide
+    du_BTE = torch.empty_like(u_BTE) if wanted.u else None
+    din_BTE = torch.empty_like(call.gate_in_BTE) if wanted.gate_in else None
+    dout_BTE = torch.empty_like(call.gate_out_BTE) if wanted.gate_out else None
+    dk_HW = torch.zeros(k_HW.shape, dtype=wide, device=k_HW.device) if wanted.k else None
+    dskip_E = torch.zeros(skip_E.shape, dtype=wide, device=skip_E.device) if wanted.skip else None
+    for document in call.documents:
+        length = document.stop - document.start
+        past, future = reach(k_HW.shape[1], length, call.causal)
+        size = transform_size(length, past, future)
+        for channels in _blocks(call, size):
+            u_BeN = _rows(u_BTE, document, channels, wide)
+            gate_in = None if call.gate_in_BTE is None else _rows(call.gate_in_BTE, document, channels, wide)
+            dy_BeN = _rows(dy_BTE, document, channels, wide)
+            spectrum_k = _filter_spectrum(call, channels, past, future, size)
+            v_Ben = _padded(u_BeN, gate_in, size)
+            gate_out = None if call.gate_out_BTE is None else _rows(call.gate_out_BTE, document, channels, wide)
+            if wanted.gate_out:
+                y_BeN = _convolved(v_Ben, spectrum_k, skip_E, channels, length)
+                dout_BTE[:, document, channels] = y_BeN.mul_(dy_BeN).transpose(1, 2)
+                del y_BeN
+            g_Ben = _padded(dy_BeN, gate_out, size)
+            spectrum_g = rfft(g_Ben)
+            if wanted.skip:
+                dskip_E[channels] += (g_Ben[..., :length] * v_Ben[..., :length]).sum(dim=(0, 2))
+            if wanted.k:
+                dk_en = irfft((spectrum_g * rfft(v_Ben).conj()).sum(dim=0), n=size)
+                heads = _heads(call, channels)
+                dk_HW[:, :past].index_add_(0, heads, dk_en[:, :past])
+                if future:
+                    dk_HW[:, k_HW.shape[1] - future:].index_add_(0, heads, dk_en[:, size - future:])
+                del dk_en
+            if wanted.u or wanted.gate_in:
+                dv_BeN = irfft(spectrum_g.mul_(spectrum_k.conj()), n=size)[..., :length]
+                if skip_E is not None:
+                    dv_BeN.addcmul_(g_Ben[..., :length], skip_E[channels, None].to(wide))
+                if wanted.gate_in:
+                    din_BTE[:, document, channels] = (dv_BeN * u_BeN).transpose(1, 2)
+                if wanted.u:
+                    du_BTE[:, document, channels] = (dv_BeN if gate_in is None else dv_BeN.mul_(gate_in)).transpose(1, 2)
+    return Gradients(du_BTE=du_BTE, dk_HW=dk_HW, dskip_E=dskip_E, dgate_in_BTE=din_BTE, dgate_out_BTE=dout_BTE)
 
 
 def _convolved(v_Ben: Tensor, spectrum_k: Tensor, skip_E: Tensor | None, channels: slice, length: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Long convolution as it is defined, tap by tap. Plain torch, any dtype: the oracle of the other backends.
+"""Long convolution as it is defined, tap by tap. Plain torch, any dtype, any derivative: the oracle of the other backends.
 
     v = gate_in * u                y_t = gate_out_t * (sum over lags l of k_l v_{t-l}  +  skip * v_t)
 
@@ -18,12 +18,12 @@ def refuse(call: Call) -> str | None:
     return None
 
 
-def run(call: Call) -> Tensor:
-    wide, taps = call.wide, call.k_EW.shape[1]
+def forward(call: Call) -> Tensor:
+    wide, taps = call.wide, call.k_HW.shape[1]
     v_BTE = call.u_BTE.to(wide)
     if call.gate_in_BTE is not None:
         v_BTE = v_BTE * call.gate_in_BTE
-    k_EW = call.k_EW.to(wide)
+    k_EW = call.k_HW.to(wide).repeat_interleave(call.share, dim=0)
     parts = [v_BTE[:, :0] * k_EW.sum()]  # no document has tokens: empty, and connected to the inputs
     for document in call.documents:
         v_BNE = v_BTE[:, document]

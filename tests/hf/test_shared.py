@@ -1,0 +1,107 @@
+"""A transformers model whose sequences several processes share: loss and gradients are those of the family's own code in one process."""
+
+import hf_families
+import pytest
+import torch
+import torch.distributed as dist
+
+import longtrain as lt
+from tests.processes import run_ranks
+
+TOKENS, CLOSE = 57, 1e-6
+"""Families round rotary angles, norms and losses to float32."""
+
+PACKED = torch.cat([torch.arange(n) for n in (1, 20, 36)])[None]
+
+
+def batch(packed=False, rows=1):
+    ids = torch.randint(3, hf_families.VOCAB, (rows, TOKENS), generator=torch.Generator().manual_seed(3))
+    labels = ids.clone()
+    labels[:, :31] = -100  # none on the first of several processes
+    return dict(input_ids=ids, labels=labels, **(dict(position_ids=PACKED) if packed else {}))
+
+
+def gradients(model, **call):
+    model.zero_grad()
+    loss = model(**call, use_cache=False).loss
+    loss.backward()
+    return float(loss), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def check(family, plan, parallel, call):
+    expected_loss, expected = gradients(hf_families.build(family), **call)
+    model = hf_families.build(family)
+    report = lt.apply(model, plan, parallel=parallel)
+    loss, grads = gradients(model, **call)
+    assert abs(loss - expected_loss) <= CLOSE * expected_loss, f"{family}, {parallel}: {loss} {expected_loss}"
+    for name, grad in grads.items():
+        dist.all_reduce(grad)
+        error = float((grad / dist.get_world_size() - expected[name]).norm() / expected[name].norm())
+        assert error <= CLOSE, f"{family}, {parallel}, {name}: {error:.1e}"
+    report.undo()
+    again, grads = gradients(model, **call)
+    assert abs(again - expected_loss) <= CLOSE * expected_loss, "undo left something behind"
+
+
+def quick(rank, world):
+    check("llama", lt.Plan(chunk_tokens=16), lt.Parallel(), batch(packed=True))
+    check("mistral", lt.Plan(chunk_tokens=20, segment_layers=2, store_outputs=0.5), lt.Parallel(heads=1, stripe=4), batch(rows=2))
+    model = hf_families.build("llama")
+    lt.apply(model, lt.Plan(chunk_tokens=16), parallel=lt.Parallel())
+    for wrong, says in [
+        (dict(attention_mask=torch.tensor([[1] * 50 + [0] * 7])), "attention_mask with padding cannot be spread"),
+        (dict(token_type_ids=torch.zeros(1, TOKENS)), "token_type_ids runs along the tokens"),
+        (dict(position_ids=PACKED.expand(2, -1)), "pack documents into one row"),
+    ]:
+        with pytest.raises(ValueError, match=says):
+            model(**{**batch(), **wrong})
+
+
+def test_two_processes():
+    run_ranks(quick, 2)
+
+
+def families(rank, world):
+    model = hf_families.build("qwen3_moe")
+    lt.apply(model, lt.Plan(chunk_tokens=16), parallel=lt.Parallel())
+    with pytest.raises(ValueError, match="the balancing loss of experts is not summed over processes"):
+        model(**batch(), output_router_logits=True)
+    ways = [lt.Parallel(), lt.Parallel(heads=1, way="queries", stripe=4), lt.Parallel(heads=1, way="ring", layout="zigzag")]
+    ways += [lt.Parallel(heads=2, way="queries", stripe=4)] if world == 4 else []
+    for family in ("llama", "mistral", "gemma2", "gpt_oss", "qwen3_moe", "llama4_text"):
+        for parallel in ways:
+            for call in (batch(), batch(packed=True), batch(rows=2)):
+                check(family, lt.Plan(chunk_tokens=16), parallel, call)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
+def test_families(world):
+    run_ranks(families, world)
+
+
+def fifty_steps(rank, world):
+    """Losses of training on what several processes share, against those of one."""
+    losses = {}
+    for shared in (False, True):
+        model = hf_families.build("llama").float()
+        if shared:
+            lt.apply(model, lt.Plan(chunk_tokens=16), parallel=lt.Parallel())
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        losses[shared] = []
+        for _ in range(50):
+            loss, grads = gradients(model, **batch())
+            for grad in grads.values() if shared else ():
+                dist.all_reduce(grad, op=dist.ReduceOp.SUM)
+                grad /= world
+            optimizer.step()
+            losses[shared].append(loss)
+    worst = max(abs(a - b) / b for a, b in zip(losses[True], losses[False], strict=True))
+    assert losses[True][-1] < 0.5 * losses[True][0], "it learned nothing"
+    assert worst <= 1e-5, f"losses differ by {worst:.1e}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
+def test_fifty_steps(world):
+    run_ranks(fifty_steps, world)
