@@ -114,6 +114,11 @@ class Plan:
     store_kv: Fraction = 0.0
     """Fraction of the tokens (the last ones) whose keys and values are kept from the forward pass; one number, or one a layer."""
 
+    kv_block_tokens: int | None = None
+    """Keys and values of layers that see the whole sequence lie in the token store, all of them, in the tiers of `offload.kv`, and come to the
+    device in blocks of so many tokens (a multiple of `chunk_tokens`), with their gradient sums in the backward pass. None: whole on the
+    device while their layer runs."""
+
     boundaries: Literal["stream", "tensor"] = "stream"
     """`stream`: between layers only stand-ins travel, the contents live in the token store and are freed chunk by chunk.
     `tensor`: ordinary tensors, for models that look at hidden states between layers."""
@@ -131,9 +136,9 @@ class Plan:
     """Bytes on the device at the peak of a step, as `lt.plan` predicted them; None for a plan made by hand."""
 
     def __post_init__(self) -> None:
-        for name in ("chunk_tokens", "segment_layers", "loss_chunk_tokens"):
+        for name in ("chunk_tokens", "segment_layers", "loss_chunk_tokens", "kv_block_tokens"):
             value = getattr(self, name)
-            if value is None and name == "loss_chunk_tokens":
+            if value is None and name in ("loss_chunk_tokens", "kv_block_tokens"):
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, found {value!r}")
@@ -146,6 +151,8 @@ class Plan:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, found {getattr(self, name)!r}")
 
+        if self.kv_block_tokens is not None and self.kv_block_tokens % self.chunk_tokens:
+            raise ValueError(f"kv_block_tokens must be a multiple of chunk_tokens ({self.chunk_tokens}), found {self.kv_block_tokens}")
         if self.boundaries == "tensor" and self.offload is not None and (self.offload.inputs, self.offload.gradients) != (STAY, STAY):
             raise ValueError('offload.inputs and offload.gradients move boundaries that stream; use boundaries="stream" with them')
 

@@ -93,6 +93,10 @@ class MemoryConfig:
     """Fraction (0 to 1) of the tokens whose keys and values are kept from the forward pass: one number, or a list with one a
     layer. 0.0 when not given. Example: 0.5."""
 
+    kv_block_tokens: int | None = None
+    """Keys and values of layers that see the whole sequence come to the device in blocks of so many tokens, a multiple of
+    `memory.chunk_tokens`, from where `memory.offload.kv` has them. Whole on the device when not given. Example: 65536."""
+
     boundaries: Literal["stream", "tensor"] | None = None
     """`stream`: what travels between layers is freed chunk by chunk. `tensor`: ordinary tensors, for code that looks at hidden
     states between layers. `stream` when not given."""
@@ -121,7 +125,7 @@ class MemoryConfig:
             raise ValueError("memory.staging: has no effect without memory.disk or memory.host_budget; add one, or remove it")
         if self.budget is None and slower and self.offload is None:
             raise ValueError(f"memory.{slower[0]}: has no effect without memory.offload when the plan is made by hand; say what goes there")
-        for name in ("chunk_tokens", "segment_layers", "loss_chunk_tokens"):
+        for name in ("chunk_tokens", "segment_layers", "loss_chunk_tokens", "kv_block_tokens"):
             if getattr(self, name) is not None:
                 at_least(f"memory.{name}", getattr(self, name), 1)
         for name in ("store_outputs", "store_kv"):

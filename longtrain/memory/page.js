@@ -35,7 +35,7 @@ function axis(svg, range, top, bottom, left, right, label) {
     element("line", { x1: left, x2: right, y1: y(tick), y2: y(tick), class: "grid" }, svg);
     element("text", { x: left - 8, y: y(tick) + 4, "text-anchor": "end" }, svg, said(tick, digits));
   }
-  element("text", { x: 0, y: top - 6 }, svg, label);
+  element("text", { x: 0, y: top - 12 }, svg, label);
   return value => y(value / GIB);
 }
 
@@ -77,7 +77,7 @@ function drawTimeline(figure) {
   legend(figure, names);
   const plot = html("div", "plot", figure), width = plot.clientWidth, left = SIDE.left, right = width - SIDE.right;
   const samples = line.samples, process = ["reserved", "used"].filter(k => samples[k]), tiers = ["host", "disk"].filter(k => samples[k]);
-  const panels = { top: 62, main: width < 600 ? 230 : 300, gap: 34, small: 84, lane: 20 };
+  const panels = { top: 62, main: width < 600 ? 230 : 300, gap: 42, small: 84, lane: 20 };
   let bottom = panels.top + panels.main;
   const height = bottom + (process.length ? panels.small + panels.gap : 0) + (tiers.length ? panels.small + panels.gap : 0)
     + (line.lanes.length ? line.lanes.length * panels.lane + panels.gap : 0) + 38;
@@ -99,7 +99,7 @@ function drawTimeline(figure) {
   }
   function limit(at) {
     element("line", { x1: left, x2: right, y1: at, y2: at, stroke: "var(--limit)", "stroke-dasharray": "8 4", class: "series" }, svg);
-    element("text", { x: right - 4, y: at - 5, "text-anchor": "end", class: "in" }, svg, `budget ${gib(budget)} GiB`);
+    element("text", { x: left + 4, y: at - 5, class: "in" }, svg, `budget ${gib(budget)} GiB`);
   }
   if (budget && !ofProcess) limit(y(budget));
   const highest = line.level.indexOf(Math.max(...line.level)), px = x(xs[highest]), py = y(line.level[highest]);
@@ -114,7 +114,7 @@ function drawTimeline(figure) {
     const yy = axis(svg, [0, high * 1.08 || 1], top, bottom, left, right, title);
     curves(svg, keys.map(k => [k, samples[k]]), samples.seconds, x, yy);
     if (line) limit(yy(line));
-    keys.forEach((k, i) => element("text", { x: right - 4 - 74 * i, y: top - 6, "text-anchor": "end", style: `fill: var(--${k})` }, svg, SAID[k] || k));
+    keys.forEach((k, i) => element("text", { x: right - 4 - 74 * i, y: top - 12, "text-anchor": "end", style: `fill: var(--${k})` }, svg, SAID[k] || k));
   }
   if (process.length) small(process, "GiB, the process", ofProcess && budget ? budget : 0);
   if (tiers.length) small(tiers, "GiB in slower tiers", 0);

@@ -65,8 +65,8 @@ def charts(result: dict[str, Any]) -> list[dict[str, Any]]:
     if not points["measured"]:
         return []
     series = [{"name": "predicted", "role": "predicted", "points": points["predicted"]}, {"name": "measured", "role": "measured", "points": points["measured"], "dots": True}]
-    lines = [{"name": "budget", "role": "limit", "y": result["budget"] / GIB}] if result["budget"] else []
-    note = "Peak of a step against the tokens of its sequence: the plan's prediction, and measured."
+    lines = [{"name": "budget", "role": "limit", "y": result["budget"] / GIB}] if result["budget"] and result["device"] != "CPU" else []
+    note = "Peak of what a step allocates against the tokens of its sequence: as the plan predicts it, and measured."
     return [{"id": "lengths", "title": "Peak against length", "note": note, "x": "tokens", "y": "GiB", "digits": 3, "zero": True, "series": series, "lines": lines}]
 
 
@@ -91,14 +91,14 @@ def tables(result: dict[str, Any]) -> str:
         for row in result["phases"]
     ]
     items = [
-        (gib(i["bytes"]), str(i["count"]), i["category"], i["name"], i["shape"], i["dtype"], i["module"], i["line"], i["remedy"])
+        (gib(i["bytes"]), str(i["count"]), i["category"], i["name"], i["module"], i["remedy"], i["shape"].replace(" ", "\u00a0"), i["dtype"], i["line"])
         for i in result["peak"]["items"]
     ]
     categories = [(c, gib(size), f"{size / max(result['peak']['bytes'], 1):.1%}") for c, size in result["peak"]["by_category"].items()]
     facts = [(key, str(result[key])) for key in ("command", "mode", "torch", "threads", "device") if result.get(key) is not None]
     header = ("phase", "predicted, GiB", "measured, GiB", "error %", "largest item", "what would reduce it")
     return "\n".join([
-        table(f"At the peak: the {len(items)} largest", ("GiB", "blocks", "category", "what", "shape", "dtype", "module", "line", "what would reduce it"), items),
+        table(f"At the peak: the {len(items)} largest", ("GiB", "blocks", "category", "what", "module", "what would reduce it", "shape", "dtype", "line"), items),
         table("At the peak, by category", ("category", "GiB", "share"), categories),
         table("Phases", header, phases),
         folded("How the ledger closes", closing(result)),

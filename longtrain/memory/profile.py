@@ -89,8 +89,10 @@ class profile:
         ledger = make_ledger(watch, events, self._began, ended)
         failure = None
         if error is not None:
-            last = ledger.contexts[-1] if ledger.contexts[-1].phase != "outside" else ledger.contexts[max(len(ledger.contexts) - 2, 0)]
-            where = ledger.modules[last.module] or ledger.modules[last.band]
+            last = ledger.contexts[-1]
+            if last.phase == "outside" and len(ledger.contexts) > 1:
+                last = ledger.contexts[-2]
+            where = ledger.modules[watch.raised or last.module or last.band]
             failure = {"phase": f"{last.phase} of {where}" if where else last.phase, "error": f"{kind.__name__}: {error}".splitlines()[0]}
         facts = {
             "title": self.title, "command": " ".join(sys.argv), "mode": "sampling" if self.sampling else "complete", "failure": failure,

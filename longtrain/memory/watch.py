@@ -57,10 +57,12 @@ class Watch:
         self.modules: list[str] = [""]
         self.bands: set[int] = set()
         """Modules that are a step's visible parts: layers, embedding, norm, head."""
-        self.at_start: list[tuple[int, int, int]] = []
-        """(address, bytes, device) of the storages that were there before, where the trace does not tell of them."""
+        self.at_start: list[tuple[int, int, int, str]] = []
+        """(address, bytes, device, shape) of the storages that were there before, where the trace does not tell of them."""
         self.first = 0
         """The first event that is not of a storage that was there before."""
+        self.raised = 0
+        """The innermost of the modules that an exception is leaving."""
         self.in_backward = False
         self._known: dict[int, tuple[weakref.ref, int]] = {}
         self._roots: list[weakref.ref] = []
@@ -79,7 +81,7 @@ class Watch:
                 if isinstance(self.trace, StorageTrace):
                     self.trace.saw(tensor)
                 else:
-                    self.at_start.append(found[1:])
+                    self.at_start.append((*found[1:], f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"))
         self.first = self.trace.count
         self._handles = [
             register_module_forward_pre_hook(self._enter),
@@ -102,7 +104,9 @@ class Watch:
     # --- modules and phases --------------------------------------------------------------------------------------------------------
 
     def _enter(self, module: nn.Module, args: tuple) -> None:
-        number = self._number(module)
+        number, self.raised = self._number(module), 0
+        if not self._stack and self.in_backward and torch._C._current_autograd_node() is None:
+            self._backward_ends()  # it raised, and somebody caught that
         if not self._stack and not self.in_backward:
             self._extents.clear()
             self.recognise()
@@ -114,6 +118,7 @@ class Watch:
         # `rest` is (keyword arguments, output); torch leaves the former out when the module has raised.
         kwargs, output = rest if len(rest) == 2 else ({}, None)
         number = self._number(module)
+        self.raised = 0 if len(rest) == 2 else self.raised or number
         while self._stack and self._stack.pop() != number:  # those that an exception left
             pass
         self.mark(LEAVE, number)

@@ -5,6 +5,8 @@ from longtrain.nn.config import ModelConfig
 from longtrain.nn.decoder import Decoder, DecoderLayer
 from longtrain.nn.ends import TokenEmbed, TokenLoss, count_targets
 from longtrain.nn.hyena import Hyena
+from longtrain.nn.lact import LaCT
+from longtrain.nn.linear_attention import DeltaNet, LinearAttention
 from longtrain.nn.long_conv import LongConv, LongConvMixerModule, parameter_groups
 from longtrain.nn.mlp import SwiGLU
 from longtrain.nn.model import LanguageModel, ModelOutput
@@ -27,9 +29,12 @@ __all__ = [
     "Conv1d",
     "Decoder",
     "DecoderLayer",
+    "DeltaNet",
     "FP8Linear",
     "Hyena",
+    "LaCT",
     "LanguageModel",
+    "LinearAttention",
     "LinearCrossEntropy",
     "LongConv",
     "LongConvMixerModule",

@@ -29,8 +29,8 @@ class TokenStore(Protocol):
     def get(self, name: Hashable, span: Span) -> Tensor:
         """The tokens of `span` on the device, from one extent or joined from several. Raises KeyError when a token was never put."""
 
-    def prefetch(self, order: Iterable[tuple[Hashable, Span]]) -> None:
-        """What will be asked for after all that was announced before, in order: slower tiers fetch ahead as staging allows.
+    def prefetch(self, order: Iterable[tuple[Hashable, Span]], *, first: bool = False) -> None:
+        """What will be asked for, in order, after all that was announced before (`first`: before it): slower tiers fetch it as staging allows.
 
         Extents that are unknown or on the device are skipped, and a get out of order is answered all the same.
         """
@@ -70,7 +70,7 @@ class DeviceStore:
         extents = self._extents.get(name, {})
         return join([(self._read(name, s, extents[s]), part) for s, part in covering(name, extents, span)])
 
-    def prefetch(self, order: Iterable[tuple[Hashable, Span]]) -> None:
+    def prefetch(self, order: Iterable[tuple[Hashable, Span]], *, first: bool = False) -> None:
         """Everything is here already."""
 
     def release(self, name: Hashable, span: Span | None = None) -> None:

@@ -94,16 +94,21 @@ class TieredStore:
             self._advance()
             return join(pieces)
 
-    def prefetch(self, order: Iterable[tuple[Hashable, Span]]) -> None:
+    def prefetch(self, order: Iterable[tuple[Hashable, Span]], *, first: bool = False) -> None:
         with self._lock:
             self._tidy()
+            announced = []
             for name, span in order:
                 extents = self._extents.get(name, {})
                 for at in [span] if span in extents else sorted(s for s in extents if len(s & span)):
                     extent = extents[at].extent
                     if extent.state not in (State.RESIDENT, State.FAILED):
                         extent.queued += 1
-                        self._order.append(extent)
+                        announced.append(extent)
+            if first:
+                self._order.extendleft(reversed(announced))
+            else:
+                self._order.extend(announced)
             self._advance()
 
     def release(self, name: Hashable, span: Span | None = None) -> None:

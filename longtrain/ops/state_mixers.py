@@ -53,8 +53,9 @@ class LinearAttentionMixer:
     def workspace(self, k_BTHD: Tensor, v_BTHV: Tensor, *rest: Tensor) -> Callable[[int], int]:
         """Bytes that `step_vjp` of so many tokens holds beside what it is given, for a batch of one."""
         itemsize = torch.promote_types(k_BTHD.dtype, torch.float32).itemsize
+        decays = 0 if not self.gated else 1 if rest[0].dim() == 3 else k_BTHD.shape[3]
         sizes = dict(heads=k_BTHD.shape[2], key_dim=k_BTHD.shape[3], value_dim=v_BTHV.shape[3], chunk_size=self.chunk_size)
-        return partial(footprint_bytes, **sizes, itemsize=itemsize, device=k_BTHD.device.type)
+        return partial(footprint_bytes, **sizes, decays=decays, delta=self.delta, itemsize=itemsize, device=k_BTHD.device.type)
 
     def step(self, span: Span, state: Tensor | None, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         return linear_attention(

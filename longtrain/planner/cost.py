@@ -102,7 +102,10 @@ def step_memory(model: ModelFootprint, plan: Plan, tokens: int, batch: int = 1) 
     def stays(what: str, layer: int) -> float:
         return 1.0 if plan.offload is None else plan.offload.split(what, layer).device
 
-    kept_kv = [f.carry * batch * len(plan.stored_kv(i, tokens)) * f.causal * stays("kv", i) for i, f in enumerate(layers)]
+    blocked = [in_blocks(f, plan, tokens) for f in layers]
+    kept_kv = [
+        f.carry * batch * (tokens if blocked[i] else len(plan.stored_kv(i, tokens))) * f.causal * stays("kv", i) for i, f in enumerate(layers)
+    ]
     states = [f.state * batch * ((tokens - 1) // chunk) * stays("kv", i) for i, f in enumerate(layers)]
     kept_outputs = [len(f.kept_outputs(plan.stored_outputs(i, tokens), chunk)) for i, f in enumerate(layers)]
     stored = [kept_kv[i] + states[i] + f.output * batch * kept_outputs[i] * stays("outputs", i) for i, f in enumerate(layers)]
@@ -128,6 +131,9 @@ def step_memory(model: ModelFootprint, plan: Plan, tokens: int, batch: int = 1) 
         gradient = 2.0 if plan.boundaries == "tensor" else max(stays("gradients", segments[j][0]), stays("gradients", segments[j][-1] + 1))
         carries = 0
         for i in segments[j]:
+            if blocked[i]:  # the block that is worked on, and the chunk's own; of the others' sums what the plan leaves on the device
+                carries += layers[i].carry_bytes() * min(tokens, 2 * plan.kv_block_tokens) * batch + layers[i].adjoint * n * stays("kv", i)
+                continue
             held = layers[i].carry_tokens(tokens, chunk)
             carries += layers[i].carry_bytes() * held * batch
             if held < tokens:  # the store has the rest, of which a part is counted as stored
@@ -142,6 +148,12 @@ def step_memory(model: ModelFootprint, plan: Plan, tokens: int, batch: int = 1) 
         }
         phases.append(Phase(f"backward of layers {segments[j][0]} to {segments[j][-1]}", _whole({**fixed, **items})))
     return phases
+
+
+def in_blocks(layer: LayerFootprint, plan: Plan, tokens: int) -> bool:
+    """Whether the layer's keys and values lie in blocks in the store (`longtrain.stream.kv_blocks`)."""
+    full = layer.causal and layer.lse > 0 and layer.carry_tokens(tokens, min(plan.chunk_tokens, tokens)) >= tokens
+    return plan.kv_block_tokens is not None and full
 
 
 def _whole(items: dict[str, float]) -> dict[str, int]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from longtrain.offload.regions import padded
 from longtrain.plan import SPLITS, Plan
-from longtrain.planner.cost import ModelFootprint
+from longtrain.planner.cost import ModelFootprint, in_blocks
 from longtrain.span import Span, chunk_spans
 from longtrain.units import format_bytes
 
@@ -54,24 +54,37 @@ def tier_use(model: ModelFootprint, plan: Plan, tokens: int, batch: int = 1) -> 
                 sizes[tier] += padded(layers[layer].state * batch)
         return sizes
 
+    def block_sums(layer: int) -> tuple[Counter, Counter]:
+        """Bytes by tier of the gradient sums of K/V in blocks: held at most, and written, once for every later block's chunk."""
+        split, held, written = plan.offload.split("kv", layer), Counter(), Counter()
+        for block in chunk_spans(tokens, plan.kv_block_tokens):
+            later = sum(span.start >= block.stop for span in spans)
+            if later and (tier := split.place(block, tokens).tier) != "device":
+                size = 2 * padded(layers[layer].adjoint // 2 * len(block) * batch)
+                held[tier] += size
+                written[tier] += later * size
+        return held, written
+
     whole = Span(0, tokens)
     starts = [*range(0, end, plan.segment_layers), end] if plan.boundaries == "stream" else []
     inputs, gradients = ({i: extents(what, i, [layers[min(i, end - 1)].x], whole) for i in starts} for what in ("inputs", "gradients"))
     kept_outputs = [f.kept_outputs(plan.stored_outputs(i, tokens), chunk) for i, f in enumerate(layers)]
     outputs = [extents("outputs", i, [f.output - f.lse], kept_outputs[i], exact=[f.lse]) for i, f in enumerate(layers)]
     halves = [[f.carry // 2] * 2 for f in layers]
-    kept_kv = [extents("kv", i, halves[i], plan.stored_kv(i, tokens)) + states(i) for i in range(end)]
+    blocked = [in_blocks(f, plan, tokens) for f in layers]
+    kept_kv = [extents("kv", i, halves[i], whole if blocked[i] else plan.stored_kv(i, tokens)) + states(i) for i in range(end)]
     slides = [f.causal and f.carry_tokens(tokens, chunk) < tokens for f in layers]
     all_kv = [extents("kv", i, halves[i], whole) + states(i) if slides[i] else kept_kv[i] for i in range(end)]
+    sums = [block_sums(i) if blocked[i] else (Counter(), Counter()) for i in range(end)]
 
     moments = [_sum([*inputs.values(), *outputs, *kept_kv])]
     for first in range(0, end, plan.segment_layers):
         after = min(first + plan.segment_layers, end)
         moments.append(_sum([
             *(size for i, size in inputs.items() if i <= first), *outputs[:after], *kept_kv[:first], *all_kv[first:after],
-            gradients.get(after, Counter()),
+            *(held for held, _ in sums[first:after]), gradients.get(after, Counter()),
         ]))  # fmt: skip
-    written = _sum([*inputs.values(), *gradients.values(), *outputs, *all_kv])
+    written = _sum([*inputs.values(), *gradients.values(), *outputs, *all_kv, *(written for _, written in sums)])
     return {tier: TierUse(max(moment[tier] for moment in moments), written[tier]) for tier in ("host", "disk")}
 
 

@@ -73,10 +73,10 @@ function marker(kind, x, y, colour, parent) {
   if (kind === "square") element("rect", { x: x - 3, y: y - 3, width: 6, height: 6, fill: colour }, parent);
 }
 
-function swatch(role, marked, parent) {
+function swatch(role, marked, dots, parent) {
   const svg = element("svg", { width: 34, height: 12, "aria-hidden": "true" }, parent), colour = `var(--${role})`;
-  element("line", { x1: 0, x2: 34, y1: 6, y2: 6, stroke: colour, "stroke-width": 2, "stroke-dasharray": ROLES[role].dash }, svg);
-  if (marked) marker(ROLES[role].marker, 17, 6, colour, svg);
+  if (!dots) element("line", { x1: 0, x2: 34, y1: 6, y2: 6, stroke: colour, "stroke-width": 2, "stroke-dasharray": ROLES[role].dash }, svg);
+  if (marked) marker(dots ? "circle" : ROLES[role].marker, 17, 6, colour, svg);
 }
 
 function draw(chart, figure) {
@@ -85,7 +85,7 @@ function draw(chart, figure) {
   const legend = html("div", "legend", figure);
   for (const s of [...series, ...lines]) {
     const entry = html("span", "", legend);
-    swatch(s.role, s.y === undefined, entry);
+    swatch(s.role, s.y === undefined, s.dots, entry);
     entry.append(s.y === undefined ? s.name : `${s.name} ${said(s.y, chart.digits)}`);
   }
   const plot = html("div", "plot", figure), width = plot.clientWidth;

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -65,10 +65,14 @@ class KVCarry:
     def written(self, span: Span) -> tuple[Tensor, Tensor]:
         return self._k_BSKD[span], self._v_BSKD[span]
 
-    def blocks(self, span: Span) -> list[KVBlock]:
+    def blocks(self, span: Span) -> Iterable[KVBlock]:
         keys = self.mixer.keys_for(span)
         adjoints = (None if x.held is None else x[keys] for x in (self._dk_BSKD, self._dv_BSKD))
         return [KVBlock(keys, self._k_BSKD[keys], self._v_BSKD[keys], *adjoints)]
+
+    def adjoint_blocks(self, span: Span) -> Iterable[KVBlock]:
+        """The blocks with their gradient sums."""
+        return self.blocks(span)
 
     def mix(self, span: Span, q_BCHD: Tensor, stored: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         if stored is not None:
@@ -86,7 +90,7 @@ class KVCarry:
         """`delta_BCH` may stand for `out_BCHD`, as in `AttentionMixer.attend_vjp`."""
         self._extend_adjoints(span)
         dq_BCHD = None
-        for block in self.blocks(span):
+        for block in self.adjoint_blocks(span):
             part = self.mixer.attend_vjp(
                 span, block.span, dout_BCHD, q_BCHD, block.k_BSKD, block.v_BSKD, out_BCHD, lse_BCH,
                 dk=block.dk_BSKD, dv=block.dv_BSKD, with_sinks=dq_BCHD is None, delta=delta_BCH,

@@ -14,19 +14,19 @@ Cost, with A = attention forward and N = token-local forward of the segment, b =
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from longtrain.stream.call import Call, Enough, Replica, Sequenced, vjp
-from longtrain.stream.mixer_state import MixerState
+from longtrain.stream.mixer_state import MixerState, Need
+from longtrain.span import Span
 
 
 def forward(call: Call, x: Sequenced, y: Sequenced, *, keep: bool) -> None:
     """``y[span] = layers(x[span])`` for all spans; with `keep`, x and what else the plan stores stay for `backward`."""
     states = [[MixerState.make(call, layer, mixer) for mixer in mixers] for layer, mixers in enumerate(call.mixers)]
-    call.announce((x, span) for span in call.spans)
-    for span in call.over(call.spans, "forward"):
+    for span in _announced(call, states, call.spans, "forward", lambda span: [(x, span)]):
         hidden = x.get(span) if keep else x.take(span)
         with call.random.recorded(span):
             for layer, mixer_states in enumerate(states):
@@ -42,8 +42,8 @@ def backward(call: Call, replica: Replica, x: Sequenced, dy: Sequenced, dx: Sequ
     """``dx[span]`` for all spans, last to first, and the replica's gradient sums. x and dy are released as they are used."""
     _restore(call, replica, x)
     states = _all(call.states)
-    call.announce(need for span in reversed(call.spans) for need in ((x, span), *(n for s in states for n in s.needs(span)), (dy, span)))
-    for span in call.over(reversed(call.spans), "backward"):
+    needs = lambda span: [(x, span), *(n for s in states for n in s.needs(span)), (dy, span)]
+    for span in _announced(call, call.states, call.spans[::-1], "backward", needs):
         leaf = hidden = x.take(span).detach().requires_grad_(want_dx)
         with call.random.restored(span), call.surroundings.restored(), torch.enable_grad():
             for layer, mixer_states in enumerate(call.states):
@@ -70,8 +70,8 @@ def _restore(call: Call, replica: Replica, x: Sequenced) -> None:
     last = max((i for i, s in enumerate(states) if s.keep_written.start > 0), default=None)
     stop = max((state.keep_written.start for state in states), default=0)
     restored = [span for span in call.spans if span.start < stop]
-    call.announce(need for span in restored for need in ((x, span), *(n for s in states for n in s.needs_to_restore(span))))
-    for span in call.over(restored, "restore"):
+    needs = lambda span: [(x, span), *(n for s in states for n in s.needs_to_restore(span))]
+    for span in _announced(call, call.states, restored, "restore", needs):
         with call.random.restored(span), call.surroundings.restored():
             hidden = x.get(span)
             try:
@@ -82,6 +82,20 @@ def _restore(call: Call, replica: Replica, x: Sequenced) -> None:
                 continue
     for state in states:
         state.close_restoring(call.spans[len(restored) :])
+
+
+def _announced(
+    call: Call, states: Sequence[Sequence[MixerState]], spans: Sequence[Span], phase: str, needs: Callable[[Span], Sequence[Need]]
+) -> Iterator[Span]:
+    """The spans one by one, after the store was told what they need: of all of them at once; where a carry fetches blocks of its own in
+    between, which must find room, of the one under way and the next."""
+    ahead = 1 if any(state.keeps for state in _all(states)) else len(spans)
+    announced = 0
+    for done, span in enumerate(call.over(spans, phase)):
+        stop = max(announced, min(done + 1 + ahead, len(spans)))
+        call.announce(need for s in spans[announced:stop] for need in needs(s))
+        announced = stop
+        yield span
 
 
 def _all(states: Sequence[Sequence[MixerState]]) -> list[MixerState]:

@@ -16,6 +16,7 @@ from longtrain.offload import Stored
 from longtrain.span import Span, whole_chunks
 from longtrain.stream.call import Call, Enough
 from longtrain.stream.carry import make_carry
+from longtrain.stream.kv_blocks import BlockKVCarry, in_blocks
 from longtrain.stream.protocol import Carry
 
 Need = tuple[Stored, Span]
@@ -39,6 +40,8 @@ class MixerState:
     new_written: Callable[[str], Stored]
     hand_over: bool
     """Everything written stays on the device, so the carry's own buffers go into the store, whole and without a copy."""
+    keeps: bool
+    """The carry has what it was given in the store, and is the same one in the backward pass (`kv_blocks.py`)."""
     entries: Stored
     """The state before each span, of a carry that resumes, under the number of the span."""
     resumes: bool
@@ -54,28 +57,36 @@ class MixerState:
 
     @classmethod
     def make(cls, call: Call, layer: int, mixer) -> MixerState:
-        index, plan, tokens = call.indices[layer], call.plan, call.tokens
-        new_carry = partial(make_carry, mixer, call.spans)
+        # Nothing here may hold the call: it holds the state, and extents in a cycle would outlive a step that failed.
+        index, plan, tokens, store, spans = call.indices[layer], call.plan, call.tokens, call.store, call.spans
+        new_carry = partial(make_carry, mixer, spans)
         carry, keep_written = new_carry(), call.kept("kv", layer)
         slides, resumes = getattr(carry, "slides", False), getattr(carry, "resumes", False)
         place_kv, place_outputs = plan.place("kv", index, tokens), plan.place("outputs", index, tokens)
         place_lse = None if place_outputs is None else (lambda span: replace(place_outputs(span), compress=False))
-        place_entry = None if place_kv is None else (lambda number: replace(place_kv(call.spans[number.start]), compress=False))
+        place_entry = None if place_kv is None else (lambda number: replace(place_kv(spans[number.start]), compress=False))
         keep_outputs = call.kept("outputs", layer)
         if resumes:
             keep_written, keep_outputs = Span(0, tokens), whole_chunks(keep_outputs, plan.chunk_tokens)
+        place_sums = None if place_kv is None else (lambda span: replace(place_kv(span), compress=False))
+        carry = in_blocks(carry, plan.kv_block_tokens, *(partial(Stored, store, place=place) for place in (place_kv, place_sums)), index)
+        if keeps := isinstance(carry, BlockKVCarry):
+            keep_written = Span(0, tokens)
         return cls(
             mixer=mixer,
             new_carry=new_carry,
             carry=carry,
-            spans=call.spans,
+            spans=spans,
             keep_outputs=keep_outputs,
             keep_written=keep_written,
-            outputs=Stored(call.store, f"layer {index} mixer output", place_outputs),
-            lses=Stored(call.store, f"layer {index} LSE", place_lse),
-            new_written=lambda name: Stored(call.store, f"layer {index} {name}", place_kv),
-            hand_over=keep_written.start == 0 and not slides and not resumes and place_kv is None and getattr(carry, "hands_over", True),
-            entries=Stored(call.store, f"layer {index} state", place_entry),
+            outputs=Stored(store, f"layer {index} mixer output", place_outputs),
+            lses=Stored(store, f"layer {index} LSE", place_lse),
+            new_written=lambda name: Stored(store, f"layer {index} {name}", place_kv),
+            hand_over=keeps or (
+                keep_written.start == 0 and not slides and not resumes and place_kv is None and getattr(carry, "hands_over", True)
+            ),
+            keeps=keeps,
+            entries=Stored(store, f"layer {index} state", place_entry),
             resumes=resumes,
             slides=slides,
             seen={} if call.check_replay else None,
@@ -105,6 +116,8 @@ class MixerState:
 
     def store_carry(self) -> None:
         """After the forward pass: let the carry go."""
+        if self.keeps:
+            return
         if self.hand_over:
             whole = Span(0, self.keep_written.stop)
             self._put_written(whole, whole, self.carry.written(whole))
@@ -112,6 +125,8 @@ class MixerState:
 
     def open_carry(self) -> None:
         """Before the backward pass: a fresh carry."""
+        if self.keeps:
+            return
         self.carry = self.new_carry()
         if self.hand_over:
             self.carry.append(self.keep_written, *self._take_written(self.keep_written))

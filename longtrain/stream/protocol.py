@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -88,8 +88,9 @@ class Carry(Protocol):
     def take_grad(self, span: Span) -> tuple[Tensor, ...]:
         """Adjoint of ``append(span)``: final, since every later query has been handled. Once per span."""
 
-    def blocks(self, span: Span) -> Sequence[KVBlock]:
-        """The K/V blocks that a span's queries need, in an order that depends on (plan, layout, span) alone."""
+    def blocks(self, span: Span) -> Iterable[KVBlock]:
+        """The K/V blocks that a span's queries need, in an order that depends on (plan, layout, span) alone; one may be gone from the device
+        when the next is asked for."""
 
     def written(self, span: Span) -> tuple[Tensor, ...]:
         """What `append` took for a span, to store it (kind "append" only)."""

@@ -24,7 +24,7 @@ def plot_run(metrics: Path, picture: Path) -> None:
     loss_axes.plot(
         [r["step"] for r in validations], [r["loss"] for r in validations], "o-", color="tab:orange", markersize=4, label="validation loss"
     )
-    for name, style in (("unigram", ":"), ("bigram", "--")):
+    for name, style in (("unigram", ":"), ("bigram", "--")) if "unigram" in run else ():
         loss_axes.axhline(run[name], color="gray", linestyle=style, linewidth=1, label=f"{name} counts, {run[name]:.3f}")
     for before, after in zip(steps, steps[1:], strict=False):
         if before["seq_len"] != after["seq_len"]:

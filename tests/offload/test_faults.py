@@ -308,6 +308,22 @@ def test_a_disk_without_direct_access_is_used_through_the_page_cache():
         store.close()
 
 
+def test_what_is_announced_first_is_fetched_before_what_was_announced():
+    store = TieredStore("cpu", disk=DiskSettings(path="/", budget=1 << 20), staging_bytes=1 << 16, system=stepped())
+    span, room = Span(0, 16), store.staging // 4096
+    names = range(room + 4)
+    for i in names:
+        store.put(i, span, values(16, seed=i), DISK)
+    store.settle()
+    store.prefetch((i, span) for i in names[:-2])  # as many as staging holds are fetched now
+    store.prefetch(((i, span) for i in names[-2:]), first=True)
+    order = [0, *names[-2:], *names[1:-2]]
+    assert all(torch.equal(store.get(i, span), values(16, seed=i)) for i in order)
+    fetched = [event.label for event in store.events if event.after is State.READING]
+    assert fetched == [f"{i} at {span}" for i in (*names[:room], *names[-2:], *names[room:-2])]
+    store.close()
+
+
 def test_an_expanded_tensor_takes_the_room_of_what_it_repeats():
     store = open_store(stepped())
     x = values(1).expand(1, 500, 64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -47,14 +48,24 @@ def drawn(seed: int, tiers: lt.Offload) -> tuple[LanguageModel, lt.Plan]:
 @pytest.mark.parametrize("seed", range(10))
 def test_what_a_tier_holds_and_is_written_is_what_was_predicted(seed, tiers):
     """Every extent, padding included; a released extent's space is free a little later, so the most that is held may be above."""
-    m, plan = drawn(seed, tiers)
+    compare(*drawn(seed, tiers))
+
+
+def test_blocks_of_keys_and_values_too(tiers):
+    """Sums that are asked for again while they are on their way are forwarded: they count as written, as the bytes do that the disk got."""
+    m, plan = drawn(2, tiers)
+    m = model(num_layers=2)
+    compare(m, replace(plan, kv_block_tokens=1024, store_kv=0.0, offload=replace(plan.offload, kv=lt.Split(host=0.5))), written=False)
+
+
+def compare(m: LanguageModel, plan: lt.Plan, written: bool = True) -> None:
     predicted = tier_use(measure_model(m), plan, TOKENS)
     report = lt.apply(m, plan)
     ids = torch.randint(64, (1, TOKENS))
     m(ids, labels=ids).loss.backward()
     for tier, use in predicted.items():
         assert report.store.regions[tier].most == pytest.approx(use.held, rel=0.05, abs=1 << 16), tier
-        assert report.store.stats.written.get(tier, 0) == pytest.approx(use.written, rel=0.05, abs=1 << 16), tier
+        assert not written or report.store.stats.written.get(tier, 0) == pytest.approx(use.written, rel=0.05, abs=1 << 16), tier
     report.undo()
 
 

@@ -1,12 +1,14 @@
 """`longtrain task`: settings are checked, all filter settings are trained from all seeds, and what is printed is what was recorded."""
 
+import typing
 from pathlib import Path
 
 import pytest
 import torch
 
 from longtrain import cli
-from longtrain.tasks.config import load_task_config
+from longtrain.tasks.config import TaskConfig, load_task_config
+from longtrain.tasks.data import TASKS
 from longtrain.tasks.model import SequenceClassifier
 from longtrain.tasks.run import summary
 from longtrain.train.output import read_metrics
@@ -56,6 +58,10 @@ def test_a_run_records_every_model_and_prints_the_margins(config, tmp_path, caps
     before = [r["accuracy"] for r in records]
     assert cli.main(["task", str(config), "squash=[0.003, 0]"]) == 0
     assert [r["accuracy"] for r in read_metrics(tmp_path / "out" / "metrics.jsonl")[1:]] == before
+
+
+def test_the_tasks_that_can_be_named_are_those_there_are():
+    assert set(typing.get_args(typing.get_type_hints(TaskConfig)["task"])) == set(TASKS)
 
 
 def test_squash_reaches_the_filters():

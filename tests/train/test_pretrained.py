@@ -252,6 +252,27 @@ def test_what_cannot_be_trained_is_refused_in_one_located_line(name, run_file, o
     assert not out.exists()
 
 
+def test_bfloat16_weights_leave_rotary_frequencies_and_adapters_masters_in_float32(run_file, tmp_path):
+    pytest.importorskip("peft")
+    setup = prepare.prepare(*load_config(run_file(write_shape(tmp_path / "shape")), [LORA, "train.dtype=bfloat16"]))
+    setup.loader.close()
+    assert {p.dtype for p in setup.model.parameters()} == {torch.bfloat16}
+    assert {m.dtype for m in setup.optimizer.masters} == {torch.float32}
+    assert {b.dtype for _, _, module in rotary_embeddings(setup.model) for b in module.buffers()} == {torch.float32}
+
+
+def test_every_attention_call_gets_the_kernel_setting(run_file, tmp_path):
+    file = run_file(write_shape(tmp_path / "shape"))
+    for chosen in ("error", "warn"):
+        config, where = load_config(file, [f"train.kernel_fallback={chosen}"])
+        model, *_ = prepare.build_model(config, where)
+        prepare.settle_fallback(model, torch.device("cuda"), config, where)
+        report = prepare.stream(model, prepare.make_plan(model, config, where), where)
+        mixers = [mixer for layer in model.model.layers for mixer in layer.mixers(**layer.example(13)[1])]
+        assert len(mixers) == 2 and {mixer.kernel_fallback for mixer in mixers} == {chosen}
+        report.undo()
+
+
 def test_models_with_learned_positions_take_no_longer_sequences_and_no_rotary_settings(run_file, tmp_path, capsys):
     file = run_file(write_shape(tmp_path / "shape", "gpt2"))
     assert train(file, "data.seq_len=128") == 2

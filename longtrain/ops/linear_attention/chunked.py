@@ -38,10 +38,18 @@ def refuse(call: Call) -> str | None:
     return None
 
 
-def footprint_bytes(tokens: int, heads: int, key_dim: int, value_dim: int, *, chunk_size: int = 64, itemsize: int = 4, device: str = "cpu") -> int:
-    """Workspace of the backward pass, the larger one, for a batch of one: 30 tensors of a piece as wide as the widest of D, Dv and c."""
+def footprint_bytes(
+    tokens: int, heads: int, key_dim: int, value_dim: int, *, decays: int = 0, delta: bool = False, chunk_size: int = 64, itemsize: int = 4,
+    device: str = "cpu",
+) -> int:  # fmt: skip
+    """Workspace of the backward pass, the larger one, for a batch of one. `decays`: log decays of a token and head, 0, 1 or D.
+
+    Counted: tensors of a piece as wide as the widest of D, Dv and c, 16 of them, 4 more with a decay, 10 with one a feature, 16 with the
+    delta rule.
+    """
     piece = min(tokens, _piece_tokens(device, chunk_size))
-    return 30 * piece * heads * max(key_dim, value_dim, min(chunk_size, tokens)) * itemsize
+    tensors = 16 + (0 if not decays else 4 if decays == 1 else 10) + 16 * delta
+    return tensors * piece * heads * max(key_dim, value_dim, min(chunk_size, tokens)) * itemsize
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
