@@ -79,13 +79,16 @@ def test_twenty_steps_streamed_are_twenty_plain_ones_up_to_rounding(family, over
     "overrides",
     [
         (LORA.replace("8,", "8, dropout: 0.2,"), "train.dtype=bfloat16"),
-        ("train.length_schedule=[{from_step: 0, seq_len: 32}, {from_step: 2, seq_len: 64, rope: {rope_type: dynamic, factor: 4}}]",),
+        (  # documents of all lengths up to 512, so that what NTK made of one must not reach the next update
+            "train.length_schedule=[{from_step: 0, seq_len: 64}, {from_step: 1, seq_len: 512, rope: {rope_type: dynamic, factor: 4}}]",
+            "data.seq_len=512",
+        ),
     ],
     ids=["LoRA with dropout in bfloat16", "length schedule with NTK"],
 )
 def test_a_run_that_died_ends_as_one_that_did_not(overrides, run_file, out, tmp_path, crash_after, monkeypatch, capsys):
-    file = run_file(write_shape(tmp_path / "shape", max_position_embeddings=32))
-    every = ("checkpoint.every_steps=1", "train.steps=5", "data.min_document_tokens=33", *overrides)
+    file = run_file(write_shape(tmp_path / "shape", max_position_embeddings=40))
+    every = ("checkpoint.every_steps=1", "train.steps=5", *overrides)
     every += () if "rope" in overrides[0] else ("model.rope={}",)
     assert train(file, f"output.dir={tmp_path / 'alone'}", *every) == 0
     crash_after(3)
