@@ -83,6 +83,8 @@ class Sharing:
     def explain(self, tokens: int) -> str:
         """For a sequence of `tokens`: each kind of layer, the way it goes, and the bytes that a rank receives (forward + backward) either way."""
         shards, mesh, lines = self.shards(tokens), self.mesh, {}
+        if mesh.all.size == 1:
+            return "one process has all tokens"
         for i, of_layer in enumerate(self.shapes):
             for shape in of_layer:
                 lines.setdefault(str(self.choice(shape, shards)), []).append(str(i))
@@ -130,14 +132,16 @@ class OnRank:
     def spans(self) -> list[Span]:
         return self.shards.local_chunks(self.sharing.mesh.all.rank)
 
-    def mixer(self, mixer: Any, layer: int, place: int) -> OverRanks:
+    def mixer(self, mixer: Any, layer: int, place: int) -> Any:
         mesh, shape = self.sharing.mesh, _as_asked(mixer, self.sharing.shapes[layer][place])
         self.sharing.shapes[layer][place] = shape
+        if len(self.edges) > 2:
+            mixer = mixer.with_documents(self.edges)
+        if mesh.all.size == 1:
+            return mixer
         plain = getattr(mixer, "base", mixer)
         if plain.dropout_p:  # the mask is a function of the seed, and of the first process's on all of them
             mixer = mixer.with_seed(int(mesh.all.first(torch.tensor(plain.dropout_seed))))
-        if len(self.edges) > 2:
-            mixer = mixer.with_documents(self.edges)
         way = self.sharing.choice(shape, self.shards).way
         return OverRanks(
             base=mixer, mesh=mesh.flat if way == "halo" else mesh, shards=self.shards, way=way, heads=(shape.heads, shape.kv_heads)
