@@ -36,6 +36,8 @@ PLACES = {
 
 PACKAGE = Path(__file__).resolve().parents[2]
 FOREVER = np.iinfo(np.int64).max
+LARGE = 1 << 20
+"""Bytes from which on a tensor that was there before is a line of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,9 +139,11 @@ def make_ledger(watch: Watch, events: np.ndarray, began: int, ended: int) -> Led
             later = np.searchsorted(backward_begins, start[i])
             outlives = later < len(backward_begins) and stop[i] > backward_begins[later]
         scratch = seen and stop[i] < operations[op, 1]
-        key = (label, operations[op, 2] if seen else -1, context.module, context.band, context.phase, outlives, scratch, start[i] < watch.first, nbytes[i])
+        before = start[i] < watch.first
+        was = watch.at_start[i][3] if before and i < len(watch.at_start) and nbytes[i] >= LARGE else ""
+        key = (label, was, operations[op, 2] if seen else -1, context.module, context.band, context.phase, outlives, scratch, before, nbytes[i])
         if (number := cache.get(key)) is None:
-            made = describe(watch, label, site_of[operations[op, 2]] if seen else None, context, outlives, scratch, int(nbytes[i]), start[i] < watch.first)
+            made = describe(watch, label, site_of[operations[op, 2]] if seen else None, context, outlives, scratch, int(nbytes[i]), before, was)
             number = cache[key] = numbers.setdefault(made, len(numbers))
         item[i] = number
     if watch.sampler.device.type == "cpu":
@@ -153,7 +157,7 @@ def make_ledger(watch: Watch, events: np.ndarray, began: int, ended: int) -> Led
     )  # fmt: skip
 
 
-def describe(watch: Watch, label, site, context: Context, outlives: bool, scratch: bool, nbytes: int, before: bool) -> Item:
+def describe(watch: Watch, label, site, context: Context, outlives: bool, scratch: bool, nbytes: int, before: bool, was: str) -> Item:
     """What a block is."""
     module = watch.modules[context.module] or watch.modules[context.band]
     if site is None:
@@ -167,7 +171,7 @@ def describe(watch: Watch, label, site, context: Context, outlives: bool, scratc
         category, name = label
         return Item(category, name, "" if category != "activations" else module, line, shape, dtype)
     if before:
-        return Item("other", "there before the profile began")
+        return Item("other", f"there before the profile began{was and ': '}{was}")
     if site is None:
         if not watch.operations and (module or context.phase != "outside"):  # not every operation was watched: the module is what is known
             return Item("activations" if outlives and context.phase != "optimizer" else "workspace", f"taken in {context.phase}", module)
@@ -187,7 +191,7 @@ def describe(watch: Watch, label, site, context: Context, outlives: bool, scratc
 
 def blocks(watch: Watch, events: np.ndarray) -> np.ndarray:
     """(start, stop, bytes, device, address) of every block, those that were there before first."""
-    rows: list[list[int]] = [[-1, FOREVER, nbytes, device, address] for address, nbytes, device in watch.at_start]
+    rows: list[list[int]] = [[-1, FOREVER, nbytes, device, address] for address, nbytes, device, _ in watch.at_start]
     alive = {(device, address): i for i, (_, _, _, device, address) in enumerate(rows)}
     for i, (_, address, nbytes, device) in enumerate(events.tolist()):
         key = (device, address)

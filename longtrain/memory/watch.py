@@ -57,8 +57,8 @@ class Watch:
         self.modules: list[str] = [""]
         self.bands: set[int] = set()
         """Modules that are a step's visible parts: layers, embedding, norm, head."""
-        self.at_start: list[tuple[int, int, int]] = []
-        """(address, bytes, device) of the storages that were there before, where the trace does not tell of them."""
+        self.at_start: list[tuple[int, int, int, str]] = []
+        """(address, bytes, device, shape) of the storages that were there before, where the trace does not tell of them."""
         self.first = 0
         """The first event that is not of a storage that was there before."""
         self.raised = 0
@@ -81,7 +81,7 @@ class Watch:
                 if isinstance(self.trace, StorageTrace):
                     self.trace.saw(tensor)
                 else:
-                    self.at_start.append(found[1:])
+                    self.at_start.append((*found[1:], f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"))
         self.first = self.trace.count
         self._handles = [
             register_module_forward_pre_hook(self._enter),
