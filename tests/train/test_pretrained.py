@@ -60,8 +60,8 @@ def loss_of(model, config):
 @pytest.mark.parametrize(
     "family, overrides",
     [
-        ("qwen3", ()),
-        ("gemma3_text", ("train.tokens_per_update=128", LORA)),
+        ("gemma3_text", ("train.tokens_per_update=128",)),
+        pytest.param("qwen3", (LORA,), marks=pytest.mark.slow),
         pytest.param("llama", ("model.rope={rope_type: yarn, factor: 2}",), marks=pytest.mark.slow),
         pytest.param("gpt2", (), marks=pytest.mark.slow),
     ],
@@ -82,6 +82,7 @@ def test_twenty_steps_streamed_are_twenty_plain_ones_up_to_rounding(family, over
         (  # documents of all lengths up to 512, so that what NTK made of one must not reach the next update
             "train.length_schedule=[{from_step: 0, seq_len: 64}, {from_step: 1, seq_len: 512, rope: {rope_type: dynamic, factor: 4}}]",
             "data.seq_len=512",
+            "memory.chunk_tokens=96",
         ),
     ],
     ids=["LoRA with dropout in bfloat16", "length schedule with NTK"],
