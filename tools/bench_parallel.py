@@ -3,10 +3,11 @@
     python tools/bench_parallel.py --seq-len 32768 --chunk 2048
     python tools/bench_parallel.py --seq-len 8192 --chunk 1024 --ways ring queries --link 200MB --trace out/lanes.json
 
-Throughput: tokens a second of all processes together, by wall clock, medians of `--repeats` rounds after one to warm up, ways and independent
-processes in turn; by processor time as well, which a busy machine does not change. Bytes: received by a rank in a step, counted at the calls, beside the formula of longtrain.parallel.cost. `--link`: nothing
-arrives sooner than over a link of so many bytes a second; then "hidden" is the share of the transfers that nobody waited for. `--trace`: what
-was under way and what was waited for, a lane each for every process, for chrome://tracing or https://ui.perfetto.dev.
+Throughput: tokens a second of all processes together, by wall clock, medians of `--repeats` rounds after one to warm up, ways and
+independent processes in turn; by processor time as well, which a busy machine changes less. Bytes: received by a rank in a step, counted
+at the calls, beside the formula of longtrain.parallel.cost. `--link`: nothing arrives sooner than over a link of so many bytes a second;
+"hidden" is then the share of the transfers that nobody waited for. `--trace`: what was under way and what was waited for, a lane each for
+every process, as Chrome and Perfetto show them.
 
 No number is printed unless loss and gradients of every way agree with those of one process.
 """
@@ -39,14 +40,17 @@ WAYS = {
     "queries": dict(heads=1, way="queries", layout="striped"),
     "halo": dict(heads=1, way="halo", layout="contiguous"),
 }
+DEFAULTS = {
+    "seq-len": 32768, "chunk": 2048, "processes": 2, "repeats": 3, "layers": 2, "hidden": 256, "ffn": 512, "vocab": 256, "heads": 4,
+    "kv-heads": 2,
+}
 CLOSE = 2e-4
 """Largest relative difference of a parameter's gradient in float32; a wrong one is of order one."""
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in {"seq-len": 32768, "chunk": 2048, "processes": 2, "repeats": 3, "layers": 2, "hidden": 256, "ffn": 512, "vocab": 256,
-                          "heads": 4, "kv-heads": 2}.items():
+    for name, default in DEFAULTS.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--window", type=int, default=None, help="tokens that a query sees; needed for halo")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=["heads", "ring", "queries"])
@@ -76,8 +80,9 @@ def work(rank: int, a: argparse.Namespace, directory: Path) -> None:
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=a.processes, timeout=timedelta(seconds=600))
     torch.manual_seed(0)
     window = None if a.window is None else (a.window,)
-    model = LanguageModel(ModelConfig(vocab_size=a.vocab, num_layers=a.layers, hidden_size=a.hidden, intermediate_size=a.ffn, num_heads=a.heads,
-                                      num_kv_heads=a.kv_heads, window=window, initializer_range=0.1))
+    config = ModelConfig(vocab_size=a.vocab, num_layers=a.layers, hidden_size=a.hidden, intermediate_size=a.ffn, num_heads=a.heads,
+                         num_kv_heads=a.kv_heads, window=window, initializer_range=0.1)
+    model = LanguageModel(config)
     ids = torch.randint(a.vocab, (1, a.seq_len), generator=torch.Generator().manual_seed(1))
     plan, runs, reports = lt.Plan(chunk_tokens=a.chunk), {}, {}
     for name in ("independent", *a.ways):

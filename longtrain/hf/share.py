@@ -1,7 +1,7 @@
 """A transformers model whose sequences several processes share: each process is given all of them and runs on its part.
 
-`sharing` (`longtrain.parallel.spread.Sharing`) says which part. Token ids, positions and labels are cut before the model sees them, the labels
-moved one place left before that; masks are still made for whole sequences, and the loss is summed over the processes.
+`sharing` (`longtrain.parallel.spread.Sharing`) says which part. Token ids, positions and labels are cut before the model sees them, the
+labels moved one place left before that; masks are still made for whole sequences, and the loss is summed over the processes.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ def _take_part(sharing, module: PreTrainedModel, args: tuple, kwargs: dict[str, 
     batch, tokens = next(given[name] for name in CUT if name in given).shape[:2]
     mask, positions, labels = given.pop("attention_mask", None), given.pop("position_ids", None), given.pop("labels", None)
     if mask is not None and (mask.ndim != 2 or not bool(mask.all())):
-        raise ValueError("attention_mask with padding cannot be spread over processes: leave it out, pad at the end and set labels to -100 there")
+        raise ValueError("attention_mask with padding cannot be spread over processes: leave it out, pad at the end with labels of -100")
     unknown = [name for name, value in given.items() if name not in CUT and isinstance(value, Tensor) and tokens in value.shape]
     if unknown and tokens > 1:
-        raise ValueError(f"{unknown[0]} runs along the tokens, and longtrain does not know how to cut it for several processes; leave it out")
+        raise ValueError(f"{unknown[0]} runs along the tokens, and it is not known how to cut it for several processes; leave it out")
     device = given[CUT[0] if CUT[0] in given else CUT[1]].device
     positions = torch.arange(tokens, device=device)[None] if positions is None else positions
     layout = sharing.layout(tokens, given.get("cu_seq_lens_q", _documents(positions)))

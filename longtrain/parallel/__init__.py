@@ -1,1 +1,1 @@
-"""One sequence over many processes: other ways for keys and values to reach the queries that need them. Imports `stream` and `ops`, never the other way."""
+"""One sequence over many processes: other ways for queries to meet the keys they see. Imports `stream`, which does not know it."""

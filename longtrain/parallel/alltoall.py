@@ -69,7 +69,7 @@ class Heads:
         return slice(heads.start // group, (heads.stop - 1) // group + 1)
 
     def runs(self, rank: int) -> list[tuple[int, slice, slice]]:
-        """The calls of attention, each with as many query heads for every kv head: (first query head, query heads, kv heads of this rank's)."""
+        """A rank's calls of attention, each with as many query heads for every kv head: (first query head, query heads, kv heads)."""
         heads, group, first_kv = self.of_queries(rank), self.query_heads // self.kv_heads, self.of_keys(rank).start
         inner = slice(-(-heads.start // group) * group, heads.stop // group * group)  # whole groups
         if inner.start > inner.stop:
@@ -82,7 +82,9 @@ class Heads:
             runs.append((a, slice(a - heads.start, b - heads.start), kv))
         return runs
 
-    def to_heads(self, ranks: Ranks, spans: Sequence[Spans], what: str, queries: Sequence[Tensor], keys: Sequence[Tensor] = ()) -> list[Tensor]:
+    def to_heads(
+        self, ranks: Ranks, spans: Sequence[Spans], what: str, queries: Sequence[Tensor], keys: Sequence[Tensor] = ()
+    ) -> list[Tensor]:
         """``[B, tokens of this rank, heads, ...]`` -> ``[B, tokens of all, this rank's heads, ...]``, tokens in the order of positions.
 
         `queries` have a query's heads, `keys` a key's; all of one dtype. `spans`: what each rank of the group holds of them.
@@ -94,7 +96,9 @@ class Heads:
         received = ranks.all_to_all(what, sends, shapes)
         return [_in_order(spans, [of_peer[i] for of_peer in received]) for i in range(len(cuts))]
 
-    def to_tokens(self, ranks: Ranks, spans: Sequence[Spans], what: str, queries: Sequence[Tensor], keys: Sequence[Tensor] = ()) -> list[Tensor]:
+    def to_tokens(
+        self, ranks: Ranks, spans: Sequence[Spans], what: str, queries: Sequence[Tensor], keys: Sequence[Tensor] = ()
+    ) -> list[Tensor]:
         """The way back. Keys' heads that several ranks had are summed."""
         xs = [*queries, *keys]
         sends = [[torch.cat([x[:, rows] for rows in of_rank], dim=1) for x in xs] for of_rank in _rows(spans)]

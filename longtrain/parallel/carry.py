@@ -4,8 +4,8 @@
     QueriesTravel  keys stay where they were made, a chunk's queries go round (`travelling.py`)
     Halo           keys stay, and a chunk fetches those of other ranks that its windows reach
 
-A rank runs the engine on the tokens it holds, so spans are local; the positions of a chunk are `Shards.parts`. Which operations are done, and in
-what order, depends on plan, layout and mask alone, so all ranks meet in the same collectives.
+A rank runs the engine on the tokens it holds, so spans are local; the positions of a chunk are `Shards.parts`. Which operations are done,
+and in what order, depends on plan, layout and mask alone, so all ranks meet in the same collectives.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ class Staying:
         return self.shards.parts[self._chunk_of[span.stop]]
 
     def _keys(self, span: Span) -> tuple[tuple[Spans, ...], slice]:
-        """The positions of the keys that the chunk may see, whole chunks of them, for each rank; and where this one's are in its buffers."""
+        """The positions of the keys that the chunk may see, whole chunks of them, of each rank; and where this one's are in its buffers."""
         last = self._chunk_of[span.stop]
         start = self.mixer.keys_for(self.shards.chunks[last]).start
         first = bisect_right([chunk.start for chunk in self.shards.chunks], start) - 1

@@ -1,9 +1,9 @@
 """A ring of ranks around which tensors travel, each as far as somebody needs it.
 
-Every rank has a cargo (its keys and values, or its queries). At stop h it is at the rank h steps further on, cut to what that rank and those
-behind it need; a journey that nobody needs any longer ends. While a rank works on one cargo the next is in flight. What is made of a cargo on
-its way (gradients of keys, outputs of queries) follows one stop behind it, is combined at each stop in the same order every time, and goes
-home from the last. Layout and mask decide the route, and every rank computes the same one.
+Every rank has a cargo (its keys and values, or its queries). At stop h it is at the rank h steps further on, cut to what that rank and
+those behind it need; a journey that nobody needs any longer ends. While a rank works on one cargo the next is in flight. What is made of
+a cargo on its way (gradients of keys, outputs of queries) follows one stop behind it, is combined at each stop in the same order every
+time, and goes home from the last. Layout and mask decide the route, and every rank computes the same one.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from longtrain.parallel.layout import total
@@ -23,7 +22,7 @@ Tensors = tuple[Tensor, ...]
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """``stops[s][h]``: what of rank s's cargo reaches its stop h, at rank ``s + h * step``; stop 0 is home. Ends with the last that is needed."""
+    """``stops[s][h]``: what of rank s's cargo reaches its stop h, at rank ``s + h * step``; stop 0 is home, the last the last needed."""
 
     step: int
     stops: tuple[tuple[Spans, ...], ...]
@@ -61,8 +60,8 @@ def circulate(
     With `combine`, what a visit returns (tensors ``[B, tokens of the spans, ...]``) is combined with what the stops before made of that
     cargo, and what came of one's own is returned: ``combine(made at home, made elsewhere)``.
     """
-    size, me, held, leaving, at_home = ranks.size, ranks.rank, cargo, None, None
-    cargo = tuple(x.contiguous() for x in cargo)
+    size, me, leaving, at_home = ranks.size, ranks.rank, None, None
+    held = cargo
     neighbour = lambda steps: (me + steps * route.step) % size
     for h in range(size + 1):
         source, spans = neighbour(-h), route.at(neighbour(-h), h) if h < size else None

@@ -86,7 +86,7 @@ class Shards:
 def spread(
     tokens: int, ranks: int, *, inside: str = "contiguous", chunk_tokens: int | None = None, stripe: int | None = None
 ) -> Shards:
-    """Spread a sequence over `ranks`, each chunk of `chunk_tokens` (None: the whole) as `inside` says; `stripe`: tokens of a stripe at least.
+    """Spread a sequence over `ranks`, each chunk of `chunk_tokens` (None: the whole) as `inside` says, in stripes of `stripe` or more.
 
     Every rank has tokens of every chunk: a last chunk too short for that is joined with the one before. Raises ValueError where even
     the whole sequence, or a chunk, has fewer tokens than there are ranks.

@@ -14,7 +14,7 @@ DIMS = ("cp_ring", "cp_ulysses")
 
 @dataclass(frozen=True, slots=True)
 class Mesh:
-    """Rank ``g * heads.size + j`` of `all` is number j of group g: `heads` are the ranks of its group, `ring` the numbers j of every group."""
+    """Rank ``g * heads.size + j`` of `all` is number j of group g: `heads` are its group, `ring` the numbers j of all groups."""
 
     all: Ranks
     heads: Ranks
@@ -35,7 +35,7 @@ class Mesh:
         everyone = Ranks.of(group, traffic)
         if heads < 1 or everyone.size % heads:
             raise ValueError(
-                f"parallel: {everyone.size} ranks cannot be cut into groups of {heads} that exchange heads; give a divisor of {everyone.size}"
+                f"parallel: {everyone.size} ranks cannot be cut into groups of {heads} that exchange heads; give a divisor of their number"
             )
         if heads == everyone.size:
             return cls(everyone, everyone, Ranks.alone(traffic))
@@ -43,9 +43,8 @@ class Mesh:
             return cls(everyone, Ranks.alone(traffic), everyone)
         ranks, place = dist.get_process_group_ranks(everyone.group), everyone.rank
         first = place // heads * heads
-        of_heads, of_ring = (
-            dist.new_group(members, use_local_synchronization=True) for members in (ranks[first : first + heads], ranks[place % heads :: heads])
-        )
+        members = ranks[first : first + heads], ranks[place % heads :: heads]
+        of_heads, of_ring = (dist.new_group(of_group, use_local_synchronization=True) for of_group in members)
         return cls(everyone, Ranks.of(of_heads, traffic), Ranks.of(of_ring, traffic))
 
     @property

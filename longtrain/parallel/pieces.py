@@ -1,7 +1,7 @@
 """Attention of runs of queries on runs of keys that stand anywhere in the sequence: what one rank computes by itself.
 
-The op takes one contiguous run of positions on each side, so two lists of spans are a few calls of it, their outputs merged by LSE and their
-gradients added, both in float32 or wider. Axes as in `longtrain.ops.attention`; a tensor holds the tokens of its spans one after the other.
+The op takes one contiguous run of positions on each side, so two lists of spans are a few calls of it, their outputs merged by LSE and
+their gradients added, both in float32 or wider. Axes as in `longtrain.ops.attention`; a tensor holds its spans one after the other.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def attend(
     mixer, q: Tensor, queries: Sequence[Span], k: Tensor, v: Tensor, keys: Sequence[Span], out: Tensor, lse: Tensor,
     *, with_sinks: bool, fresh: bool,
 ) -> None:
-    """Merge the attention of `queries` on `keys` into the wide `out` and `lse`, which are `empty` if `fresh`. A sink is one more key: of one
-    block only."""
+    """Merge the attention of `queries` on `keys` into the wide `out` and `lse`, which are `empty` if `fresh`. A sink is one more key, of
+    one block only."""
     for rows, query in _each(queries):
         for i, (cols, of_queries, of_keys) in enumerate(_calls(mixer, query, keys)):
             part = mixer.attend(of_queries, of_keys, q[:, rows], k[:, cols], v[:, cols], with_sinks=with_sinks and i == 0)
@@ -74,7 +74,7 @@ def attend_vjp(
     mixer, dout: Tensor, q: Tensor, out: Tensor | None, lse: Tensor, queries: Sequence[Span], k: Tensor, v: Tensor, keys: Sequence[Span],
     *, dq: Tensor, dk: Tensor, dv: Tensor, with_sinks: bool, delta: Tensor | None = None,
 ) -> None:
-    """Add the gradients of `attend` into the wide `dq`, `dk`, `dv`, given the global out and lse; `delta` as in `AttentionMixer.attend_vjp`."""
+    """Add the gradients of `attend` into the wide `dq`, `dk`, `dv`; out, lse and delta as in `AttentionMixer.attend_vjp`."""
     for rows, query in _each(queries):
         for i, (cols, of_queries, of_keys) in enumerate(_calls(mixer, query, keys)):
             dq[:, rows] += mixer.attend_vjp(

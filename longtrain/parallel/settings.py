@@ -20,8 +20,8 @@ class Parallel:
     """Which tokens of each chunk a rank holds; `auto`: contiguous where heads are exchanged over all ranks, striped otherwise."""
 
     way: Literal["auto", "heads", "ring", "queries", "halo"] = "auto"
-    """How ranks that hold different tokens bring queries and keys together; `auto`: by fewest bytes, for each layer. `heads`: by exchanges of
-    heads alone."""
+    """How ranks that hold different tokens bring queries and keys together; `auto`: by fewest bytes, for each layer. `heads`: by
+    exchanges of heads alone."""
 
     heads: int | None = None
     """Neighbours that exchange heads; None: as many as there are ranks, or fewer where there are not so many query heads."""

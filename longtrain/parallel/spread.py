@@ -63,8 +63,8 @@ class Sharing:
         """The present sequence, of which this process holds `tokens`. Raises ValueError where layers are given anything else."""
         if self.present is None or self.present.spans[-1].stop != tokens:
             raise ValueError(
-                f"the layers were given {tokens} tokens, which is not this process's part of a sequence: call the model itself with the whole "
-                "sequence (lt.token_logprobs cannot be shared by processes yet)"
+                f"the layers were given {tokens} tokens, which is not this process's part of a sequence: call the model itself with the "
+                "whole sequence (lt.token_logprobs cannot be shared by processes yet)"
             )
         return self.present
 
@@ -81,15 +81,16 @@ class Sharing:
         )
 
     def explain(self, tokens: int) -> str:
-        """For a sequence of `tokens`: each kind of layer, the way it goes, and the bytes that a rank receives (forward + backward) either way."""
+        """For a sequence of `tokens`: each kind of layer, its way, and the bytes that a rank receives (forward + backward) by every way."""
         shards, mesh, lines = self.shards(tokens), self.mesh, {}
         if mesh.all.size == 1:
             return "one process has all tokens"
         for i, of_layer in enumerate(self.shapes):
             for shape in of_layer:
                 lines.setdefault(str(self.choice(shape, shards)), []).append(str(i))
-        first = f"{tokens} tokens in {len(shards.chunks)} chunks over {mesh.all.size} ranks: heads over {mesh.heads.size}, {mesh.ring.size} groups"
-        return "\n".join([first, *(f"layers {', '.join(layers)}: {way}" for way, layers in lines.items())])
+        ranks = f"{mesh.all.size} ranks: heads over {mesh.heads.size}, {mesh.ring.size} groups"
+        of_layers = [f"layers {', '.join(layers)}: {way}" for way, layers in lines.items()]
+        return "\n".join([f"{tokens} tokens in {len(shards.chunks)} chunks over {ranks}", *of_layers])
 
     def loss(
         self, token_loss: Callable[..., Tensor], hidden_BTE: Tensor, norm: nn.Module, head: nn.Module, targets_BT: Tensor,

@@ -129,7 +129,7 @@ class Call:
         return [mixer.with_shared(*made.shared) if getattr(mixer, "shared", ()) else mixer for mixer, made in pairs]
 
     def kept(self, what: Literal["outputs", "kv"], layer: int) -> Span:
-        """The tokens of a layer whose mixer outputs, or keys and values, are kept. Processes that share a sequence keep whole chunks, the same ones."""
+        """The tokens of a layer whose mixer outputs, or keys and values, are kept: whole chunks where processes share a sequence."""
         stored = self.plan.stored_outputs if what == "outputs" else self.plan.stored_kv
         if self.spread is None:
             return stored(self.indices[layer], self.tokens)

@@ -42,7 +42,8 @@ def test_work_under_a_causal_mask_is_balanced(inside, most):
         shards = spread(4096, 4, inside=inside, chunk_tokens=chunk)
         work = [sum(sum(range(s.start + 1, s.stop + 1)) for s in shards.spans(r)) for r in range(4)]
         assert max(work) * 4 / sum(work) <= most
-    assert len(spread(4096, 4, inside="striped").spans(0)) == 16 and len(spread(4096, 4, inside="striped", chunk_tokens=1024).parts[0][0]) == 4
+    whole, chunked = (spread(4096, 4, inside="striped", chunk_tokens=chunk) for chunk in (4096, 1024))
+    assert len(whole.spans(0)) == 16 and len(chunked.parts[0][0]) == 4
 
 
 def test_positions_documents_and_targets_follow_the_tokens():
