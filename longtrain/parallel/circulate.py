@@ -11,11 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from longtrain.parallel.layout import total
 from longtrain.parallel.pieces import Spans, cut, hull, places
 from longtrain.parallel.ranks import Message, Ranks
+from longtrain.span import Span
 
 Tensors = tuple[Tensor, ...]
 
@@ -54,14 +56,18 @@ def circulate(
     visit: Callable[[int, Spans, Tensors], Tensors | None],
     combine: Callable[[Tensors, Tensors], Tensors] | None = None,
     what: tuple[str, str] = ("cargo", "made"),
+    in_halves: bool = True,
 ) -> Tensors | None:
     """Call ``visit(source, spans, cargo)`` for one's own cargo and every one that comes by.
 
     With `combine`, what a visit returns (tensors ``[B, tokens of the spans, ...]``) is combined with what the stops before made of that
-    cargo, and what came of one's own is returned: ``combine(made at home, made elsewhere)``.
+    cargo, and what came of one's own is returned: ``combine(made at home, made elsewhere)``. One's own cargo is then visited in two halves,
+    unless not `in_halves`: the second while what was made elsewhere is on its way home.
     """
-    size, me, leaving, at_home = ranks.size, ranks.rank, None, None
-    held = cargo
+    size, me, held, leaving, at_home = ranks.size, ranks.rank, cargo, None, None
+    mine, last = route.stops[me][0], len(route.stops[me])
+    now, later = _halves(mine) if combine and in_halves and last > 1 else (mine, ())
+    half = total(now)
     neighbour = lambda steps: (me + steps * route.step) % size
     for h in range(size + 1):
         source, spans = neighbour(-h), route.at(neighbour(-h), h) if h < size else None
@@ -75,19 +81,34 @@ def circulate(
             sends.append(Message(what[1], neighbour(1) if route.at(owner, h) is not None else owner, leaving))
         if combine and spans is not None and h > 1:
             receives.append(Message(what[1], neighbour(-1), _buffers(at_home, route.stops[source][1])))
-        if combine and h == len(route.stops[me]) > 1:
+        if combine and h == last > 1:
             receives.append(Message(what[1] + " home", neighbour(h - 1), _buffers(at_home, route.stops[me][1])))
         pending = ranks.exchange(sends, receives)
-        made = None if spans is None else visit(source, spans, held)
+        if h == 0:
+            at_home = visit(me, now, tuple(x[:, :half] for x in cargo))
+        elif spans is not None:
+            made = visit(source, spans, held)
+        if h == last and total(later):
+            rest = visit(me, later, tuple(x[:, half:] for x in cargo))
+            at_home = tuple(torch.cat(parts, dim=1) for parts in zip(at_home, rest, strict=True))
         arrived = pending.wait()
         held, leaving = arrived.get(what[0]), None
-        if combine and h == 0:
-            at_home = made
-        elif combine and spans is not None:
+        if combine and h > 0 and spans is not None:
             leaving = _combined(combine, arrived.get(what[1]), made, route.stops[source][1], spans)
         if (returned := arrived.get(what[1] + " home")) is not None:
-            at_home = _combined(combine, at_home, returned, route.stops[me][0], route.stops[me][1])
+            at_home = _combined(combine, at_home, returned, mine, route.stops[me][1])
     return at_home
+
+
+def _halves(spans: Spans) -> tuple[Spans, Spans]:
+    """Cut in the middle; each half has as many spans, of length zero where they are in the other one."""
+    left, first, second = (total(spans) + 1) // 2, [], []
+    for span in spans:
+        middle = span.start + min(left, len(span))
+        left -= middle - span.start
+        first.append(Span(span.start, middle))
+        second.append(Span(middle, span.stop))
+    return tuple(first), tuple(second)
 
 
 def _combined(combine, total_so_far: Tensors | None, made: Tensors, have: Spans, part: Spans) -> Tensors:

@@ -51,7 +51,8 @@ class Ring:
             attend_vjp(mixer, dout, q, out, lse, mine, *kv, keys, dq=dq, dk=dk, dv=dv, with_sinks=source == self.ranks.rank)
             return dk, dv
 
-        dk, dv = circulate(self.ranks, self._route(mixer), (k, v), visit, added, what=("kv", "dkv"))
+        one_visit = getattr(mixer, "sinks", False)  # a sink's gradient is made once, with the keys at home
+        dk, dv = circulate(self.ranks, self._route(mixer), (k, v), visit, added, what=("kv", "dkv"), in_halves=not one_visit)
         return dq, dk, dv
 
     def _route(self, mixer) -> Route:
