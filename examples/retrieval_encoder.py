@@ -3,8 +3,9 @@ contrastive loss whose batch is embedded one sample at a time, so that a batch o
 
     python examples/retrieval_encoder.py          # two minutes on one CPU core
 
-Documents of 2,048 tokens are three quarters common tokens; the others are of the document's own subject, eight of 192 rare tokens. A
-query is 16 tokens of that subject. Documents and queries are new at every step, and at the end.
+Documents of 2,048 tokens are three quarters common tokens; the others are of the document's own subject, six of 64 rare tokens. A query is
+16 tokens of that subject in another language, which has its own token for each: what belongs together has to be learned. Documents and
+queries are new at every step, and at the end.
 """
 
 import torch
@@ -14,7 +15,7 @@ import longtrain as lt
 from longtrain.contrastive import backward_by_sample, info_nce
 from longtrain.nn import MonarchMixerBlock, RMSNorm, parameter_groups
 
-COMMON, RARE, SUBJECT = 64, 192, 8
+COMMON, RARE, SUBJECT = 64, 64, 6
 TOKENS, QUERY_TOKENS, WIDTH, LAYERS, PAIRS, STEPS = 2048, 16, 64, 2, 8, 60
 
 
@@ -23,7 +24,7 @@ class RetrievalEncoder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed = nn.Embedding(COMMON + RARE, WIDTH)
+        self.embed = nn.Embedding(COMMON + 2 * RARE, WIDTH)
         self.layers = nn.ModuleList(MonarchMixerBlock(WIDTH, TOKENS, layer_index=i) for i in range(LAYERS))
         self.norm, self.project = RMSNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
 
@@ -41,7 +42,7 @@ def make_pairs(pairs: int) -> tuple[list[Tensor], list[Tensor]]:
         subject = COMMON + torch.randperm(RARE)[:SUBJECT]
         own = subject[torch.randint(SUBJECT, (TOKENS,))]
         documents.append(torch.where(torch.rand(TOKENS) < 0.75, torch.randint(COMMON, (TOKENS,)), own))
-        queries.append(subject[torch.randint(SUBJECT, (QUERY_TOKENS,))])
+        queries.append(RARE + subject[torch.randint(SUBJECT, (QUERY_TOKENS,))])
     return queries, documents
 
 

@@ -143,6 +143,8 @@ def shrink_transformers(config: Config, plan: Plan, tokens: int, where: Location
         if ".lora_B." in name:
             nn.init.normal_(parameter, std=0.1)  # zeros would hide the gradients of lora_A
     text = model.config.get_text_config()
+    if getattr(text, "_experts_implementation", None) is not None:
+        text._experts_implementation = "eager"  # grouped products have no float64
     kinds = sorted(set(getattr(text, "layer_types", None) or ["full_attention"]))
     said = f"{model.config.model_type}, {text.num_hidden_layers} layers ({', '.join(kinds)}), width {text.hidden_size}, random weights"
     return model, _of_layers(plan, text.num_hidden_layers), said

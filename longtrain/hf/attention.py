@@ -31,6 +31,8 @@ class Options:
     softcap: float | None
     dropout: float
     sinks: bool
+    kernel_fallback: str = "error"
+    """As in `longtrain.ops.attention`: what the attention module has as an attribute of this name."""
 
 
 @torch.compiler.disable(reason="what streams is not compiled, the pieces around it are")
@@ -60,7 +62,8 @@ def longtrain_attention(
         raise ValueError(f'{type(module).__name__} calls attention with {what}, which attn_implementation="longtrain" cannot honour; '
                          "give attention_mask as [batch, tokens], or use another implementation")
     q_BTHD, k_BSKD, v_BSKD = (_autocast(x).transpose(1, 2) for x in (query, key, value))
-    options = Options(scale=scaling, softcap=softcap, dropout=dropout, sinks=s_aux is not None)
+    fallback = getattr(module, "kernel_fallback", "error")
+    options = Options(scale=scaling, softcap=softcap, dropout=dropout, sinks=s_aux is not None, kernel_fallback=fallback)
     if options.sinks:
         q_BTHD = with_sinks(q_BTHD, s_aux)
         options = replace(options, scale=query.shape[-1] ** -0.5 if scaling is None else scaling)
@@ -123,6 +126,7 @@ class MaskedAttention:
             scale=options.scale,
             dropout_p=float(options.dropout),
             dropout_seed=dropout_seed,
+            kernel_fallback=options.kernel_fallback,
         )
         return cls(mask=mask, sinks=options.sinks, base=base)
 

@@ -32,7 +32,7 @@ def account(
 ) -> dict[str, Any]:
     """The report's data. `facts` go into it as they are. A budget is for what is allocated on a GPU, and on a CPU for what is resident, as
     in `longtrain.planner.plan`."""
-    device = int(ledger.device.max(initial=-1))
+    device = watch.sampler.device.index if watch.sampler.device.type == "cuda" and (ledger.device == watch.sampler.device.index).any() else -1
     level = ledger.level(device)
     first, last = step_with_peak(watch, level)
     peak = first + int(level[first : last + 1].argmax())
@@ -192,7 +192,7 @@ def describe(item: dict[str, Any]) -> str:
 
 def timeline(watch: Watch, ledger: Ledger, device: int, level: np.ndarray, first: int, last: int) -> dict[str, Any]:
     """The step with the peak as lists of `MOMENTS` values, its bands and lanes; seconds since the step's begin."""
-    begin = ledger.nanoseconds[first - 1] if first else ledger.began
+    begin = next((c.nanoseconds for c in ledger.contexts if c.start == first and c.nanoseconds), ledger.began)
     end = max(int(ledger.nanoseconds[last - 1]) if last else ledger.ended, int(begin) + 1)
     if last == len(level) - 1:
         end = max(end, ledger.ended)
@@ -212,7 +212,9 @@ def timeline(watch: Watch, ledger: Ledger, device: int, level: np.ndarray, first
 
     rows = np.frombuffer(watch.sampler.rows, np.int64).reshape(-1, len(COLUMNS))
     rows = rows[(rows[:, 0] >= begin) & (rows[:, 0] <= end)]
-    rows = rows[:: max(1, len(rows) // MOMENTS)]
+    together = max(1, -(-len(rows) // MOMENTS))
+    rows = np.array([[group[0, 0], *group[:, 1:].max(0)] for at in range(0, len(rows), together) if len(group := rows[at : at + together])])
+    rows = rows.reshape(-1, len(COLUMNS))
     return {
         "seconds": [since(edge) for edge in edges[1:]],
         "level": level[moments].tolist(),

@@ -136,6 +136,10 @@ class TapFilter(nn.Module):
         return f"{self.taps.shape[0]}, {self.taps.shape[1]}, causal={self.causal}, squash={self.squash:g}, smooth={self.smooth}, dropout={self.dropout:g}"
 
 
+def _uniform(inputs: int, *shape: int) -> Tensor:
+    return torch.empty(shape).uniform_(-(inputs**-0.5), inputs**-0.5)
+
+
 class ImplicitFilter(nn.Module):
     """A filter made from the lag by a small network (Hyena, Poli et al. 2023, arXiv:2302.10866, section 3.3): few parameters, any length.
 
@@ -163,23 +167,24 @@ class ImplicitFilter(nn.Module):
             raise ValueError(f"a filter needs channels and max_tokens of at least 1, found {channels} and {max_tokens}")
         self.channels, self.max_tokens, self.causal, self.layer_index = channels, max_tokens, causal, layer_index
         self.bands, self.floor = bands, floor
-        self.inner = nn.ModuleList([nn.Linear(2 * bands + 1, width), nn.Linear(width, width)])
+        # No nn.Linear: models draw those anew, all with one deviation, and a sine network lives by its own.
+        self.inner = nn.ParameterList(_uniform(inputs, width, inputs) for inputs in (2 * bands + 1, width))
+        self.biases = nn.ParameterList(_uniform(inputs, width) for inputs in (2 * bands + 1, width))
         self.frequencies = nn.Parameter(torch.full((2, width), frequency))
-        self.outer = nn.Linear(width, channels * (1 if causal else 2), bias=False)
-        nn.init.normal_(self.outer.weight, std=width**-0.5)
+        self.outer = nn.Parameter(torch.randn(channels * (1 if causal else 2), width) * width**-0.5)
 
     def forward(self, tokens: int | None = None) -> Tensor:
         """The taps that `tokens` (`max_tokens` by default, and at most) can use: ``[E, tokens]``, two-sided ``[E, 2 tokens - 1]``."""
         tokens = self.max_tokens if tokens is None else min(tokens, self.max_tokens)
-        weight = self.outer.weight
+        weight = self.outer
         lag = torch.arange(tokens, dtype=torch.float64, device=weight.device)
         phase = 2 * math.pi / self.max_tokens * lag[:, None] * torch.arange(1, self.bands + 1, device=weight.device)
         x = torch.cat([lag[:, None] / self.max_tokens, phase.cos(), phase.sin()], dim=1).to(weight.dtype)
-        for linear, frequency in zip(self.inner, self.frequencies, strict=True):
-            x = torch.sin(frequency * linear(x))
+        for inner, bias, frequency in zip(self.inner, self.biases, self.frequencies, strict=True):
+            x = torch.sin(frequency * F.linear(x, inner, bias))
         length = decay_lengths(self.channels, self.max_tokens // 2).to(weight.device)
         window_WE = ((torch.exp(-lag[:, None] / length) + self.floor) * length.rsqrt()).to(weight.dtype)
-        past_WE, *future = (side * window_WE for side in self.outer(x).split(self.channels, dim=1))
+        past_WE, *future = (side * window_WE for side in F.linear(x, self.outer).split(self.channels, dim=1))
         k_EW = torch.cat([past_WE, *(side[1:].flip(0) for side in future)]).T
         _magnitude(k_EW, self.layer_index)
         return k_EW

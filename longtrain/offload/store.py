@@ -156,8 +156,13 @@ class Stored:
     def __init__(self, store: TokenStore, label: str, place: Callable[[Span], Place] | None = None) -> None:
         """`place` says where each span goes; the device where it is not given."""
         self.store, self.name, self.place = store, _Name(label), place
+        self.dtype: torch.dtype | None = None
+        """Of what was put last."""
+        self.early: set[Span] = set()
+        """Spans that were announced before their reader began."""
 
     def put(self, span: Span, tensor: Tensor) -> None:
+        self.dtype = tensor.dtype
         self.store.put(self.name, span, tensor, self.place(span) if self.place else DEVICE)
 
     def get(self, span: Span) -> Tensor:

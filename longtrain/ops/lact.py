@@ -27,9 +27,9 @@ _TINY = 1e-5
 
 
 def footprint_bytes(tokens: int, heads: int, dim: int, inner: int, chunk_tokens: int, *, itemsize: int = 4) -> int:
-    """What the backward pass of so many tokens holds, for a batch of one: 20 tensors as wide as the wider of D and F, and for every
-    update of the weights five of their size."""
-    return heads * itemsize * (20 * tokens * max(dim, inner) + 5 * 3 * inner * dim * (tokens // chunk_tokens + 2))
+    """What the backward pass of so many tokens holds, for a batch of one: 16 tensors as wide as F and 4 as wide as D, and for every
+    update of the weights five of their size (counted)."""
+    return heads * itemsize * (tokens * (16 * inner + 4 * dim) + 5 * 3 * inner * dim * (tokens // chunk_tokens + 2))
 
 
 def lact(

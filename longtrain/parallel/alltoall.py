@@ -34,7 +34,7 @@ class Alone:
 
     def forward(self, mixer, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         out, lse = empty(q, v)
-        attend(mixer, q, self.spans, k, v, self.spans, out, lse, with_sinks=True)
+        attend(mixer, q, self.spans, k, v, self.spans, out, lse, with_sinks=True, fresh=True)
         out = out.to(q.dtype)
         return out, (q, k, v, out, lse)
 

@@ -198,7 +198,7 @@ class Halo(Staying):
             return stored
         me, (out, lse) = self.ranks.rank, empty(q_BCHD, self._v)
         for owner, keys, k, v in self._fetch(span):
-            attend(self.mixer, q_BCHD, self._queries(span)[me], k, v, keys, out, lse, with_sinks=owner == me)
+            attend(self.mixer, q_BCHD, self._queries(span)[me], k, v, keys, out, lse, with_sinks=owner == me, fresh=owner == me)
         return out.to(q_BCHD.dtype), lse
 
     def mix_vjp(

@@ -117,6 +117,8 @@ def choose(
     refused: dict[str, str] = {}
     if ring == 1:
         refused = dict.fromkeys(("ring", "queries"), "all ranks exchange heads; set parallel.heads below their number")
+    else:
+        refused["heads"] = f"{ring} groups of ranks hold different tokens; set parallel.heads to the number of ranks"
     if ring > 1 and not shape.causal:
         refused["queries"] = "a query sees what comes after its chunk"
     if ring > 1 and segment_layers > 1:

@@ -4,10 +4,11 @@ A sequence is streamed in chunks, and each chunk is spread over all ranks; witho
 
     contiguous   rank r holds the r-th of P equal parts. Under a causal mask the last rank has most to do.
     zigzag       2P parts, rank r holds parts r and 2P - 1 - r: equal work, two pieces a rank.
-    striped      parts of at least `stripe` tokens dealt out like cards: nearly equal work, also inside a chunk at an offset.
+    striped      many parts, dealt out like cards: nearly equal work, also inside a chunk at an offset.
 
-Striped attention (Brandon et al. 2023, arXiv:2311.09431) deals out single tokens. Here stripes are whole blocks, since the attention op takes
-contiguous runs of positions: with stripes of its tile's size the work is balanced to one tile, and a rank's prefix is still one call.
+Striped attention (Brandon et al. 2023, arXiv:2311.09431) deals out single tokens. Here stripes are runs of them, since that is what the
+attention op takes: each run is a call. With m stripes a rank the last rank has 1 / m more work than the mean in a chunk of its own, and
+1 / (m n) in the whole of n chunks, for they see the same prefix: so few are enough.
 
 Lengths need not divide: parts differ by one token, and documents cross ranks wherever they fall.
 """
@@ -24,7 +25,10 @@ from torch import Tensor
 from longtrain.span import Layout, Span, chunk_spans
 
 STRIPE = 64
-"""Tokens of a stripe at least: a small multiple of the tiles of attention kernels."""
+"""Tokens of a stripe at least, when their number is chosen here: the tile of an attention kernel."""
+
+IMBALANCE = 1 / 16
+"""More work than the mean that one rank may have, when the number of stripes is chosen here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +84,9 @@ class Shards:
 
 
 def spread(
-    tokens: int, ranks: int, *, inside: str = "contiguous", chunk_tokens: int | None = None, stripe: int = STRIPE
+    tokens: int, ranks: int, *, inside: str = "contiguous", chunk_tokens: int | None = None, stripe: int | None = None
 ) -> Shards:
-    """Spread a sequence over `ranks`, each chunk of `chunk_tokens` (None: the whole) as `inside` says.
+    """Spread a sequence over `ranks`, each chunk of `chunk_tokens` (None: the whole) as `inside` says; `stripe`: tokens of a stripe at least.
 
     Every rank has tokens of every chunk: a last chunk too short for that is joined with the one before. Raises ValueError where even
     the whole sequence, or a chunk, has fewer tokens than there are ranks.
@@ -97,6 +101,7 @@ def spread(
     if len(chunks) > 1 and len(chunks[-1]) < ranks:
         last = chunks.pop()
         chunks[-1] = Span(chunks[-1].start, last.stop)
+    stripe = stripe or max(STRIPE, int(tokens * IMBALANCE / ranks))
     return Shards(tuple(chunks), tuple(ARRANGEMENTS[inside](chunk, ranks, stripe) for chunk in chunks))
 
 

@@ -59,15 +59,15 @@ def places(have: Sequence[Span], want: Sequence[Span]) -> list[slice]:
 
 
 def attend(
-    mixer, q: Tensor, queries: Sequence[Span], k: Tensor, v: Tensor, keys: Sequence[Span], out: Tensor, lse: Tensor, *, with_sinks: bool
+    mixer, q: Tensor, queries: Sequence[Span], k: Tensor, v: Tensor, keys: Sequence[Span], out: Tensor, lse: Tensor,
+    *, with_sinks: bool, fresh: bool,
 ) -> None:
-    """Merge the attention of `queries` on `keys` into the wide `out` and `lse`. A sink is one more key: of one block only."""
+    """Merge the attention of `queries` on `keys` into the wide `out` and `lse`, which are `empty` if `fresh`. A sink is one more key: of one
+    block only."""
     for rows, query in _each(queries):
-        first = with_sinks
-        for cols, of_queries, of_keys in _calls(mixer, query, keys):
-            part = mixer.attend(of_queries, of_keys, q[:, rows], k[:, cols], v[:, cols], with_sinks=first)
-            out[:, rows], lse[:, rows] = merge_attention(out[:, rows], lse[:, rows], *part)
-            first = False
+        for i, (cols, of_queries, of_keys) in enumerate(_calls(mixer, query, keys)):
+            part = mixer.attend(of_queries, of_keys, q[:, rows], k[:, cols], v[:, cols], with_sinks=with_sinks and i == 0)
+            out[:, rows], lse[:, rows] = part if fresh and i == 0 else merge_attention(out[:, rows], lse[:, rows], *part)
 
 
 def attend_vjp(
@@ -76,13 +76,11 @@ def attend_vjp(
 ) -> None:
     """Add the gradients of `attend` into the wide `dq`, `dk`, `dv`, given the global out and lse; `delta` as in `AttentionMixer.attend_vjp`."""
     for rows, query in _each(queries):
-        first = with_sinks
-        for cols, of_queries, of_keys in _calls(mixer, query, keys):
+        for i, (cols, of_queries, of_keys) in enumerate(_calls(mixer, query, keys)):
             dq[:, rows] += mixer.attend_vjp(
                 of_queries, of_keys, dout[:, rows], q[:, rows], k[:, cols], v[:, cols], None if out is None else out[:, rows], lse[:, rows],
-                dk=dk[:, cols], dv=dv[:, cols], with_sinks=first, delta=None if delta is None else delta[:, rows],
+                dk=dk[:, cols], dv=dv[:, cols], with_sinks=with_sinks and i == 0, delta=None if delta is None else delta[:, rows],
             )
-            first = False
 
 
 def _each(spans: Sequence[Span]) -> Iterator[tuple[slice, Span]]:

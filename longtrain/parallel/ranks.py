@@ -6,6 +6,7 @@ The only place that calls torch.distributed. What is sent is counted where it is
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,14 +18,36 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """One exchange on the timeline of a rank, in seconds of `time.perf_counter`."""
+
+    what: str
+    nbytes: int
+    started: float
+    asked: float
+    """When the rank needed it, and began to wait."""
+    done: float
+
+
 @dataclass(slots=True)
 class Traffic:
-    """Bytes that this rank received from others, by what they were ("kv", "dkv", "q", ...)."""
+    """What this rank received from others, in bytes by what it was ("kv", "dkv", "q", ...), and when, if `lanes` is set to a list."""
 
     received: Counter[str] = field(default_factory=Counter)
+    lanes: list[Lane] | None = None
+    link: float | None = None
+    """Bytes a second of a slower link, for benchmarks and tests: nothing is there sooner than it would take on that."""
 
     def total(self) -> int:
         return sum(self.received.values())
+
+    def arrived(self, what: str, nbytes: int, started: float, asked: float) -> None:
+        """Called when a rank has waited for what it asked for; waits for the slower link."""
+        if self.link is not None:
+            time.sleep(max(0.0, started + nbytes / self.link - time.perf_counter()))
+        if self.lanes is not None:
+            self.lanes.append(Lane(what, nbytes, started, asked, time.perf_counter()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,17 +59,26 @@ class Message:
     tensors: tuple[Tensor, ...]
 
 
+@dataclass(frozen=True, slots=True)
 class Pending:
     """Messages on their way."""
 
-    def __init__(self, works: Sequence[dist.Work], sent: Sequence[Message], received: Sequence[Message]) -> None:
-        self._works, self._sent, self._received = works, sent, received
+    works: Sequence[dist.Work]
+    sent: Sequence[Message]
+    """Kept until they are gone."""
+    received: Sequence[Message]
+    traffic: Traffic
+    started: float = field(default_factory=time.perf_counter)
 
     def wait(self) -> dict[str, tuple[Tensor, ...]]:
         """What was received, by kind; what was sent may then be changed."""
-        for work in self._works:
+        asked = time.perf_counter()
+        for work in self.works:
             work.wait()
-        return {message.what: message.tensors for message in self._received}
+        if self.received:
+            nbytes = sum(t.nbytes for message in self.received for t in message.tensors)
+            self.traffic.arrived(" and ".join(message.what for message in self.received), nbytes, self.started, asked)
+        return {message.what: message.tensors for message in self.received}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +107,7 @@ class Ranks:
         for m in receives:
             self.traffic.received[m.what] += sum(t.nbytes for t in m.tensors)
         calls = [dist.P2POp(call, t, group=self.group, group_peer=m.peer) for call, m in operations for t in m.tensors if t.numel()]
-        return Pending(dist.batch_isend_irecv(calls) if calls else (), sends, receives)
+        return Pending(dist.batch_isend_irecv(calls) if calls else (), sends, receives, self.traffic)
 
     def all_to_all(self, what: str, sends: Sequence[Sequence[Tensor]], shapes: Sequence[Sequence[torch.Size]]) -> list[list[Tensor]]:
         """Each peer is sent its tensors and gives those of `shapes`; all of one dtype. One collective."""
@@ -83,9 +115,11 @@ class Ranks:
         counts = [sum(t.numel() for t in tensors) for tensors in sends]
         expected = [sum(map(torch.Size.numel, of_peer)) for of_peer in shapes]
         buffer = torch.cat(flat)
-        received = buffer.new_empty(sum(expected))
+        received, started = buffer.new_empty(sum(expected)), time.perf_counter()
         dist.all_to_all_single(received, buffer, expected, counts, group=self.group)
-        self.traffic.received[what] += (sum(expected) - expected[self.rank]) * received.itemsize
+        from_others = (sum(expected) - expected[self.rank]) * received.itemsize
+        self.traffic.received[what] += from_others
+        self.traffic.arrived(what, from_others, started, started)
         of_peers = [of_peer.split([s.numel() for s in shape]) for of_peer, shape in zip(received.split(expected), shapes, strict=True)]
         return [[t.view(s) for t, s in zip(of_peer, shape, strict=True)] for of_peer, shape in zip(of_peers, shapes, strict=True)]
 

@@ -33,7 +33,8 @@ class Ring:
         mine, (out, lse) = self.spans[self.ranks.rank], empty(q, v)
 
         def visit(source: int, keys: Spans, kv: tuple[Tensor, ...]) -> None:
-            attend(mixer, q, mine, *kv, keys, out, lse, with_sinks=source == self.ranks.rank)
+            first = source == self.ranks.rank
+            attend(mixer, q, mine, *kv, keys, out, lse, with_sinks=first, fresh=first)
 
         circulate(self.ranks, self._route(mixer), (k, v), visit, what=("kv", ""))
         out = out.to(q.dtype)

@@ -36,7 +36,7 @@ class TravellingQueries:
 
         def visit(source: int, queries: Spans, cargo: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             made = empty(*cargo, v)
-            attend(mixer, *cargo, queries, k, v, self._mine, *made, with_sinks=source == self.ranks.rank)
+            attend(mixer, *cargo, queries, k, v, self._mine, *made, with_sinks=source == self.ranks.rank, fresh=True)
             return made
 
         out, lse = circulate(self.ranks, self._route(mixer), (q,), visit, lambda a, b: merge_attention(*a, *b), what=("q", "out"))

@@ -6,6 +6,8 @@ Two explicit autograd Functions convert at the ends of a run of streamed layers.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -13,6 +15,9 @@ from torch.autograd.function import once_differentiable
 from longtrain.offload import Stored, TokenStore, version_of
 from longtrain.plan import Plan
 from longtrain.span import Span
+
+if TYPE_CHECKING:
+    from longtrain.stream.call import Call
 
 
 class BoundaryGradient(Stored):
@@ -32,13 +37,14 @@ class Boundary:
         self.value = Stored(store, f"input of layer {layer}", plan.place("inputs", layer, shape[1]))
         self.grad = BoundaryGradient(store, f"gradient of the input of layer {layer}", plan.place("gradients", layer, shape[1]))
         self.shape, self.device = shape, device
+        self.maker: Call | None = None
+        """The call of layers that gave it out; None for an embedding's."""
         self._nan: Tensor | None = None
 
     @property
     def stand_in(self) -> Tensor:
         if self._nan is None:
-            dtype = self.value.get(Span(0, min(1, self.shape[1]))).dtype
-            self._nan = torch.full((), torch.nan, dtype=dtype, device=self.device)
+            self._nan = torch.full((), torch.nan, dtype=self.value.dtype, device=self.device)
             self._version = version_of(self._nan)
         return self._nan.expand(self.shape)
 

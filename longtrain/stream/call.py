@@ -60,6 +60,19 @@ class Enough(Exception):
     """Raised out of a layer by its mixer when only the mixer's inputs were wanted: what follows need not run."""
 
 
+def announce(store: TokenStore, order: Iterable[tuple[Sequenced, Span]], *, early: bool = False) -> None:
+    """Tell the store what will be asked of it, in order; `early`: by who comes next, whose own announcement then leaves it out."""
+    wanted = []
+    for values, span in order:
+        if isinstance(values, Stored) and span not in values.early:
+            wanted.append((values.name, span))
+            if early:
+                values.early.add(span)
+        elif isinstance(values, Stored) and not early:
+            values.early.remove(span)
+    store.prefetch(wanted)
+
+
 @dataclass(slots=True, eq=False)
 class Call:
     """The layers with their arguments, spans, mixers, random states and autocast, for one forward and at most one backward."""
@@ -83,6 +96,10 @@ class Call:
     surroundings: Surroundings = field(init=False)
     states: Any = None
     """What the algorithm (causal or two-pass) keeps between forward and backward."""
+    source: Stored | None = None
+    """Between forward and backward, where hidden states stream: those that the layers were given."""
+    before: Call | None = None
+    """The call whose hidden states these layers were given, and whose backward pass comes next."""
 
     def __post_init__(self) -> None:
         self.spans = chunk_spans(self.tokens, self.plan.chunk_tokens) if self.spread is None else self.spread.spans
@@ -124,9 +141,9 @@ class Call:
             return mixers
         return [self.spread.mixer(mixer, self.indices[layer], place) for place, mixer in enumerate(mixers)]
 
-    def announce(self, order: Iterable[tuple[Sequenced, Span]]) -> None:
-        """Tell the store what will be asked of it, in order."""
-        self.store.prefetch((values.name, span) for values, span in order if isinstance(values, Stored))
+    def announce(self, order: Iterable[tuple[Sequenced, Span]], *, early: bool = False) -> None:
+        """As `announce`, to this call's store."""
+        announce(self.store, order, early=early)
 
     def over(self, spans: Iterable[Span], phase: str) -> Iterator[Span]:
         """The spans one by one, reported to `progress` as (spans done, spans in all) of this phase."""

@@ -18,21 +18,29 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from longtrain.offload import Stored
 from longtrain.stream.call import Call, Enough, Replica, Sequenced, vjp
 from longtrain.stream.mixer_state import MixerState, Need
 from longtrain.span import Span
+
+
+AHEAD = 2
+"""Spans that the next segment begins with, which are fetched while the last span of this one runs."""
 
 
 def forward(call: Call, x: Sequenced, y: Sequenced, *, keep: bool) -> None:
     """``y[span] = layers(x[span])`` for all spans; with `keep`, x and what else the plan stores stay for `backward`."""
     states = [[MixerState.make(call, layer, mixer) for mixer in mixers] for layer, mixers in enumerate(call.mixers)]
     for span in _announced(call, states, call.spans, "forward", lambda span: [(x, span)]):
+        if span is call.spans[-1]:
+            call.announce(((y, first) for first in call.spans[:AHEAD]), early=True)
         hidden = x.get(span) if keep else x.take(span)
         with call.random.recorded(span):
             for layer, mixer_states in enumerate(states):
                 hidden = call.run(layer, span, hidden, [state.step(state.forward, span, keep=keep) for state in mixer_states])
         y.put(span, hidden)
     if keep:
+        call.source = x if isinstance(x, Stored) else None
         for state in _all(states):
             state.store_carry()
         call.states = states
@@ -44,6 +52,8 @@ def backward(call: Call, replica: Replica, x: Sequenced, dy: Sequenced, dx: Sequ
     states = _all(call.states)
     needs = lambda span: [(x, span), *(n for s in states for n in s.needs(span)), (dy, span)]
     for span in _announced(call, call.states, call.spans[::-1], "backward", needs):
+        if span is call.spans[0] and call.before is not None and want_dx:
+            call.announce(_first_needs(call.before, dx), early=True)
         leaf = hidden = x.take(span).detach().requires_grad_(want_dx)
         with call.random.restored(span), call.surroundings.restored(), torch.enable_grad():
             for layer, mixer_states in enumerate(call.states):
@@ -59,7 +69,25 @@ def backward(call: Call, replica: Replica, x: Sequenced, dy: Sequenced, dx: Sequ
             for mixer, state in zip(mixers, mixer_states, strict=True):
                 if hasattr(state.carry, "shared_grads"):
                     replica.add_made(mixer.shared, state.carry.shared_grads())
-    call.states = None
+    call.states = call.source = call.before = None
+
+
+def _first_needs(call: Call, dy: Sequenced) -> list[Need]:
+    """What the first spans of a call's backward pass will take from the store."""
+    if call.source is None:
+        return []
+    states, restored = _all(call.states), _to_restore(call)
+    if restored:
+        return [need for span in restored[:AHEAD] for need in ((call.source, span), *(n for s in states for n in s.needs_to_restore(span)))]
+    return [
+        need for span in call.spans[: -AHEAD - 1 : -1] for need in ((call.source, span), *(n for s in states for n in s.needs_of_outputs(span)), (dy, span))
+    ]
+
+
+def _to_restore(call: Call) -> list[Span]:
+    """The spans that run again before the backward pass, for keys and values that were not kept."""
+    stop = max((state.keep_written.start for state in _all(call.states)), default=0)
+    return [span for span in call.spans if span.start < stop]
 
 
 def _restore(call: Call, replica: Replica, x: Sequenced) -> None:
@@ -68,8 +96,7 @@ def _restore(call: Call, replica: Replica, x: Sequenced) -> None:
     for state in states:
         state.open_carry()
     last = max((i for i, s in enumerate(states) if s.keep_written.start > 0), default=None)
-    stop = max((state.keep_written.start for state in states), default=0)
-    restored = [span for span in call.spans if span.start < stop]
+    restored = _to_restore(call)
     needs = lambda span: [(x, span), *(n for s in states for n in s.needs_to_restore(span))]
     for span in _announced(call, call.states, restored, "restore", needs):
         with call.random.restored(span), call.surroundings.restored():

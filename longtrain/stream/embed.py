@@ -9,6 +9,7 @@ from torch.nn.functional import embedding as embed
 
 from longtrain.span import Span
 from longtrain.stream.boundary import Boundary
+from longtrain.stream.call import announce
 from longtrain.stream.replay import delivered
 from longtrain.stream.segment import Chain
 
@@ -52,6 +53,7 @@ class _Embed(torch.autograd.Function):
     def backward(ctx, dstand_in: Tensor):
         weight_VE, ids_BT = ctx.saved_tensors
         dweight_VE = torch.zeros_like(weight_VE, dtype=torch.promote_types(weight_VE.dtype, torch.float32))
+        announce(ctx.boundary.grad.store, ((ctx.boundary.grad, span) for span in ctx.spans))
         for span in ctx.spans:
             dx_BCE = ctx.boundary.grad.take(span)
             dweight_VE.index_add_(0, ids_BT[:, span.slice()].flatten(), dx_BCE.flatten(0, 1).to(dweight_VE.dtype))

@@ -26,7 +26,7 @@ from longtrain.ops.linear_cross_entropy import (
 )
 from longtrain.span import Span, chunk_spans
 from longtrain.stream.boundary import Boundary
-from longtrain.stream.call import Sequenced, WholeTensor
+from longtrain.stream.call import Sequenced, WholeTensor, announce
 from longtrain.stream.replay import GradientSums, Surroundings, delivered
 from longtrain.stream.segment import Chain
 
@@ -129,6 +129,8 @@ class _Head:
             torch.zeros_like(t, dtype=scale.dtype) if want else None for t, want in ((weight_VE, want_weight), (bias_V, want_bias))
         )
         sums, total = GradientSums(len(parameters)), torch.zeros_like(scale)
+        if self.boundary is not None:
+            announce(self.boundary.value.store, ((hidden, span) for span in self.spans))
         for span in self.spans:
             x_BSE = hidden.take(span)
             dx_BSE = torch.empty_like(x_BSE) if want_hidden else None

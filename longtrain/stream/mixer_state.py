@@ -190,6 +190,9 @@ class MixerState:
         yield from ((stored, extent) for extent in self._extents_for(span) for stored in self.written)
         if self.resumes:
             yield self.entries, self._number(span)
+        yield from self.needs_of_outputs(span)
+
+    def needs_of_outputs(self, span: Span) -> Iterator[Need]:
         for part in span.split(self.keep_outputs.start):
             if self._is_stored(part):
                 yield self.outputs, part

@@ -107,6 +107,7 @@ class Segment:
             else:
                 into = chain.take_boundary(x, f"layer {self.indices[0]}")
             out_of = chain.new_boundary(self.indices[-1] + 1, x.shape, x.device)
+            call.before, out_of.maker = into.maker, call if torch.is_grad_enabled() else None
         y = _StreamedSegment.apply(call, into, out_of, torch.is_grad_enabled(), x, *tensors)
         leaves = self.last and not chain.to_loss
         self._leave = (lambda y: Leave.apply(y, out_of, call.spans)) if out_of is not None and leaves else None

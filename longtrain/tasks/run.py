@@ -25,6 +25,8 @@ from longtrain.train.schedule import learning_rate
 
 PLOT = "accuracy.png"
 MEASURED_AT_ONCE = 256
+LEARNED_FROM = 500
+"""Training examples, at most, whose accuracy is measured too."""
 
 
 def run(config_path: str, overrides: Sequence[str]) -> int:
@@ -69,7 +71,7 @@ def run(config_path: str, overrides: Sequence[str]) -> int:
 
 
 def train(task: Task, config: TaskConfig, squash: float, seed: int) -> Iterator[dict[str, float]]:
-    """One model; after every `measure_every` updates and at the end: step, loss, accuracy on the test and on as many training examples."""
+    """One model; after every `measure_every` updates and at the end: step, loss, accuracy on the test examples and on some of the training examples."""
     torch.manual_seed(seed)
     model = SequenceClassifier(
         task.vocab_size, task.classes, config.width, config.layers, config.tokens,
@@ -80,7 +82,7 @@ def train(task: Task, config: TaskConfig, squash: float, seed: int) -> Iterator[
     falling = TrainConfig(steps=config.steps, lr=1.0, warmup_steps=config.steps // 20, min_lr_ratio=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(falling, step))
     batches = _batches(task.train, config.batch, np.random.default_rng(seed))
-    losses = []
+    seen, losses = Examples(task.train.ids[:LEARNED_FROM], task.train.labels[:LEARNED_FROM]), []
     for step in range(1, config.steps + 1):
         ids, labels = next(batches)
         loss = F.cross_entropy(model(ids), labels)
@@ -91,7 +93,6 @@ def train(task: Task, config: TaskConfig, squash: float, seed: int) -> Iterator[
         schedule.step()
         losses.append(float(loss.detach()))
         if step % config.measure_every == 0 or step == config.steps:
-            seen = Examples(task.train.ids[: len(task.test.ids)], task.train.labels[: len(task.test.ids)])
             yield {
                 "step": step,
                 "loss": statistics.fmean(losses),

@@ -15,6 +15,7 @@ import longtrain as lt
 from longtrain._extension import MISSING
 from longtrain.config import Config, Locations
 from longtrain.config.hf import HfModelConfig
+from longtrain.config.memory import MemoryConfig
 from longtrain.config.schema import LengthStage
 from longtrain.data.baselines import Baselines, compute_baselines
 from longtrain.data.corpus import Corpus, check_vocabulary
@@ -25,7 +26,7 @@ from longtrain.nn.attention import Attention
 from longtrain.nn.rotary import RotaryEmbedding
 from longtrain.planner.pretrained import layers_differ
 from longtrain.train import output
-from longtrain.train.calls import described, vocabulary
+from longtrain.train.calls import described, is_transformers, vocabulary
 from longtrain.train.flops import RULE, Costs, costs_of, measure_rate
 from longtrain.train.optimizer import Optimizer
 from longtrain.train.weights import load_weights
@@ -148,10 +149,12 @@ def choose_device(config: Config, where: Locations) -> torch.device:
 
 def settle_fallback(model: nn.Module, device: torch.device, config: Config, where: Locations) -> None:
     """Refuse a CPU run without kernels unless `train.kernel_fallback` allows it; on a GPU each attention call decides by it."""
+    if is_transformers(model) and config.memory == MemoryConfig():
+        return  # its own attention runs
     if config.train.kernel_fallback == "error" and device.type == "cpu" and MISSING is not None:
         raise where.error("train.kernel_fallback", f"{MISSING}; or set warn, to run on torch alone, several times slower")
     for module in model.modules():
-        if isinstance(module, Attention):
+        if isinstance(module, Attention) or is_transformers(model):
             module.kernel_fallback = config.train.kernel_fallback
 
 

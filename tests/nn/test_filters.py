@@ -78,7 +78,7 @@ def test_a_filter_that_became_zero_warns_once_with_squash_and_init():
 def test_filters_that_are_not_finite_are_named_by_layer(value):
     conv, implicit = LongConv(4, 16, layer_index=7), ImplicitFilter(4, 16, layer_index=8)
     conv.filter.taps.data[1, 3] = value
-    implicit.outer.weight.data[0, 0] = value
+    implicit.outer.data[0, 0] = value
     with pytest.raises(ValueError, match="layer 7 has taps that are not finite"):
         conv(torch.randn(1, 8, 4))
     with pytest.raises(ValueError, match="layer 8 has taps that are not finite"):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
 
 import longtrain as lt
+from longtrain.offload import DEVICE, TieredStore
+from longtrain.span import Span
 from tests.stream.conftest import VOCAB, loss_and_grads, make_model
 
 TOKENS = 70
@@ -114,3 +117,48 @@ def test_shares_are_shares(shares):
 def test_a_split_of_another_number_of_layers_is_refused(tiers):
     with pytest.raises(ValueError, match="offload.outputs names 2 layers, the model has 3"):
         lt.apply(make_model(layers=3), lt.Plan(chunk_tokens=16, offload=lt.Offload(outputs=(DISK, DISK), **tiers)))
+
+
+class Listening(TieredStore):
+    """Remembers what it was told, in order: (call, name, span)."""
+
+    def __init__(self, *args, **settings) -> None:
+        super().__init__(*args, **settings)
+        self.told: list[tuple[str, str, Span]] = []
+
+    def prefetch(self, order, *, first=False):
+        order = list(order)
+        self.told += [("announce", str(name), span) for name, span in order]
+        super().prefetch(order, first=first)
+
+    def put(self, name, span, tensor, place=DEVICE):
+        self.told.append(("put", str(name), span))
+        super().put(name, span, tensor, place)
+
+    def get(self, name, span):
+        self.told.append(("get", str(name), span))
+        return super().get(name, span)
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(store_kv=1.0), dict(segment_layers=2), dict(kv_block_tokens=32)])
+def test_what_the_next_segment_begins_with_is_announced_before_this_one_ends(settings, tiers):
+    model = make_model(layers=4, window=(None, 13, None, 5))
+    offload = lt.Offload(**PLACEMENTS["all on disk"], **tiers)
+    plan = lt.Plan(chunk_tokens=16, offload=offload, **settings)
+    store = Listening("cpu", disk=offload.disk, staging_bytes=offload.staging_bytes)
+    report = lt.apply(model, plan, store=store)
+    loss_and_grads(model, inputs())
+    first, last, k = Span(0, 16), Span(64, TOKENS), plan.segment_layers
+    for layer in range(k, 4, k):
+        at = lambda call, name, span, layer=layer: store.told.index((call, f"{name} {layer}", span))
+        assert at("announce", "input of layer", first) < at("put", "input of layer", last)
+        layer -= k
+        backward = store.told[at("put", "gradient of the input of layer", last, layer + k):]
+        kept = "store_kv" in settings or "kv_block_tokens" in settings and layer % 2 == 0  # else keys and values are restored first
+        begins = last if kept else first
+        announced = backward.index(("announce", f"input of layer {layer}", begins))
+        assert announced < backward.index(("put", f"gradient of the input of layer {layer + k}", first))
+    announced, asked = ([e[1:] for e in store.told if e[0] == call and "put of" in e[1]] for call in ("announce", "get"))
+    assert Counter(announced) == Counter(asked)
+    assert store._fetched == 0 and not store._order, "what was announced was never asked for"
+    report.undo()

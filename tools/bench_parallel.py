@@ -1,0 +1,168 @@
+"""One sequence shared by several processes of one thread each, against as many processes with a sequence of their own, in the same run.
+
+    python tools/bench_parallel.py --seq-len 32768 --chunk 2048
+    python tools/bench_parallel.py --seq-len 8192 --chunk 1024 --ways ring queries --link 200MB --trace out/lanes.json
+
+Throughput: tokens a second of all processes together, by wall clock, medians of `--repeats` rounds after one to warm up, ways and independent
+processes in turn; by processor time as well, which a busy machine does not change. Bytes: received by a rank in a step, counted at the calls, beside the formula of longtrain.parallel.cost. `--link`: nothing
+arrives sooner than over a link of so many bytes a second; then "hidden" is the share of the transfers that nobody waited for. `--trace`: what
+was under way and what was waited for, a lane each for every process, for chrome://tracing or https://ui.perfetto.dev.
+
+No number is printed unless loss and gradients of every way agree with those of one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+import tempfile
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import longtrain as lt
+from longtrain.nn import LanguageModel, ModelConfig
+from longtrain.parallel.cost import received
+from longtrain.units import parse_bytes
+
+WAYS = {
+    "heads": dict(way="heads"),
+    "ring": dict(heads=1, way="ring", layout="zigzag"),
+    "queries": dict(heads=1, way="queries", layout="striped"),
+    "halo": dict(heads=1, way="halo", layout="contiguous"),
+}
+CLOSE = 2e-4
+"""Largest relative difference of a parameter's gradient in float32; a wrong one is of order one."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in {"seq-len": 32768, "chunk": 2048, "processes": 2, "repeats": 3, "layers": 2, "hidden": 256, "ffn": 512, "vocab": 256,
+                          "heads": 4, "kv-heads": 2}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--window", type=int, default=None, help="tokens that a query sees; needed for halo")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=["heads", "ring", "queries"])
+    parser.add_argument("--link", type=parse_bytes, default=None, help="bytes a second, such as 200MB")
+    parser.add_argument("--trace", type=Path, default=None)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/bench_parallel.json"))
+    a = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as directory:
+        mp.spawn(work, (a, Path(directory)), nprocs=a.processes)
+        rows = json.loads((Path(directory) / "rows.json").read_text())
+        lanes = [event for rank in range(a.processes) for event in json.loads((Path(directory) / f"lanes{rank}.json").read_text())]
+    print(f"{a.seq_len} tokens, chunks of {a.chunk}, {a.processes} processes of one thread; medians of {a.repeats}")
+    for row in rows:
+        print("  ".join(f"{key} {value:,.3f}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()))
+    a.out.parent.mkdir(parents=True, exist_ok=True)
+    command = " ".join(["python tools/bench_parallel.py", *(sys.argv[1:] if argv is None else argv)])
+    a.out.write_text(json.dumps({"command": command, "torch": torch.__version__, "rows": rows}, indent=1) + "\n")
+    if a.trace is not None:
+        a.trace.parent.mkdir(parents=True, exist_ok=True)
+        a.trace.write_text(json.dumps(lanes))
+    return 0
+
+
+def work(rank: int, a: argparse.Namespace, directory: Path) -> None:
+    torch.set_num_threads(1)
+    meeting = (directory / "ranks").as_uri()
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=a.processes, timeout=timedelta(seconds=600))
+    torch.manual_seed(0)
+    window = None if a.window is None else (a.window,)
+    model = LanguageModel(ModelConfig(vocab_size=a.vocab, num_layers=a.layers, hidden_size=a.hidden, intermediate_size=a.ffn, num_heads=a.heads,
+                                      num_kv_heads=a.kv_heads, window=window, initializer_range=0.1))
+    ids = torch.randint(a.vocab, (1, a.seq_len), generator=torch.Generator().manual_seed(1))
+    plan, runs, reports = lt.Plan(chunk_tokens=a.chunk), {}, {}
+    for name in ("independent", *a.ways):
+        runs[name] = copy.deepcopy(model)
+        reports[name] = lt.apply(runs[name], plan, parallel=None if name == "independent" else lt.Parallel(**WAYS[name]))
+        check(runs, name, ids)
+    for name in a.ways:
+        reports[name].sharing.mesh.all.traffic.link = a.link
+    seconds, lanes = {name: [] for name in runs}, []
+    for _ in range(a.repeats):
+        for name in runs:
+            if name != "independent":
+                reports[name].sharing.mesh.all.traffic.lanes = []
+            seconds[name].append(step(runs[name], ids))
+    rows = []
+    medians = {name: [statistics.median(measured) for measured in zip(*of_way, strict=True)] for name, of_way in seconds.items()}
+    alone, alone_busy = medians["independent"]
+    for name, (time_of_step, busy) in medians.items():
+        shared = name != "independent"
+        tokens = a.seq_len * (1 if shared else a.processes)
+        row = {"way": name, "seconds": time_of_step, "processor seconds": busy, "tokens a second": tokens / time_of_step}
+        if shared:
+            row |= {"of independent": alone / (a.processes * time_of_step), "by processor time": alone_busy / (a.processes * busy)}
+            row |= {**bytes_of(name, reports[name], a), **waiting(reports[name], a)}
+            lanes += events(name, rank, reports[name].sharing.mesh.all.traffic.lanes)
+        rows.append(row)
+    if rank == 0:
+        (directory / "rows.json").write_text(json.dumps(rows))
+    (directory / f"lanes{rank}.json").write_text(json.dumps(lanes))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def step(model: LanguageModel, ids: torch.Tensor) -> tuple[float, float]:
+    """Seconds until the last process is done, and the processor's seconds of the busiest: barriers and waiting not counted."""
+    model.zero_grad()
+    dist.barrier()
+    started, busy = time.perf_counter(), time.process_time()
+    model(ids, labels=ids).loss.backward()
+    busy = torch.tensor(time.process_time() - busy)
+    dist.barrier()
+    seconds = time.perf_counter() - started
+    dist.all_reduce(busy, op=dist.ReduceOp.MAX)
+    return seconds, float(busy)
+
+
+def check(runs: dict, name: str, ids: torch.Tensor) -> None:
+    step(runs[name], ids)
+    if name == "independent":
+        return
+    for (which, p), own in zip(runs[name].named_parameters(), runs["independent"].parameters(), strict=True):
+        grad = p.grad / dist.get_world_size()  # each process's part, once for every process
+        dist.all_reduce(grad)
+        error = float((grad - own.grad).norm() / own.grad.norm())
+        if not error <= CLOSE:
+            raise SystemExit(f"{name}: the gradient of {which} differs from that of one process by {error:.1e}; no speed is reported")
+
+
+def bytes_of(name: str, report: lt.Report, a: argparse.Namespace) -> dict:
+    sharing, lanes = report.sharing, report.sharing.mesh.all.traffic.lanes
+    chunks = len(sharing.shards(a.seq_len).chunks)
+    formula = sum(
+        received(name, shape, a.seq_len, heads=sharing.mesh.heads.size, ring=sharing.mesh.ring.size, chunks=chunks).total
+        for of_layer in sharing.shapes for shape in of_layer
+    )
+    return {"MB received": sum(lane.nbytes for lane in lanes) / 1e6, "by formula": formula / 1e6}
+
+
+def waiting(report: lt.Report, a: argparse.Namespace) -> dict:
+    lanes = report.sharing.mesh.all.traffic.lanes
+    waited = sum(lane.done - lane.asked for lane in lanes)
+    if a.link is None:
+        return {"waited seconds": waited}
+    transfers = sum(lane.nbytes / a.link for lane in lanes)
+    return {"waited seconds": waited, "transfer seconds": transfers, "hidden": max(0.0, 1 - waited / transfers)}
+
+
+def events(name: str, rank: int, lanes) -> list[dict]:
+    found = []
+    for lane in lanes:
+        for thread, label, start in (("under way", lane.what, lane.started), ("waiting", f"for {lane.what}", lane.asked)):
+            found.append({"ph": "X", "pid": f"{name}, process {rank}", "tid": thread, "name": label, "ts": start * 1e6,
+                          "dur": (lane.done - start) * 1e6, "args": {"bytes": lane.nbytes}})
+    return found
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
