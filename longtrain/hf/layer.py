@@ -59,7 +59,7 @@ class AdaptedLayer:
 
     def install(self) -> None:
         """Make the layer a streamable one, until `uninstall`."""
-        for name in ("token_args", "chooses", "mixers", "example", "copy_in_float64", "difference_from_eager", "forward"):
+        for name in ("token_args", "chooses", "carries_states", "mixers", "example", "copy_in_float64", "difference_from_eager", "forward"):
             self._before[name] = self.layer.__dict__.get(name)
             setattr(self.layer, name, getattr(self, name))
         for router, place in self.routers:
@@ -102,6 +102,10 @@ class AdaptedLayer:
             if cache.after:
                 self.cache = caches[0]
                 self.token_args = {"attention_mask": 1, **self.token_args}  # of padding, ``[B, T]``; there was none in the traced run
+
+    @property
+    def carries_states(self) -> bool:
+        return self.cache is not None
 
     @property
     def mask(self) -> Mask | None:

@@ -66,6 +66,13 @@ def test_documents_inside_a_row_are_refused():
         model(**batch, cu_seq_lens_q=cu, cu_seq_lens_k=cu)
 
 
+def test_processes_that_share_a_sequence_are_refused():
+    from longtrain.parallel.settings import Parallel
+
+    with pytest.raises(ValueError, match="model.layers.0 carries its states.*leave out group and parallel"):
+        lt.apply(hf_families.build("lfm2"), lt.Plan(chunk_tokens=8), parallel=Parallel())
+
+
 @pytest.mark.slow
 def test_a_state_that_is_edited_in_place_is_refused():
     model = hf_families.build("mamba2")
