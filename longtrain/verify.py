@@ -101,7 +101,8 @@ def shrink(config: Config, plan: Plan, tokens: int) -> tuple[LanguageModel, Plan
     def shorter(length: int) -> int:
         return max(min(length, 5), length * tokens // config.data.seq_len)
 
-    lengths = {name: shorter(getattr(model, name)) for name, kind in (("conv_taps", "conv"), ("lact_chunk", "lact")) if kind in (model.layers or ())}
+    of_kinds = {"conv_taps": "conv", "lact_chunk": "lact"}
+    lengths = {name: shorter(getattr(model, name)) for name, kind in of_kinds.items() if kind in (model.layers or ())}
     if model.window is not None:
         lengths["window"] = tuple(None if w is None or w >= config.data.seq_len else shorter(w) for w in model.window)
     shape = replace(
@@ -118,7 +119,8 @@ def shrink(config: Config, plan: Plan, tokens: int) -> tuple[LanguageModel, Plan
     )
     said = (
         f"{shape.num_layers} layers, width {shape.hidden_size}, {shape.num_heads} heads, {shape.num_kv_heads} kv heads of "
-        f"{shape.resolved_head_dim}, {f'{list(shape.layers)}, ' if shape.layers else ''}windows {shape.window}, vocabulary {shape.vocab_size}"
+        f"{shape.resolved_head_dim}, {f'kinds {list(shape.layers)}, ' if shape.layers else ''}windows {shape.window}, "
+        f"vocabulary {shape.vocab_size}"
     )
     return LanguageModel(shape).double(), _of_layers(plan, layers), said
 
