@@ -39,16 +39,16 @@ struct Planner {
   int64_t past(int64_t length) const { return std::min(causal ? W : (W + 1) / 2, length); }
   int64_t future(int64_t length) const { return causal ? 0 : std::min(W / 2, length - 1); }
 
-  // Cycles of one transform of a channel, measured on an EPYC with 1 MB of L2 a core (AVX-512).
+  // Cycles of one transform of a channel, its share of reading and writing tokens included; fitted on an EPYC with 1 MB of L2 a core (AVX-512).
   double transform(int64_t size) const {
     const double vectors = double(size) / lanes, bytes = 2. * size * itemsize;
-    return vectors * (14 + 1.6 * std::log2(vectors)) * (bytes > (1 << 19) ? 1.4 : 1);
+    return vectors * (20 + 5 * std::log2(vectors)) * (bytes > (1 << 19) ? 1.4 : 1);
   }
   // Forward and backward of `count` pieces: transforms of v, y; of v, g, dv; and once k, k, dk.
   double transforms(int64_t size, int64_t count) const { return (5. * B * count + 3) * transform(size); }
   double direct(int64_t length, int64_t taps) const {
     const double waste = double((E + kDirectGroup - 1) / kDirectGroup * kDirectGroup) / E;
-    return 3. * B * length * (taps * 0.8 + 6) / lanes * waste;
+    return 3. * B * length * (taps * 0.8 + 8) / lanes * waste;
   }
 
   // The size of pieces that costs least for one document, and its cost; 0: none is smaller than the whole.

@@ -122,7 +122,8 @@ void write_mixed(const LongConvArgs& a, const T* staged, int64_t group, const Ro
   });
 }
 
-// du, dgate_in from dv = staged + skip * g, g = dy * gate_out, and dskip += sum of g v; of tokens as above. staged null: dskip only.
+// du, dgate_in from dv = staged + skip * g, g = dy * gate_out, and dskip += sum of g v, by 16 tokens whatever the group; of tokens as above.
+// staged null: dskip only.
 template <class T, class S>
 void write_dv(const LongConvArgs& a, const T* staged, int64_t group, double* dskip, const Columns& columns, int64_t t0, int64_t n, int64_t start,
               int64_t stop) {
@@ -147,6 +148,8 @@ void write_dv(const LongConvArgs& a, const T* staged, int64_t group, double* dsk
             for (int c = 0; c < width; ++c) sum[c] += g[c] * (u[c] * gate[c]);
           else
             for (int c = 0; c < width; ++c) sum[c] += g[c] * u[c];
+          if ((t - t0) % 16 == 15 || t + 1 == end)
+            for (int c = 0; c < width; ++c) dskip[c] += double(sum[c]), sum[c] = 0;
         }
       }
       if (!staged) continue;
@@ -160,8 +163,6 @@ void write_dv(const LongConvArgs& a, const T* staged, int64_t group, double* dsk
         narrow(row<S>(a.du, columns, t), dv, width);
       }
     }
-    if (a.dskip)
-      for (int c = 0; c < width; ++c) dskip[c] += double(sum[c]);
   });
 }
 

@@ -196,6 +196,8 @@ def _share(model: nn.Module, report: Report, layers: Sequence[tuple[int, Candida
 
     if any(entry.became == "left as it is" for entry in report.entries):
         raise ValueError(f"a layer that is not streamed sees the tokens of one process only; all must be streamed:\n{report}")
+    if held := next((candidate.name for _, candidate in layers if getattr(candidate.layer, "carries_states", False)), None):
+        raise ValueError(f"{held} carries its states from chunk to chunk, and processes cannot hand them on yet: leave out group and parallel")
     shapes = [shapes_of(candidate.layer, PROOF_TOKENS) for _, candidate in layers if candidate.counts]
     sharing = Sharing(report.plan, parallel, group, shapes)
     if hasattr(model, "make_layout"):

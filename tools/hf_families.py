@@ -27,6 +27,9 @@ SMALL = dict(
     hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, embedding_dropout=0.0, router_jitter_noise=0.0,
 )
 EXPERTS = dict(num_experts=4, num_local_experts=4, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
+DELTA = dict(layer_types=["linear_attention", "full_attention", "linear_attention"], linear_num_value_heads=4, linear_num_key_heads=2,
+             linear_key_head_dim=8, linear_value_head_dim=8)
+STATE = dict(mamba_n_heads=8, mamba_d_head=8, mamba_n_groups=1, mamba_d_state=8, mamba_chunk_size=16, chunk_size=16)
 # What a family needs beyond that; None where nothing. The table is in this order.
 FAMILIES: dict[str, dict] = {
     # dense
@@ -51,9 +54,12 @@ FAMILIES: dict[str, dict] = {
     "llama4_text": dict(EXPERTS, attention_chunk_size=9, intermediate_size_mlp=48, num_experts_per_tok=1, layer_types=["chunked_attention"] * 2 + ["full_attention"]),
     "glm4_moe": EXPERTS, "ernie4_5_moe": EXPERTS, "flex_olmo": EXPERTS,
     # with layers that are no attention
+    "lfm2_moe": dict(EXPERTS, layer_types=["conv", "full_attention", "conv"], num_dense_layers=1),
+    "olmo_hybrid": DELTA, "qwen3_5_text": DELTA, "mamba2": dict(STATE, state_size=8, num_heads=8, head_dim=8, n_groups=2),
+    "bamba": dict(STATE, attn_layer_indices=[1]), "granitemoehybrid": dict(EXPERTS, **STATE, layer_types=["mamba", "attention", "mamba"], shared_intermediate_size=24),
+    "nemotron_h": dict(layers_block_type=["mamba", "attention", "mlp"], mamba_num_heads=8, mamba_head_dim=8, n_groups=1, ssm_state_size=8, chunk_size=16),
     "lfm2": dict(layer_types=["conv", "full_attention", "conv"]),
-    "qwen3_next": dict(EXPERTS, layer_types=["linear_attention", "full_attention", "linear_attention"], linear_num_value_heads=4,
-                       linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8, shared_expert_intermediate_size=24),
+    "qwen3_next": dict(EXPERTS, **DELTA, shared_expert_intermediate_size=24),
     "jamba": dict(EXPERTS, attn_layer_period=2, attn_layer_offset=1, mamba_d_state=4, mamba_dt_rank=4, use_mamba_kernels=False),
     "minimax": EXPERTS, "diffllama": {}, "doge": {}, "bloom": dict(n_head=4, n_layer=3), "gptj": dict(n_embd=32, n_head=4, n_layer=3, rotary_dim=4), "mamba": {},
 }
@@ -125,17 +131,41 @@ def difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return max(float("inf") if error != error else error for error in errors)
 
 
+def rounding(model: nn.Module, batch: dict[str, Tensor], own: dict[str, Tensor]) -> float:
+    """How far its own gradients go when what each layer is given is rounded to float32 once: recurrences in float32 kernels, under random
+    weights, take a rounding error in the eighth digit to the fourth. The model as it was before longtrain."""
+    generator = torch.Generator().manual_seed(1)
+
+    def rounded(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        x, *others = args
+        return (x * (1 + (2 * torch.rand(x.shape, generator=generator, dtype=x.dtype) - 1) * 2**-24), *others), kwargs
+
+    layers = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
+    handles = [layer.register_forward_pre_hook(rounded, with_kwargs=True) for layer in layers]
+    try:
+        return difference(gradients(model, batch, use_cache=False), own)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def bound(model: nn.Module, batch: dict[str, Tensor], own: dict[str, Tensor]) -> float:
+    """What streamed gradients may differ by: BOUND, or four roundings where the family's own arithmetic takes one further than that."""
+    return max(BOUND, 4 * rounding(model, batch, own))
+
+
 def try_family(family: str) -> tuple[str, str, str]:
     """Streamed layers of all, worst error, and what is not streamed and why."""
     model = build(family)
     own = [(name, batch, own_gradients(model, batch)) for name, batch in batches()]
+    bounds = {name: bound(model, batch, expected) for name, batch, expected in own}
     try:
         report = lt.apply(model, lt.Plan(chunk_tokens=CHUNK, loss_chunk_tokens=CHUNK, layer_fallback="unstreamed"))
     except ValueError as error:
         return "refused", "", " ".join(str(error).split())
     errors = {name: difference(gradients(model, batch), expected) for name, batch, expected in own}
-    if (wrong := max(errors.values())) > BOUND:
-        raise SystemExit(f"{family}: streamed gradients are off by {wrong:.1e}")
+    if wrong := [f"{name} by {error:.1e}" for name, error in errors.items() if not error <= bounds[name]]:
+        raise SystemExit(f"{family}: streamed gradients are off, {', '.join(wrong)}")
     worst = max(errors, key=errors.get)
     layers = [entry for entry in report.entries if entry.name.rsplit(".", 1)[-1].isdigit()]
     streamed = sum(entry.became.startswith("streamed") for entry in layers)
@@ -152,10 +182,13 @@ HEADER = f"""# Families of transformers
 Made by `python tools/hf_families.py --write` with transformers {{version}}; there is no code for any family. Each is built tiny with random
 weights in float64, and its gradients with longtrain are compared with its own over one row, a packed row, left padding, right padding and
 masked prompts ({TOKENS} tokens in chunks of {CHUNK}). The error is that of the worst batch: norm of the difference over norm, of all gradients or of the
-loss. transformers computes the loss, and many families their norms and eager attention, in float32 whatever the model: hence 1e-7.
+loss. transformers computes the loss, and many families their norms and eager attention, in float32 whatever the model: hence 1e-7. Recurrent
+layers (delta rules, state spaces) compute in float32 altogether, and take the error of one rounding of their input as far as the error here;
+the command stops where an error is more than 1e-6 and more than four such roundings.
 
 A layer that is not streamed is left as it is (with `Plan(layer_fallback="unstreamed")`; by default the model is refused), and its attention
-still runs on longtrain's kernels. Not yet: carrying convolutions and states of hybrid models through their own cache.
+still runs on longtrain's kernels. Convolutions and recurrent states of hybrid models are carried from chunk to chunk through the layer's own cache; jamba's
+and mamba's full-sequence kernels take no state to begin with, and are left.
 
 | family | layers streamed | error | not streamed, and why |
 |---|---|---|---|

@@ -23,6 +23,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from longtrain.hf.attention import MaskedAttention, Options, draw_seed, packed
 from longtrain.hf.mask import Mask
 from longtrain.hf.router import Collected
+from longtrain.hf.state import ChunkCache, States
 from longtrain.sharded import plain_copy
 from longtrain.span import Span
 
@@ -40,23 +41,25 @@ chunk is, for the collection of router logits."""
 class AdaptedLayer:
     """What is set on a layer instance: `token_args`, `mixers`, `example`, and a `forward` that takes `mix`. Nothing is wrapped."""
 
-    def __init__(self, layer: nn.Module, x: Tensor, arguments: dict[str, Any], token_args: Mapping[str, int], returns_tuple: bool) -> None:
+    def __init__(self, layer: nn.Module, x: Tensor, arguments: dict[str, Any], token_args: Mapping[str, int], outputs: int) -> None:
         self.layer, self.original = layer, layer.forward
         self.signature = inspect.signature(layer.forward)
-        self.x, self.arguments, self.token_args, self.returns_tuple = x, arguments, {**CUT, **token_args}, returns_tuple
+        self.x, self.arguments, self.token_args, self.outputs = x, arguments, {**CUT, **token_args}, outputs
         self.attentions: list[tuple[nn.Module, dict[bool, Options]]] = []
         """The attention module of each call of the interface, and its options in evaluation and in training."""
         self.chooses = False
         """Whether it picks the largest of some scores, as routers pick experts: replays then choose as the forward pass did."""
         self.routers: list[tuple[nn.Module, int]] = []
         """The modules that give out router logits, and which of their outputs those are."""
+        self.cache: str | None = None
+        """The argument by which it takes the cache that its states go through, where it has states."""
         self._routed: list[Tensor] | None = None
         self._before: dict[str, Any] = {}
         self._emitted: list[Tensor] = []
 
     def install(self) -> None:
         """Make the layer a streamable one, until `uninstall`."""
-        for name in ("token_args", "chooses", "mixers", "example", "copy_in_float64", "difference_from_eager", "forward"):
+        for name in ("token_args", "chooses", "carries_states", "mixers", "example", "copy_in_float64", "difference_from_eager", "forward"):
             self._before[name] = self.layer.__dict__.get(name)
             setattr(self.layer, name, getattr(self, name))
         for router, place in self.routers:
@@ -91,6 +94,18 @@ class AdaptedLayer:
         for module, training in modes.items():
             module.training = training
         self.attentions = [(module, {False: a, True: b}) for (module, a), (_, b) in zip(seen[False], seen[True], strict=True)]
+        caches = [p.name for p in self.signature.parameters.values() if "Cache" in str(p.annotation) and self.arguments.get(p.name) is None]
+        if caches and not self.attentions:
+            cache = ChunkCache({})
+            with torch.no_grad():
+                self.original(self.x, **{**self.arguments, caches[0]: cache})
+            if cache.after:
+                self.cache = caches[0]
+                self.token_args = {"attention_mask": 1, **self.token_args}  # of padding, ``[B, T]``; there was none in the traced run
+
+    @property
+    def carries_states(self) -> bool:
+        return self.cache is not None
 
     @property
     def mask(self) -> Mask | None:
@@ -121,7 +136,8 @@ class AdaptedLayer:
     def example(self, tokens: int) -> tuple[Tensor, dict[str, Any]]:
         if self.x.shape[1] != tokens:
             raise ValueError(f"the layer was traced on {self.x.shape[1]} tokens, an example of {tokens} was asked for")
-        return self.x, self.arguments
+        arguments = self.arguments if self.cache is None else self.arguments | self._carried(tokens)
+        return self.x, arguments
 
     def forward(self, x: Tensor, *, mix: Callable[..., Tensor] | None = None, **arguments: Any) -> Tensor:
         if mix is not None:
@@ -135,14 +151,22 @@ class AdaptedLayer:
                 return mix(q, k, v)
 
             arguments = self._with_mix(arguments, mix_as_expected)
-        collected, positions = arguments.pop("collected", None), arguments.pop("chunk_positions", None)
+        collected, states, positions = (arguments.pop(name, None) for name in ("collected", "states", "chunk_positions"))
+        span = None if positions is None else Span(int(positions[0]), int(positions[-1]) + 1)
+        if states is not None:
+            arguments[self.cache] = cache = states.enter(span, (x, *self.layer.parameters()))
         self._routed = None if collected is None else []
         try:
             y = self.original(x, **arguments)
             y = y[0] if isinstance(y, tuple) else y
-            return y if collected is None else collected.chunk(Span(int(positions[0]), int(positions[-1]) + 1), self._routed, y)
+            y = y if states is None else states.leave(span, cache, y)
+            return y if collected is None else collected.chunk(span, self._routed, y)
         finally:
             self._routed = None
+
+    @staticmethod
+    def _carried(tokens: int) -> dict[str, Any]:
+        return {"states": States(keep=torch.is_grad_enabled()), "chunk_positions": torch.arange(tokens)}
 
     def _route(self, forward: Callable[..., Any], place: int, *args: Any, **kwargs: Any) -> Any:
         """A router's `forward`; its logits are noted where they are collected."""
@@ -156,7 +180,7 @@ class AdaptedLayer:
         emitted, self._emitted = self._emitted, []
         return emitted
 
-    def call(self, streamed: Callable[..., Tensor], /, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
+    def call(self, streamed: Callable[..., Tensor], /, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor | None, ...]:
         """The layer's `forward` while it is streamed, as the model calls it. With a KV cache (decoding) the layer runs whole."""
         x, arguments = self.bind(args, kwargs)
         if any(isinstance(value, Cache) for value in arguments.values()):
@@ -171,13 +195,18 @@ class AdaptedLayer:
             if unknown and x.shape[1] in value.shape and x.shape[1] > 1:
                 raise ValueError(f"the layer was given {name}, shape {list(value.shape)}, which it was not given when it was traced: "
                                  "longtrain does not know whether it runs along the tokens; leave it out")
+        if self.cache is not None:
+            if given := [name for name in (*CU_SEQLENS, "seq_idx") if arguments.get(name) is not None]:
+                raise ValueError(f"{given[0]} ends documents inside a row, and this layer's states are carried through its cache, which knows "
+                                 "no documents: give each document a row of its own")
+            arguments |= self._carried(x.shape[1])
         if self.routers and arguments.get("output_router_logits"):
             collected = Collected(*x.shape[:2], len(self.routers))
-            y = streamed(x, **arguments, collected=collected, chunk_positions=torch.arange(x.shape[1]))
+            y = streamed(x, **arguments | dict(collected=collected, chunk_positions=torch.arange(x.shape[1])))
             self._emitted = collected.behind(y)
         else:
             y = streamed(x, **arguments)
-        return (y,) if self.returns_tuple else y
+        return (y, *[None] * (self.outputs - 1)) if self.outputs else y
 
     def bind(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """Hidden states, and all other arguments by name."""

@@ -3,7 +3,7 @@
 A load-balancing loss is a function of expert counts and mean probabilities over all tokens and layers; formed chunk by chunk it has right
 values and wrong gradients. Here each streamed layer's router logits are collected in the forward pass, ``[B, T, experts]``, and handed out
 behind the layer (`_Emitted`), so that the loss is the model's own. Its gradient by them arrives before the layer's backward pass begins,
-since that waits for everything that came of its output; the replay of each chunk then takes its part (`_Tied`).
+since that waits for everything that came of its output; the replay of each chunk then takes its part (`Tied`).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Collected:
         if torch.is_grad_enabled():
             known = [(part, grad) for part, grad in zip(logits, self.grads_BTX, strict=True) if grad is not None]
             extras = [grad[:, span.slice()].reshape(part.shape) for part, grad in known]
-            return _Tied.apply(extras, y, *(part for part, _ in known)) if known else y
+            return Tied.apply(extras, y, *(part for part, _ in known)) if known else y
         for router, part in enumerate(logits):
             if self.logits_BTX[router] is None:
                 self.logits_BTX[router] = part.new_empty(self.batch, self.tokens, part.shape[-1])
@@ -66,7 +66,7 @@ class _Emitted(torch.autograd.Function):
         return None, None, None
 
 
-class _Tied(torch.autograd.Function):
+class Tied(torch.autograd.Function):
     """(layer output, logits that nothing reads any more) -> layer output; the backward gives the logits the gradients that came for them."""
 
     @staticmethod

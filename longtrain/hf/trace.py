@@ -79,7 +79,7 @@ def _found(model: nn.Module, seen: Seen, shorter: Seen, tokens: int, before: See
     if refusal is None:
         try:
             token_args = _token_args(seen.arguments, shorter.arguments, tokens)
-            adapted = AdaptedLayer(seen.module, seen.x, seen.arguments, token_args, isinstance(seen.y, tuple))
+            adapted = AdaptedLayer(seen.module, seen.x, seen.arguments, token_args, len(seen.y) if isinstance(seen.y, tuple) else 0)
             with whole(seen.module, model):
                 adapted.observe()
         except Exception as error:  # whatever it is, it is the reason: reported by name, never dropped

@@ -32,7 +32,7 @@ def account(
 ) -> dict[str, Any]:
     """The report's data. `facts` go into it as they are. A budget is for what is allocated on a GPU, and on a CPU for what is resident, as
     in `longtrain.planner.plan`."""
-    device = int(ledger.device.max(initial=-1))
+    device = watch.sampler.device.index if watch.sampler.device.type == "cuda" and (ledger.device == watch.sampler.device.index).any() else -1
     level = ledger.level(device)
     first, last = step_with_peak(watch, level)
     peak = first + int(level[first : last + 1].argmax())

@@ -119,32 +119,31 @@ def make_ledger(watch: Watch, events: np.ndarray, began: int, ended: int) -> Led
     table = blocks(watch, events)
     start, stop, nbytes, device, address = (column.copy() for column in table.T)
     contexts = make_contexts(watch)
-    numbers: dict[Item, int] = {}
     labels = find_labels(watch, address, device, start, stop)
-    backward_begins = np.array([c.start for c in contexts if c.phase == "backward"], np.int64)
+    numbers: dict[Item, int] = {}
 
-    operations = np.frombuffer(watch.operations, np.int64).reshape(-1, 3)
-    site_of = {number: site for site, number in watch.sites.items()}
-    begins = np.array([c.start for c in contexts], np.int64)
+    # Which operation each block was taken in, in which context, and whether it outlives the one and the other.
+    operations = np.concatenate([np.frombuffer(watch.operations, np.int64).reshape(-1, 3), [[FOREVER, FOREVER, -1]]])
     at = np.searchsorted(operations[:, 0], start, side="right") - 1
-    in_context = np.searchsorted(begins, start, side="right") - 1
-    item = np.empty(len(start), np.int64)
+    seen = (at >= 0) & (start < operations[at, 1])
+    site = np.where(seen, operations[at, 2], -1)
+    scratch = seen & (stop < operations[at, 1])
+    context = np.searchsorted([c.start for c in contexts], start, side="right") - 1
+    ends = np.array([c.leaves if c.module or c.phase != "forward" else backward for c, backward in zip(contexts, next_backward(contexts), strict=True)])
+    outlives = stop > ends[context]
+    before = start < watch.first
+
+    made = list(watch.sites)
     cache: dict[tuple, int] = {}
-    for i in range(len(start)):
-        label, op = labels.get(i), at[i]
-        seen = op >= 0 and operations[op, 0] <= start[i] < operations[op, 1]
-        context = contexts[in_context[i]]
-        outlives = stop[i] > context.leaves
-        if not context.module and context.phase == "forward":
-            later = np.searchsorted(backward_begins, start[i])
-            outlives = later < len(backward_begins) and stop[i] > backward_begins[later]
-        scratch = seen and stop[i] < operations[op, 1]
-        before = start[i] < watch.first
-        was = watch.at_start[i][3] if before and i < len(watch.at_start) and nbytes[i] >= LARGE else ""
-        key = (label, was, operations[op, 2] if seen else -1, context.module, context.band, context.phase, outlives, scratch, before, nbytes[i])
+    item = np.empty(len(start), np.int64)
+    rows = zip(site.tolist(), context.tolist(), outlives.tolist(), scratch.tolist(), before.tolist(), nbytes.tolist(), strict=True)
+    for i, (where, c, outlasts, inside, old, size) in enumerate(rows):
+        found, label = contexts[c], labels.get(i)
+        was = watch.at_start[i][3] if old and i < len(watch.at_start) and (size >= LARGE or watch.at_start[i][0] < 0) else ""
+        key = (label, was, where, found.module, found.band, found.phase, outlasts, inside, old, size)
         if (number := cache.get(key)) is None:
-            made = describe(watch, label, site_of[operations[op, 2]] if seen else None, context, outlives, scratch, int(nbytes[i]), before, was)
-            number = cache[key] = numbers.setdefault(made, len(numbers))
+            what = describe(watch, label, None if where < 0 else made[where], found, outlasts, inside, size, old, was)
+            number = cache[key] = numbers.setdefault(what, len(numbers))
         item[i] = number
     if watch.sampler.device.type == "cpu":
         rows = [(a, b, n, numbers.setdefault(Item("staging", label), len(numbers))) for a, b, n, label in fetched(watch, events[:, 0])]
@@ -170,6 +169,8 @@ def describe(watch: Watch, label, site, context: Context, outlives: bool, scratc
     if label is not None:
         category, name = label
         return Item(category, name, "" if category != "activations" else module, line, shape, dtype)
+    if was == "not found":
+        return Item("unattributed", "there before the profile began, in no tensor")
     if before:
         return Item("other", f"there before the profile began{was and ': '}{was}")
     if site is None:
@@ -187,6 +188,15 @@ def describe(watch: Watch, label, site, context: Context, outlives: bool, scratc
     if outlives and (context.phase == "forward" or replayed):
         return Item("activations", operation, module, line, shape, dtype)
     return Item("workspace", operation, module, line, shape, dtype)
+
+
+def next_backward(contexts: Sequence[Context]) -> list[int]:
+    """For each context the event at which the next backward pass begins; FOREVER where none does."""
+    begins, following = [], FOREVER
+    for context in reversed(contexts):
+        following = context.start if context.phase == "backward" else following
+        begins.append(following)
+    return begins[::-1]
 
 
 def blocks(watch: Watch, events: np.ndarray) -> np.ndarray:

@@ -82,6 +82,11 @@ class Watch:
                     self.trace.saw(tensor)
                 else:
                     self.at_start.append((*found[1:], f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"))
+        if self.sampler.device.type == "cuda" and isinstance(self.trace, AllocatorTrace):  # what only libraries hold: cuBLAS' workspaces
+            index = self.sampler.device.index
+            hidden = torch.cuda.memory_allocated(self.sampler.device) - sum(n for _, n, device, _ in self.at_start if device == index)
+            if hidden > 0:
+                self.at_start.append((-1, hidden, index, "not found"))
         self.first = self.trace.count
         self._handles = [
             register_module_forward_pre_hook(self._enter),
@@ -193,7 +198,7 @@ class Watch:
         while frame is not None and (path := frame.f_code.co_filename).startswith((LIBRARY, OWN, "<")):
             frame = frame.f_back
         place = (frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name) if frame is not None else ("", 0, "")
-        made = tuple((t.untyped_storage().nbytes(), tuple(t.shape), t.dtype) for t in _plain_tensors(out) if storage_of(t) is not None)
+        made = tuple((found[2], tuple(t.shape), t.dtype) for t in _plain_tensors(out) if (found := storage_of(t)) is not None)
         site = self.sites.setdefault((func, *place, made), len(self.sites))
         self.operations.extend((before, self.trace.count, site))
 

@@ -10,7 +10,7 @@ LayerKind = Literal["attention", "window", "linear", "delta", "lact", "conv"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """A Llama-style decoder, all attention or with other mixers in some of its layers. Raises ValueError naming the setting that is wrong."""
+    """A Llama-style decoder, all attention or with other mixers in some layers. Raises ValueError naming the setting that is wrong."""
 
     vocab_size: int
     """Number of token ids, V. Example: 256."""

@@ -42,7 +42,14 @@ class LinearAttention(nn.Module):
     """
 
     def __init__(
-        self, hidden_size: int, num_heads: int, head_dim: int, *, decay_rank: int = 16, longest_half_life: float = 8192, norm_eps: float = 1e-6
+        self,
+        hidden_size: int,
+        num_heads: int,
+        head_dim: int,
+        *,
+        decay_rank: int = 16,
+        longest_half_life: float = 8192,
+        norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
         self.head_dim = head_dim
@@ -73,7 +80,8 @@ class DeltaNet(nn.Module):
 
     Keys and queries have norm 1; beta is a sigmoid of x. A head's decay is ``-exp(log_rate) softplus(step_proj(x) + step_bias)``, drawn as
     in Mamba-2: rates from 1 to 16, steps from 0.001 to 0.1.
-    State: ``q_proj, k_proj, v_proj [H D, E]``, ``beta_proj [H, E]``, ``output``; gated also ``step_proj [H, E]``, ``log_rate, step_bias [H]``.
+    State: ``q_proj, k_proj, v_proj [H D, E]``, ``beta_proj [H, E]``, ``output``; gated also ``step_proj [H, E]``,
+    ``log_rate, step_bias [H]``.
     """
 
     def __init__(self, hidden_size: int, num_heads: int, head_dim: int, *, gated: bool = True, norm_eps: float = 1e-6) -> None:

@@ -3,7 +3,7 @@
 from longtrain.ops.attention import attention, attention_backward, merge_attention
 from longtrain.ops.linear_attention import linear_attention, linear_attention_backward
 from longtrain.ops.linear_cross_entropy import linear_cross_entropy
-from longtrain.ops.long_conv import long_conv
+from longtrain.ops.long_conv import long_conv, long_conv_2d, long_conv_backward
 
 __all__ = [
     "attention",
@@ -12,5 +12,7 @@ __all__ = [
     "linear_attention_backward",
     "linear_cross_entropy",
     "long_conv",
+    "long_conv_2d",
+    "long_conv_backward",
     "merge_attention",
 ]

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from longtrain.ops.attention import attention, attention_backward
-from longtrain.ops.long_conv import long_conv
+from longtrain.ops.long_conv import long_conv, long_conv_backward
 from longtrain.span import Layout, Span
 
 
@@ -136,12 +137,27 @@ class LongConvMixer:
     group_channels: int = 32
 
     def __call__(self, u_BTE: Tensor, gate_in_BTE: Tensor | None = None, gate_out_BTE: Tensor | None = None) -> Tensor:
-        cu_seqlens = None
-        if self.documents is not None and len(self.documents.edges) > 2:
-            cu_seqlens = torch.tensor(self.documents.edges, dtype=torch.int32)
-        return long_conv(
-            u_BTE, self.filter, self.skip, gate_in_BTE, gate_out_BTE, causal=self.causal, cu_seqlens=cu_seqlens, backend=self.backend
-        )
+        return long_conv(u_BTE, self.filter, self.skip, gate_in_BTE, gate_out_BTE, **self._options())
+
+    def _options(self) -> dict[str, Any]:
+        packed = self.documents is not None and len(self.documents.edges) > 2
+        cu_seqlens = torch.tensor(self.documents.edges, dtype=torch.int32) if packed else None
+        return {"causal": self.causal, "cu_seqlens": cu_seqlens, "backend": self.backend}
+
+    def mix_into(self, out_BTE: Tensor, u_BTE: Tensor, gate_in_BTE: Tensor | None = None, gate_out_BTE: Tensor | None = None) -> None:
+        """Writes the output to a group of channels of a larger tensor."""
+        long_conv(u_BTE, self.filter, self.skip, gate_in_BTE, gate_out_BTE, **self._options(), out=out_BTE)
+
+    def vjp_into(self, dout_BTE: Tensor, inputs: Sequence[Tensor], dinputs: Sequence[Tensor], dshared: Sequence[Tensor]) -> None:
+        """Writes the gradients of inputs and of `shared`, without running the forward again."""
+        wide = reduce(torch.promote_types, (x.dtype for x in (*inputs, *self.shared)), torch.float32)
+        sums = [d if d.dtype == wide and d.is_contiguous() else torch.empty(d.shape, dtype=wide, device=d.device) for d in dshared]
+        names = ("u", "gate_in", "gate_out")[: len(inputs)]
+        given, gradients = dict(zip(names, inputs)), {f"d{name}": d for name, d in zip(names, dinputs)}
+        long_conv_backward(dout_BTE, k=self.filter, skip=self.skip, **given, **self._options(), **gradients, dk=sums[0], dskip=sums[1])
+        for d, found in zip(dshared, sums, strict=True):
+            if found is not d:
+                d.copy_(found)
 
     def streams_by_span(self, chunk_tokens: int) -> bool:
         """Whether it is cheaper with the inputs before a chunk at hand than by channel group: at most a chunk of them."""
@@ -167,8 +183,10 @@ class LongConvMixer:
         return replace(self, filter=filter, skip=skip)
 
     def by_group(self, *inputs_BTE: Tensor) -> Iterator[tuple[slice, LongConvMixer, tuple[Tensor, ...]]]:
-        """`group_channels` channels at a time: (slice of the output's axis 2, mixer, inputs)."""
-        for start in range(0, inputs_BTE[0].shape[2], self.group_channels):
-            channels = slice(start, start + self.group_channels)
-            mixer = self.with_shared(self.filter[channels], self.skip[channels])
+        """`group_channels` channels at a time, or more to the end of a head: (slice of the output's axis 2, mixer, inputs)."""
+        share = inputs_BTE[0].shape[2] // self.filter.shape[0]
+        step = -(-self.group_channels // share) * share
+        for start in range(0, inputs_BTE[0].shape[2], step):
+            channels = slice(start, start + step)
+            mixer = self.with_shared(self.filter[start // share : (start + step) // share], self.skip[channels])
             yield channels, mixer, tuple(x[:, :, channels] for x in inputs_BTE)

@@ -153,6 +153,10 @@ def _mix_whole(mixer, inputs: Sequence[Tensor]) -> Tensor:
     out = None
     with torch.no_grad():
         for index, part, part_inputs in mixer.by_group(*inputs):
+            if hasattr(part, "mix_into"):
+                out = torch.empty_like(inputs[0]) if out is None else out
+                part.mix_into(out[:, :, index], *part_inputs)
+                continue
             part_out = part(*part_inputs)
             if out is None:
                 channels = inputs[0].shape[2]
@@ -169,6 +173,9 @@ def _mix_whole_vjp(mixer, inputs: Sequence[Tensor], dout: Tensor, replica: Repli
     values = mixer.with_shared(*(t.detach() for t in mixer.shared)).by_group(*inputs)
     sums = mixer.with_shared(*dshared).by_group(*dinputs)
     for (index, part, part_inputs), (_, dpart, dpart_inputs) in zip(values, sums, strict=True):
+        if hasattr(part, "vjp_into"):
+            part.vjp_into(dout[:, :, index], part_inputs, dpart_inputs, dpart.shared)
+            continue
         leaves = [t.detach().requires_grad_() for t in (*part_inputs, *part.shared)]
         with torch.enable_grad():
             out = part.with_shared(*leaves[len(inputs) :])(*leaves[: len(inputs)])

@@ -69,7 +69,8 @@ def run(given: str, out: str, dtype: str, shard: str) -> int:
     size = sum(t.nbytes for t in weights.values())
     print(f"{checkpoint} as {described['model_type']}: {len(weights)} tensors, {dtype}, {format_bytes(size)} in {files} files in {directory}")
     if described["model_type"] == "longtrain":
-        print("transformers has no class that computes this model (a pattern of windows or of layers, or partial rotation); longtrain reads it as train.init")
+        why = "a pattern of windows or of layers, or partial rotation"
+        print(f"transformers has no class that computes this model ({why}); longtrain reads it as train.init")
     return 0
 
 

@@ -11,10 +11,13 @@ UPCASTS = 1e-6
 EXACT = 1e-10
 """Where nothing upcasts: float64 rounds at 1e-16, and the random weights amplify it by less than 10^6."""
 
-QUICK = ["llama", "gemma2", "mixtral", "gpt_oss"]
-NOT_STREAMED = {"lfm2": {0, 2}, "qwen3_next": {0, 2}, "jamba": {0, 2}, "minimax": {1}}
+QUICK = ["llama", "gemma2", "mixtral", "gpt_oss", "lfm2"]
+NOT_STREAMED = {"jamba": {0, 2}, "minimax": {1}}
 REFUSED = {"doge": "cannot be run on 13 tokens with attn_implementation=\"longtrain\"", "bloom": "AttentionInterface", "gptj": "AttentionInterface", "mamba": "no layer of MambaForCausalLM can be streamed"}
 STREAMED = [family for family in hf_families.FAMILIES if family not in REFUSED]
+
+
+FLOAT32_RECURRENCES = {"qwen3_next", "qwen3_5_text", "olmo_hybrid", "mamba2", "bamba", "granitemoehybrid"}
 
 
 def quick_or_slow(families, quick):
@@ -26,11 +29,13 @@ def test_gradients_are_the_models_own(family):
     model = hf_families.build(family)
     batches = list(hf_families.batches())
     own = [hf_families.own_gradients(model, batch) for _, batch in batches]
+    recurrent = family in FLOAT32_RECURRENCES
+    bounds = [hf_families.bound(model, batch, expected) if recurrent else UPCASTS for (_, batch), expected in zip(batches, own, strict=True)]
     report = lt.apply(model, lt.Plan(chunk_tokens=8, loss_chunk_tokens=8, layer_fallback="unstreamed"))
     report.check_replay()
-    for (name, batch), expected in zip(batches, own, strict=True):
+    for (name, batch), expected, bound in zip(batches, own, bounds, strict=True):
         error = hf_families.difference(hf_families.gradients(model, batch), expected)
-        assert error <= UPCASTS, f"{name}: {error:.1e}"
+        assert error <= bound, f"{name}: {error:.1e}"
     left = {int(e.name.rsplit(".", 1)[1]) for e in report.entries if e.why and e.name.rsplit(".", 1)[1].isdigit()}
     assert left == NOT_STREAMED.get(family, set()), report
     assert all(not chain.store.names() for chain in report._chains), "extents were left behind"
@@ -68,7 +73,7 @@ def test_what_cannot_be_streamed_is_refused_with_its_reason(family):
 
 
 def test_a_layer_that_looks_across_tokens_is_refused_by_default():
-    model = hf_families.build("lfm2")
+    model = hf_families.build("jamba")
     with pytest.raises(ValueError, match="layers.0 cannot be streamed: its output in chunks of 5 differs.*unstreamed"):
         lt.apply(model, lt.Plan(chunk_tokens=8))
     assert model.config._attn_implementation == "sdpa"

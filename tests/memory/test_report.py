@@ -128,6 +128,13 @@ def test_a_step_that_fails_leaves_the_report_and_the_error(error, changes, tmp_p
     assert str(error) in (tmp_path / "profile.html").read_text()
 
 
+def test_the_cpu_s_allocator_that_gives_no_more_is_out_of_memory(tmp_path, source):
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        with lt.profile(tmp_path, quiet=True, changes=lambda: ["less"]) as watched:
+            nn.Linear(8, 8)(torch.empty(1 << 48, 8))
+    assert watched.result["changes"] == ["less"] and "allocate" in watched.result["failure"]["error"]
+
+
 def test_a_backward_pass_that_fails_is_named_by_its_layer(tmp_path, source):
     class Broken(torch.autograd.Function):
         @staticmethod

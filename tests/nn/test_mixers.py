@@ -117,7 +117,8 @@ def test_layers_in_yaml_and_their_errors_with_line_numbers(tmp_path):
     def load(model_lines):
         file = tmp_path / "c.yaml"
         shape = "vocab_size: 256\n  num_layers: 4\n  hidden_size: 32\n  intermediate_size: 64\n  num_heads: 4\n  num_kv_heads: 2"
-        file.write_text(f"model:\n  {shape}\n{model_lines}data: {{source: stdlib, seq_len: 64}}\ntrain: {{steps: 1, lr: 1e-3}}\noutput: {{dir: out}}\n")
+        rest = "data: {source: stdlib, seq_len: 64}\ntrain: {steps: 1, lr: 1e-3}\noutput: {dir: out}\n"
+        file.write_text(f"model:\n  {shape}\n{model_lines}{rest}")
         return load_config(file, ["memory.chunk_tokens=16"])[0].model
 
     config = load("  layers: [conv, window, attention, linear]\n  window: [8]\n  conv_taps: 9\n")

@@ -49,7 +49,8 @@ def assert_same(ours, theirs, tolerance=1e-12):
     scale = max(float(t.detach().double().norm()) for t in theirs.values())
     for name in theirs:
         assert ours[name].dtype == theirs[name].dtype and ours[name].shape == theirs[name].shape, name
-        error, norm = float((ours[name].detach().double() - theirs[name].detach().double()).norm()), float(theirs[name].detach().double().norm())
+        a, b = ours[name].detach().double(), theirs[name].detach().double()
+        error, norm = float((a - b).norm()), float(b.norm())
         # zero by mathematics (decays of one token, states behind a document): noise, held to the whole
         assert error <= tolerance * (norm if norm > 1e-10 * scale else scale), f"{name}: {error / max(norm, 1e-300):.2e}"
 
@@ -233,7 +234,8 @@ def test_decayed_scores_by_their_definition():
 @pytest.mark.parametrize("forget, beta", [(None, False), ("feature", True)])
 def test_the_op_is_registered_as_torch_wants_it(forget, beta):
     data = {name: t.requires_grad_() for name, t in make(T=12, forget=forget, beta=beta, state=beta).items()}
-    full = (data["q"], data["k"], data["v"], data.get("decay"), data.get("beta"), data.get("initial_state"), torch.tensor([0, 5, 12]), 0.5, 4)
+    optional = (data.get("decay"), data.get("beta"), data.get("initial_state"), torch.tensor([0, 5, 12]))
+    full = (data["q"], data["k"], data["v"], *optional, 0.5, 4)
     torch.library.opcheck(torch.ops.longtrain.linear_attention.default, full)
 
 

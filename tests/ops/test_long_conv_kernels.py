@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from longtrain._extension import MISSING
-from longtrain.ops.long_conv import cpp, explain, fft, long_conv
+from longtrain.ops.long_conv import cpp, explain, fft, long_conv, long_conv_backward
 from longtrain.ops.long_conv.call import Wanted, build_call
 from tests.ops.long_conv_cases import Case, directly, draw, error, found
 
@@ -26,7 +26,7 @@ def roundings(dtype: torch.dtype) -> float:
 
 def ours(case: Case, method: str = "", instruction_set: str = "") -> dict[str, torch.Tensor]:
     call, dy, wanted = case.call()
-    return found(cpp.forward(call, instruction_set, method), cpp.backward(call, dy, wanted, instruction_set, method))
+    return found(cpp.forward(call, None, instruction_set, method), cpp.backward(call, dy, wanted, None, instruction_set, method))
 
 
 def assert_exact(case: Case, method: str = "", instruction_set: str = "") -> None:
@@ -151,6 +151,42 @@ def test_strides():
     u = u.detach().requires_grad_()
     expanded = torch.autograd.grad(long_conv(u, k).sum(), u)[0]
     assert torch.equal(expanded, torch.autograd.grad(long_conv(u, k), u, torch.ones_like(u))[0])
+
+
+@pytest.mark.parametrize("backend", ["cpp", "fft", "reference"])
+def test_a_group_of_channels_is_written_in_place(backend):
+    """`out` and the gradients are strided views of larger tensors; what lies beside them stays as it is."""
+    case = Case(B=2, T=300, E=6, H=3, W=300, causal=False, edges=(0, 120, 300), skip=True, gate_in=True, gate_out=True, dtype=torch.float32, seed=5)
+    call, dy, wanted = case.call()
+    arguments = dict(u=call.u_BTE, k=call.k_HW, skip=call.skip_E, gate_in=call.gate_in_BTE, gate_out=call.gate_out_BTE, causal=False,
+                     cu_seqlens=torch.tensor(case.edges), backend=backend)
+    frames = {name: torch.full((2, 300, 10), 7.0) for name in ("out", "du", "dgate_in", "dgate_out")}
+    views = {name: x[:, :, 2:8] for name, x in frames.items()}
+    dk, dskip = torch.full((3, 300), 7.0), torch.full((6,), 7.0)
+    assert long_conv(**arguments, out=views.pop("out")) is not None
+    long_conv_backward(dy, **arguments, **views, dk=dk, dskip=dskip)
+    exact = directly(call, dy, wanted)
+    for x, name in ((frames["out"], "y"), (frames["du"], "du_BTE"), (frames["dgate_in"], "dgate_in_BTE"), (frames["dgate_out"], "dgate_out_BTE")):
+        assert error(x[:, :, 2:8], exact[name]) < 1e-6 and x[:, :, :2].eq(7).all() and x[:, :, 8:].eq(7).all()
+    assert error(dk, exact["dk_HW"]) < 1e-6 and error(dskip, exact["dskip_E"]) < 1e-6
+
+
+@pytest.mark.parametrize("change,message", [
+    (dict(dk=torch.empty(3, 9).bfloat16()), "dk: found torch.bfloat16, expected torch.float32"),
+    (dict(du=torch.empty(1, 9, 2)), r"du: found shape \(1, 9, 2\)"),
+    (dict(dskip=torch.empty(3)), "dskip: found a tensor, expected None, since skip is None"),
+    (dict(dy=torch.empty(1, 8, 3)), "dy: found shape"),
+    (dict(backend="monarch"), "backend: found 'monarch'"),
+])
+def test_bad_input_to_the_backward_is_named(change, message):
+    with pytest.raises(ValueError, match=f"long_conv: {message}"):
+        long_conv_backward(**dict(dy=torch.ones(1, 9, 3), u=torch.ones(1, 9, 3), k=torch.ones(3, 9), du=torch.empty(1, 9, 3)) | change)
+
+
+def test_out_is_refused_where_gradients_are_wanted():
+    u = torch.ones(1, 9, 3, requires_grad=True)
+    with pytest.raises(ValueError, match="long_conv: out: found a tensor where gradients are wanted"):
+        long_conv(u, torch.ones(3, 9), out=torch.empty(1, 9, 3))
 
 
 def test_kernels_serve_mixed_filter_dtypes_and_refuse_the_rest():

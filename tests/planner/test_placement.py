@@ -54,7 +54,7 @@ def within(problem: Problem, choice: list[int]) -> bool:
 
 @pytest.mark.parametrize("seeds", [range(12), pytest.param(range(100, 300), marks=pytest.mark.slow)], ids=["few", "many"])
 def test_the_greedy_choice_is_near_the_exact_one(seeds):
-    pytest.importorskip("scipy", reason="scipy is not installed, so the planner was NOT compared with an exact solution: pip install scipy")
+    pytest.importorskip("scipy", reason="the planner was NOT compared with an exact solution: pip install 'longtrain[dev]' for scipy")
     from tests.planner.exact import least_seconds
 
     ratios, missed = [], 0

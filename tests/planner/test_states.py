@@ -1,4 +1,4 @@
-"""What layers with a state of fixed size cost: their footprint, the tiers' share of their entry states, and the workspace of their derivative."""
+"""What layers with a state of fixed size cost: footprint, what tiers hold of their entry states, workspace of their derivative."""
 
 from __future__ import annotations
 
@@ -78,7 +78,8 @@ def most_held(run) -> int:
     return most
 
 
-@pytest.mark.parametrize("gated, delta", [(None, False), ("head", False), ("feature", False), (None, True), ("head", True), ("feature", True)])
+@pytest.mark.parametrize("gated", [None, "head", "feature"])
+@pytest.mark.parametrize("delta", [False, True])
 def test_the_workspace_of_linear_attention_is_what_it_says(gated, delta):
     B, T, H, D = 1, 512, 2, 64
     inputs = [torch.randn(B, T, H, D), F.normalize(torch.randn(B, T, H, D), dim=-1), torch.randn(B, T, H, D)]

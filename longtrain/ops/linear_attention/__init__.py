@@ -50,7 +50,7 @@ def linear_attention(
     backend: "auto", or one of "chunked", "reference".
 
     Returns q's dtype [B, T, H, Dv], with return_state also the last state [B, H, D, Dv]. States and all arithmetic are float32 at least
-    (float64 where an input is). The chunked backend saves its inputs, is differentiable once (and says so), the reference any number of times.
+    (float64 where an input is). The chunked backend saves its inputs and is differentiable once (it says so), the reference often.
     Raises ValueError for tensors that do not fit together.
     """
     call = checked(q, k, v, decay, beta, scale, initial_state, cu_seqlens, chunk_size)
@@ -154,7 +154,9 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _autograd_backward(ctx, dout, dstate, _dentries):
     if torch.is_grad_enabled():
-        raise RuntimeError("linear_attention: the chunked backend has no second derivatives (create_graph=True); backend='reference' has them")
+        raise RuntimeError(
+            "linear_attention: the chunked backend has no second derivatives (create_graph=True); backend='reference' has them"
+        )
     *given, entries = ctx.saved_tensors
     if dout is None:
         dout = torch.zeros_like(given[2], dtype=given[0].dtype)

@@ -54,12 +54,11 @@ def footprint_bytes(
 
 def forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """Output ``[B, T, H, Dv]`` in q's dtype, the last state ``[B, H, D, Dv]``, the entry states ``[B, pieces, H, D, Dv]``, both wide."""
-    B, T, H, D = call.q_BTHD.shape
+    (B, _, H, D), V = call.q_BTHD.shape, call.v_BTHV.shape[3]
     out_BTHV = call.v_BTHV.new_empty(call.v_BTHV.shape, dtype=call.q_BTHD.dtype)
-    pieces = _pieces(call)
-    entries_BPHDV = call.v_BTHV.new_zeros(B, len(pieces), H, D, call.v_BTHV.shape[3], dtype=call.wide)
-    state_BHDV = entries_BPHDV.new_zeros(B, H, D, call.v_BTHV.shape[3]) if call.state_BHDV is None else call.state_BHDV.to(call.wide, copy=True)
-    marked = call.marked_decay()
+    pieces, marked = _pieces(call), call.marked_decay()
+    entries_BPHDV = call.v_BTHV.new_zeros(B, len(pieces), H, D, V, dtype=call.wide)
+    state_BHDV = entries_BPHDV.new_zeros(B, H, D, V) if call.state_BHDV is None else call.state_BHDV.to(call.wide, copy=True)
     for p, tokens in enumerate(pieces):
         entries_BPHDV[:, p] = state_BHDV
         piece = _Piece.make(call, marked, tokens)

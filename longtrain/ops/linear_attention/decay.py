@@ -78,8 +78,8 @@ def _between(g: Tensor) -> Tensor:
     return g.expand(*g.shape[:-1], g.shape[-2]).tril(-1).cumsum(-2).exp_().tril_()
 
 
-# One decay a feature does not factor into one matrix product. But where a pair of tokens lies on two sides of a point, its decay is that from
-# the earlier one to the point times that from the point to the later one, both at most 1; and halves of halves of a chunk put every
+# With one decay a feature the scores are no matrix product. But where a pair of tokens lies on two sides of a point, its decay is that
+# from the earlier one to the point times that from the point to the later one, both at most 1; and halves of halves of a chunk put every
 # pair on two sides of a middle. (GLA, arXiv:2312.06635, section 4, splits a chunk once, and the smallest blocks feature by feature.)
 
 

@@ -6,6 +6,6 @@ Read `reference.py` for what is computed, `interface.py` for the public function
 
 from .fft import footprint_bytes
 from .images import long_conv_2d
-from .interface import explain, long_conv
+from .interface import explain, long_conv, long_conv_backward
 
-__all__ = ["explain", "footprint_bytes", "long_conv", "long_conv_2d"]
+__all__ = ["explain", "footprint_bytes", "long_conv", "long_conv_2d", "long_conv_backward"]

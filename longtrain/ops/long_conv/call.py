@@ -111,6 +111,17 @@ def check_tensors(u, k, skip, gate_in, gate_out, causal, cu_seqlens) -> None:
         raise wrong("cu_seqlens", f"{cu_seqlens.shape[0]} entries", "documents + 1 of them, at least 2")
 
 
+def check_like(name: str, x, shape: torch.Size, dtype: torch.dtype, u: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise wrong(name, type(x).__name__, "a tensor")
+    if x.shape != shape:
+        raise wrong(name, f"shape {tuple(x.shape)}", f"shape {tuple(shape)}")
+    if x.dtype != dtype:
+        raise wrong(name, x.dtype, f"{dtype}")
+    if x.device != u.device:
+        raise wrong(name, x.device, f"u's device {u.device}")
+
+
 def build_call(u, k, skip, gate_in, gate_out, causal, cu_seqlens) -> Call:
     """The call as data. Reads `cu_seqlens` (a device synchronisation if it is on a GPU: keep it on the CPU).
 

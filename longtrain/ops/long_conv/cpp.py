@@ -45,22 +45,36 @@ def _inputs(call: Call) -> tuple[Tensor | None, ...]:
     return _dense(call.u_BTE), _dense(call.k_HW), skip, _dense(call.gate_in_BTE), _dense(call.gate_out_BTE)
 
 
-def forward(call: Call, instruction_set: str = "", method: str = "") -> Tensor:
-    """y [B, T, E] in u's dtype. `method`: "direct", "pieces" or "whole" instead of the cheapest; for tests."""
-    y_BTE = torch.empty(call.u_BTE.shape, dtype=call.u_BTE.dtype)
-    torch.ops.longtrain._long_conv_forward(*_inputs(call), call.edges, call.causal, y_BTE, instruction_set, method)
-    return y_BTE
+def forward(call: Call, out_BTE: Tensor | None = None, instruction_set: str = "", method: str = "") -> Tensor:
+    """y [B, T, E] in u's dtype, in `out_BTE` where given. `method`: "direct", "pieces" or "whole" instead of the cheapest; for tests."""
+    y_BTE = torch.empty(call.u_BTE.shape, dtype=call.u_BTE.dtype) if out_BTE is None else out_BTE
+    written = _dense(y_BTE)
+    torch.ops.longtrain._long_conv_forward(*_inputs(call), call.edges, call.causal, written, instruction_set, method)
+    return y_BTE if written is y_BTE else y_BTE.copy_(written)
 
 
-def backward(call: Call, dy_BTE: Tensor, wanted: Wanted, instruction_set: str = "", method: str = "") -> Gradients:
-    shape, dtype = call.u_BTE.shape, call.u_BTE.dtype
+def backward(
+    call: Call, dy_BTE: Tensor, wanted: Wanted, into: Gradients | None = None, instruction_set: str = "", method: str = ""
+) -> Gradients:
+    """The wanted gradients, in the tensors of `into` where given."""
+    if into is None:
+        into = _empty(call, wanted)
+    out = [getattr(into, name) for name in into.__slots__]
+    written = [_dense(x) for x in out]
+    torch.ops.longtrain._long_conv_backward(_dense(dy_BTE), *_inputs(call), call.edges, call.causal, *written, instruction_set, method)
+    for x, found in zip(out, written):
+        if found is not x:
+            x.copy_(found)
+    return into
 
+
+def _empty(call: Call, wanted: Wanted) -> Gradients:
     def empty(want: bool, shape, dtype: torch.dtype) -> Tensor | None:
         return torch.empty(shape, dtype=dtype) if want else None
 
-    out = (
-        empty(wanted.u, shape, dtype), empty(wanted.k, call.k_HW.shape, call.wide), empty(wanted.skip, (shape[2],), call.wide),
-        empty(wanted.gate_in, shape, dtype), empty(wanted.gate_out, shape, dtype),
+    shape, dtype = call.u_BTE.shape, call.u_BTE.dtype
+    return Gradients(
+        du_BTE=empty(wanted.u, shape, dtype), dk_HW=empty(wanted.k, call.k_HW.shape, call.wide),
+        dskip_E=empty(wanted.skip, shape[2:], call.wide), dgate_in_BTE=empty(wanted.gate_in, shape, dtype),
+        dgate_out_BTE=empty(wanted.gate_out, shape, dtype),
     )
-    torch.ops.longtrain._long_conv_backward(_dense(dy_BTE), *_inputs(call), call.edges, call.causal, *out, instruction_set, method)
-    return Gradients(du_BTE=out[0], dk_HW=out[1], dskip_E=out[2], dgate_in_BTE=out[3], dgate_out_BTE=out[4])

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from . import cpp, fft, reference
-from .call import Call, Wanted, build_call, check_tensors, wrong
+from .call import Call, Gradients, Wanted, build_call, check_like, check_tensors, wrong
 
 BACKENDS: dict[str, Any] = {"cpp": cpp, "fft": fft, "reference": reference}
 """In order of preference of backend="auto": modules with `refuse(call)` -> why not, or None; `forward(call)` -> y; `backward(call, dy,
-wanted)` -> Gradients. The reference has no backward: it is differentiated by autograd, as often as one likes."""
+wanted)` -> Gradients. `long_conv` runs the reference outside of the ops, so that autograd differentiates it as often as one likes."""
 
 
 def long_conv(
@@ -28,6 +28,7 @@ def long_conv(
     causal: bool = True,
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
+    out: Tensor | None = None,
 ) -> Tensor:
     """y_t = gate_out_t * (sum over lags l of k_l (gate_in * u)_{t-l}  +  skip * (gate_in * u)_t), by channel.
 
@@ -45,6 +46,7 @@ def long_conv(
         cu_seqlens: int32 or int64 [documents + 1], 0 first and T last: documents packed along T do not see each other (in every row of
             the batch the same boundaries).
         backend: "auto", or a name from `explain(...)`.
+        out: [B, T, E] in u's dtype, of any strides: y is written there; without gradients, as with torch's own `out`.
 
     Returns:
         y [B, T, E] in u's dtype. Arithmetic and the gradients' sums are float32 (float64 where an input is). The backward saves u, k,
@@ -55,10 +57,72 @@ def long_conv(
         ValueError: naming argument, found and expected; or a named backend's reason to refuse.
     """
     check_tensors(u, k, skip, gate_in, gate_out, causal, cu_seqlens)
+    if out is not None:
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (u, k, skip, gate_in, gate_out, out)):
+            raise wrong("out", "a tensor where gradients are wanted", "None, or a call under torch.no_grad()")
+        check_like("out", out, u.shape, u.dtype, u)
+        call = build_call(u, k, skip, gate_in, gate_out, causal, cu_seqlens)
+        chosen = _select(call, backend)
+        if u.numel():
+            chosen.forward(call, out) if chosen is cpp else out.copy_(chosen.forward(call))
+        return out
     if backend == "reference":
         with torch.autocast(u.device.type, enabled=False):
             return reference.forward(build_call(u, k, skip, gate_in, gate_out, causal, cu_seqlens))
     return _forward_op(u, k, skip, gate_in, gate_out, cu_seqlens, causal, backend)
+
+
+def long_conv_backward(
+    dy: Tensor,
+    u: Tensor,
+    k: Tensor,
+    skip: Tensor | None = None,
+    gate_in: Tensor | None = None,
+    gate_out: Tensor | None = None,
+    causal: bool = True,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+    *,
+    du: Tensor | None = None,
+    dk: Tensor | None = None,
+    dskip: Tensor | None = None,
+    dgate_in: Tensor | None = None,
+    dgate_out: Tensor | None = None,
+) -> None:
+    """Writes the gradients of `long_conv` whose tensors are given, from y's gradient dy [B, T, E]; no forward is run.
+
+    Args:
+        du, dgate_in, dgate_out: [B, T, E] in the dtype of what they are the gradient of, of any strides: a group of channels of a larger
+            tensor will do.
+        dk: as k, dskip: as skip; both contiguous and wide (float32, float64 where an input is).
+
+    Raises:
+        ValueError: as `long_conv`.
+    """
+    check_tensors(u, k, skip, gate_in, gate_out, causal, cu_seqlens)
+    check_like("dy", dy, u.shape, u.dtype, u)
+    call = build_call(u, k, skip, gate_in, gate_out, causal, cu_seqlens)
+    pairs = dict(du=(du, u), dk=(dk, k), dskip=(dskip, skip), dgate_in=(dgate_in, gate_in), dgate_out=(dgate_out, gate_out))
+    for name, (gradient, x) in pairs.items():
+        if gradient is None:
+            continue
+        if x is None:
+            raise wrong(name, "a tensor", f"None, since {name[1:]} is None")
+        check_like(name, gradient, x.shape, call.wide if name in ("dk", "dskip") else x.dtype, u)
+    chosen = _select(call, backend)
+    given = Gradients(du_BTE=du, dk_HW=dk, dskip_E=dskip, dgate_in_BTE=dgate_in, dgate_out_BTE=dgate_out)
+    wanted = Wanted(**{name[1:]: gradient is not None for name, (gradient, _) in pairs.items()})
+    with torch.no_grad(), torch.autocast(u.device.type, enabled=False):
+        if not u.numel():
+            for gradient, _ in pairs.values():
+                gradient is None or gradient.zero_()
+        elif chosen is cpp:
+            cpp.backward(call, dy, wanted, given)
+        else:
+            found = chosen.backward(call, dy, wanted)
+            for name in given.__slots__:
+                if getattr(given, name) is not None:
+                    getattr(given, name).copy_(getattr(found, name))
 
 
 def explain(u: Tensor, k: Tensor, skip: Tensor | None = None, gate_in: Tensor | None = None, gate_out: Tensor | None = None,

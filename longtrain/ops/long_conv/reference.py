@@ -7,10 +7,12 @@ v is 0 outside the token's own document.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from .call import Call, reach
+from .call import Call, Gradients, Wanted, reach
 
 
 def refuse(call: Call) -> str | None:
@@ -41,3 +43,16 @@ def forward(call: Call) -> Tensor:
     if call.gate_out_BTE is not None:
         y_BTE = y_BTE * call.gate_out_BTE
     return y_BTE.to(call.u_BTE.dtype)
+
+
+def backward(call: Call, dy_BTE: Tensor, wanted: Wanted) -> Gradients:
+    """By autograd."""
+    tensors = {"u": call.u_BTE, "k": call.k_HW.to(call.wide), "skip": call.skip_E, "gate_in": call.gate_in_BTE, "gate_out": call.gate_out_BTE}
+    tensors["skip"] = None if call.skip_E is None else call.skip_E.to(call.wide)
+    leaves = {name: x.detach().requires_grad_() for name, x in tensors.items() if getattr(wanted, name)}
+    u, k, skip, gate_in, gate_out = (leaves.get(name, x) for name, x in tensors.items())
+    with torch.enable_grad():
+        y_BTE = forward(replace(call, u_BTE=u, k_HW=k, skip_E=skip, gate_in_BTE=gate_in, gate_out_BTE=gate_out))
+    found = dict(zip(leaves, torch.autograd.grad(y_BTE, list(leaves.values()), dy_BTE)))
+    return Gradients(du_BTE=found.get("u"), dk_HW=found.get("k"), dskip_E=found.get("skip"), dgate_in_BTE=found.get("gate_in"),
+                     dgate_out_BTE=found.get("gate_out"))
