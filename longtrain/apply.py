@@ -208,7 +208,7 @@ def _share(model: nn.Module, report: Report, layers: Sequence[tuple[int, Candida
         from longtrain import hf
 
         if (pretrained := hf.pretrained_of(model)) is not None:
-            hf.share(pretrained, sharing, report._undo)
+            hf.share(pretrained, layers[0][1].layer, sharing, report._undo)
             return sharing
     raise ValueError(f"{type(model).__name__} has no make_layout, by which it would be told the positions that a process holds")
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from longtrain.hf.head import lazy_forward, streamed_loss
+from longtrain.hf.mask import OfWhole
 from longtrain.hf.router import give_out, routers_of
 from longtrain.hf.trace import Found, find_layers
 from longtrain.plan import Plan
@@ -140,7 +141,8 @@ def _check_call(plan: Plan, balanced: bool, module: PreTrainedModel, args: tuple
     if torch.is_grad_enabled() and (kwargs.get("use_cache") or kwargs.get("past_key_values") is not None):
         raise ValueError("a KV cache in training: pass use_cache=False and no past_key_values, or call under torch.no_grad()")
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
-    if isinstance(mask, Tensor) and isinstance(positions, Tensor) and mask.ndim == 2 and positions.shape[-1] == mask.shape[-1]:
+    given = isinstance(mask, Tensor) and not isinstance(mask, OfWhole) and mask.ndim == 2
+    if given and isinstance(positions, Tensor) and positions.shape[-1] == mask.shape[-1]:
         joined = mask[:, 1:].bool() & mask[:, :-1].bool()
         if positions.ndim == 2 and bool((joined & (positions.diff(dim=-1) != 1)).any()):
             raise ValueError("position_ids restart inside a row and attention_mask is given: transformers then lets packed documents see "

@@ -13,18 +13,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from longtrain.hf.mask import OfWhole
+from longtrain.hf.mask import Mask, OfWhole
 from longtrain.span import IGNORE_INDEX
 
 CUT = ("input_ids", "inputs_embeds")
 
 
-def share(pretrained: PreTrainedModel, sharing, undo: list[Callable[[], Any]]) -> None:
-    """Have `pretrained` run on a part of what it is given. What was changed is put on `undo`."""
-    undo.append(pretrained.register_forward_pre_hook(partial(_take_part, sharing), with_kwargs=True).remove)
+def share(pretrained: PreTrainedModel, layer: nn.Module, sharing, undo: list[Callable[[], Any]]) -> None:
+    """Have `pretrained`, of which `layer` is one, run on a part of what it is given. What was changed is put on `undo`."""
+    take_part = partial(_take_part, sharing, _keeps_documents_apart(pretrained, layer))
+    undo.append(pretrained.register_forward_pre_hook(take_part, with_kwargs=True).remove)
     loss = pretrained.loss_function
     pretrained.loss_function = partial(_total, sharing, loss)
     undo.append(partial(setattr, pretrained, "loss_function", loss))
@@ -34,7 +35,29 @@ def _total(sharing, loss: Callable[..., Tensor], *args: Any, **kwargs: Any) -> T
     return sharing.total(loss(*args, **kwargs))
 
 
-def _take_part(sharing, module: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+def _keeps_documents_apart(pretrained: PreTrainedModel, layer: nn.Module) -> bool:
+    """Whether the family's masks do so where positions restart: not all do, and then it is not done here either."""
+    if "position_ids" not in inspect.signature(pretrained.forward).parameters:
+        return False
+    masks: list[Mask] = []
+
+    def note(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        masks.extend(value for value in (*args, *kwargs.values()) if isinstance(value, Mask))
+
+    hook = layer.register_forward_pre_hook(note, with_kwargs=True)
+    weight = pretrained.get_input_embeddings().weight
+    positions = torch.cat([torch.arange(6), torch.arange(7)])[None].to(weight.device)
+    try:
+        with torch.random.fork_rng(devices={weight.device} if weight.is_cuda else []), torch.no_grad():
+            pretrained(input_ids=positions % weight.shape[0], position_ids=positions, use_cache=False)
+    finally:
+        hook.remove()
+    return any(len(row.documents.edges) > 2 for mask in masks for row in mask.rows)
+
+
+def _take_part(
+    sharing, apart: bool, module: PreTrainedModel, args: tuple, kwargs: dict[str, Any]
+) -> tuple[tuple, dict[str, Any]] | None:
     """A call of the whole batch as a call of this process's part. Raises ValueError for arguments that cannot be cut."""
     signature = inspect.signature(module.forward)
     given = dict(signature.bind_partial(*args, **kwargs).arguments)
@@ -54,7 +77,7 @@ def _take_part(sharing, module: PreTrainedModel, args: tuple, kwargs: dict[str, 
         raise ValueError(f"{unknown[0]} runs along the tokens, and it is not known how to cut it for several processes; leave it out")
     device = given[CUT[0] if CUT[0] in given else CUT[1]].device
     positions = torch.arange(tokens, device=device)[None] if positions is None else positions
-    layout = sharing.layout(tokens, given.get("cu_seq_lens_q", _documents(positions)))
+    layout = sharing.layout(tokens, given.get("cu_seq_lens_q", _documents(positions) if apart else None))
     given |= {name: layout.take(given[name]) for name in CUT if name in given}
     given["position_ids"] = layout.take(positions)
     given["attention_mask"] = torch.ones(batch, tokens, dtype=torch.bool, device=device).as_subclass(OfWhole)
