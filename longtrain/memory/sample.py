@@ -27,7 +27,7 @@ class _Mallinfo(ctypes.Structure):
 class Sampler:
     """`rows`: `COLUMNS` of each look, -1 for what this system does not say. `events`: transfers of the token stores."""
 
-    def __init__(self, device: torch.device, every: float = 0.01) -> None:
+    def __init__(self, device: torch.device, every: float = 0.025) -> None:
         self.device, self.every = device, every
         self.rows = array("q")
         self.events: list[Event] = []
