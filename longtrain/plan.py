@@ -66,7 +66,7 @@ class Offload:
     """Stored mixer outputs; their LSE goes with them, never compressed."""
 
     kv: Split | tuple[Split, ...] = STAY
-    """Stored keys and values."""
+    """Stored keys and values; and, uncompressed, the inputs of mixers that see the whole sequence."""
 
     host_bytes: int = 0
     """Size of the host arena."""

@@ -53,7 +53,7 @@ class OffloadConfig:
     """Stored attention outputs (`memory.store_outputs`). Example: {device: 0.25, host: 0.5}."""
 
     kv: Literal["device", "host", "disk"] | SplitConfig = "device"
-    """Stored keys and values (`memory.store_kv`; of windowed layers, all). Example: disk."""
+    """Stored keys and values (`memory.store_kv`; of windowed layers, all; of long convolutions their inputs). Example: disk."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
