@@ -77,8 +77,10 @@ def sentence(result: dict[str, Any]) -> str:
 
 
 def changes_that_fit(model: ModelFootprint, plan: Plan, tokens: int, room: int, batch: int = 1, tiers: Offload | None = None) -> list[str]:
-    """The three cheapest single changes of `plan` whose predicted peak fits `room` bytes, cheapest in step time first; a shorter sequence and
-    a larger budget come last, since they change what is trained or what is bought."""
+    """The three cheapest single changes of `plan` whose predicted peak fits `room` bytes, cheapest in step time first.
+
+    A shorter sequence and a larger budget come last, since they change what is trained or what is bought.
+    """
     layers = len(model.layers)
 
     def cheapest_that_fits(name: str, values) -> tuple[float, str] | None:

@@ -113,7 +113,8 @@ class Fails(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "error, changes", [(ValueError("the second layer is broken"), []), (torch.OutOfMemoryError("CUDA out of memory"), ["memory.chunk_tokens: 64"])]
+    "error, changes",
+    [(ValueError("the second layer is broken"), []), (torch.OutOfMemoryError("CUDA out of memory"), ["memory.chunk_tokens: 64"])],
 )
 def test_a_step_that_fails_leaves_the_report_and_the_error(error, changes, tmp_path, source):
     asked = []
