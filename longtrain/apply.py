@@ -192,6 +192,8 @@ def _share(model: nn.Module, report: Report, layers: Sequence[tuple[int, Candida
     if held := next((candidate.name for _, candidate in layers if getattr(candidate.layer, "carries_states", False)), None):
         raise ValueError(f"{held} carries its states from chunk to chunk, and processes cannot hand them on yet: leave out group and parallel")
     shapes = [shapes_of(candidate.layer, PROOF_TOKENS) for _, candidate in layers if candidate.counts]
+    if report.plan.kv_block_tokens is not None:
+        raise ValueError("kv_block_tokens is for one process: leave it out where processes share a sequence, or leave out group and parallel")
     sharing = Sharing(report.plan, parallel, group, shapes)
     if hasattr(model, "make_layout"):
         before, model.make_layout = model.make_layout, sharing.layout
