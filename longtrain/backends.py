@@ -84,6 +84,8 @@ def typical_calls(device: torch.device) -> Iterator[tuple[str, str, dict[str, An
         u, k = torch.empty(1, 256, 8, dtype=dtype, device=device), torch.empty(8, 256, device=device)
         yield "long_conv", f"{name} causal", dict(u=u, k=k)
         yield "long_conv", f"{name} two-sided", dict(u=u, k=k, causal=False)
+        yield "long_conv", f"{name} filter of a head, gates, documents", dict(
+            u=u, k=k[:2], gate_in=u, gate_out=u, cu_seqlens=torch.tensor([0, 100, 256], dtype=torch.int32))
 
 
 def _of_shapes(call: dict[str, Any], dtype: torch.dtype, device: str | torch.device | None) -> dict[str, Any]:

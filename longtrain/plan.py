@@ -66,7 +66,7 @@ class Offload:
     """Stored mixer outputs; their LSE goes with them, never compressed."""
 
     kv: Split | tuple[Split, ...] = STAY
-    """Stored keys and values."""
+    """Stored keys and values; and, uncompressed, the inputs of mixers that see the whole sequence."""
 
     host_bytes: int = 0
     """Size of the host arena."""
@@ -115,9 +115,9 @@ class Plan:
     """Fraction of the tokens (the last ones) whose keys and values are kept from the forward pass; one number, or one a layer."""
 
     kv_block_tokens: int | None = None
-    """Keys and values of layers that see the whole sequence lie in the token store, all of them, in the tiers of `offload.kv`, and come to the
-    device in blocks of so many tokens (a multiple of `chunk_tokens`), with their gradient sums in the backward pass. None: whole on the
-    device while their layer runs."""
+    """Keys and values of layers that see the whole sequence lie in the token store, all of them, in the tiers of `offload.kv`, and come
+    to the device in blocks of so many tokens (a multiple of `chunk_tokens`), with their gradient sums in the backward pass. None: whole
+    on the device while their layer runs."""
 
     boundaries: Literal["stream", "tensor"] = "stream"
     """`stream`: between layers only stand-ins travel, the contents live in the token store and are freed chunk by chunk.

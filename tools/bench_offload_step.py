@@ -40,9 +40,14 @@ from step_methods import on_disk
 from step_process import machine, status_bytes
 
 BASELINE = "memory"
-VARIANTS = {BASELINE: (0.0, False, 0), "disk": (0.0, True, 0), "disk, outputs stored": (1.0, True, 0), "disk, K/V in blocks": (1.0, True, 16)}
-"""Share of the attention outputs that is stored, whether everything that is stored goes to disk, and chunks in a block of layer 0's keys and
-values, whose sums go there too."""
+VARIANTS = {
+    BASELINE: (0.0, False, 0),
+    "disk": (0.0, True, 0),
+    "disk, outputs stored": (1.0, True, 0),
+    "disk, K/V in blocks": (1.0, True, 16),
+}
+"""Share of the attention outputs that is stored, whether everything that is stored goes to disk, and chunks in a block of layer 0's keys
+and values, whose sums go there too."""
 
 CPU = torch.device("cpu")
 
@@ -108,7 +113,7 @@ def same(variant: str, row: dict, base: dict) -> bool:
 def table(rows: dict[str, dict], a: argparse.Namespace) -> str:
     base, width = rows[BASELINE], max(map(len, rows))
     lines = [f"T = {a.seq_len:,}, {a.layers} layers, chunks of {a.chunk}, staging {a.staging >> 20} MiB",
-             f"{'':<{width}} {'peak MB':>9} {'activations MB':>15} {'x':>6} {'s':>8} {'x':>6} {'written GB':>11} {'waited s':>9}"]  # fmt: skip
+             f"{'':<{width}} {'peak MB':>9} {'activations MB':>15} {'x':>6} {'s':>8} {'x':>6} {'written GB':>11} {'waited s':>9}"]
     for variant, row in rows.items():
         line = f"{variant:<{width}}"
         line += f" {row['peak'] / 1e6:9.1f} {row['activations'] / 1e6:15.1f} {_memory(row, base):6.3f}" if not a.time_only else " " * 33
@@ -130,8 +135,8 @@ def start(a: argparse.Namespace, variant: str, running: ExitStack, environment: 
     """A process that serves `variant`; it ends with `running`."""
     task = json.dumps({name: getattr(a, name) for name in ("path", "seq_len", "layers", "chunk", "staging")})
     process = subprocess.Popen(
-        [sys.executable, __file__, task, variant], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment}
-    )
+        [sys.executable, __file__, task, variant],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment})
     running.callback(process.wait)
     running.callback(process.stdin.close)
     return process
@@ -183,7 +188,8 @@ def serve(task: dict, variant: str) -> None:
         loss = step(int(request.split()[1]))
         seconds, peak = time.perf_counter() - begin, read_peak(CPU) - base
         print(json.dumps({
-            "loss": loss, "gradients": digest(model), "norm": float(torch.stack([p.grad.norm() for p in model.parameters()]).norm()), "seconds": seconds, "base": base, "peak": peak,
+            "loss": loss, "gradients": digest(model), "seconds": seconds, "base": base, "peak": peak,
+            "norm": float(torch.stack([p.grad.norm() for p in model.parameters()]).norm()),
             "activations": peak - sum(p.grad.nbytes for p in model.parameters()),
             "written": sum(store.stats.written.values()) - sum(written.values()) if plan.offload else 0,
             "waited": sum(store.stats.seconds.values()) - waited if plan.offload else 0,

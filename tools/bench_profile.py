@@ -2,8 +2,9 @@
 
     OMP_NUM_THREADS=1 python tools/bench_profile.py [--seq-len 4096] [--chunk 512] [--rounds 5]
 
-Processor seconds, so that other work on the machine does not count. What a profile does once, before the first step (a look at all objects)
-and after the last one (the report), is not part of a step.
+Processor seconds of all threads. One of them looks at the process every 25 ms of the clock, so on a machine that does other work too, where a
+step takes longer by the clock than by the processor, profiles seem dearer than they are. What a profile does once, before the first step (a
+look at all objects) and after the last one (the report), is not part of a step.
 """
 
 from __future__ import annotations

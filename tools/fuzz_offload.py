@@ -7,7 +7,7 @@ A case is two steps of a small model (three or four layers, six chunks, stored t
 lets transfers go on in a drawn order (tests/offload/stepped.py); loss and gradients are compared with a step without tiers, bit by bit.
 
 Schedules: nothing fails. Faults: one kind of `FAULTS` each, at a drawn call. Waits: each dependency between transfers is left out in turn,
-and must be noticed. Kills: a real process with a real file, kill -9 in the midst of a step; its directory is empty, the next start is exact.
+and must be noticed. Kills: a real process and file, kill -9 in the midst of a step; its directory is empty, the next start is exact.
 Outcomes: exact; degraded (exact, with one warning); stopped (by one error that names the tier or the setting); wrong. The table is also
 written as JSON to --out. Exit status 1 where a case was wrong, a wait is not missed, or a kill left something behind.
 """
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import gc
 import hashlib
 import json
 import os
@@ -45,6 +44,7 @@ SHAPES = (
     dict(windows=(None, 13, 5), plan=dict()),
     dict(windows=(None,), plan=dict(segment_layers=2, store_outputs=0.45, store_kv=0.7)),
     dict(windows=(20, None, 40, 7), plan=dict(store_outputs=(0.0, 1.0, 0.5, 0.0), store_kv=1.0)),
+    dict(windows=(None, 9, None), plan=dict(kv_block_tokens=32, store_outputs=0.6)),
 )
 FAULTS = ("disk full", "write error", "read error", "flipped byte", "host refused", "disk refused", "tiers too small", "disk worn")
 HERE = tuple(wait for wait in WAITS if wait not in ("computed", "copied"))
@@ -99,7 +99,8 @@ def make_model(shape: int) -> LanguageModel:
     torch.manual_seed(shape)
     windows = SHAPES[shape]["windows"]
     return LanguageModel(ModelConfig(
-        vocab_size=61, num_layers=max(3, len(windows)), hidden_size=96, intermediate_size=64, num_heads=4, num_kv_heads=2, window=windows))  # fmt: skip
+        vocab_size=61, num_layers=max(3, len(windows)), hidden_size=96, intermediate_size=64, num_heads=4, num_kv_heads=2,
+        window=windows))  # fmt: skip
 
 
 def step(model: LanguageModel) -> str:
@@ -122,7 +123,9 @@ def expected(shape: int) -> str:
     return step(model)
 
 
-def draw_offload(draw: random.Random, layers: int, path: str, *, host: int = 1 << 20, disk: int = 1 << 21, worn: int | None = None) -> lt.Offload:
+def draw_offload(
+    draw: random.Random, layers: int, path: str, *, host: int = 1 << 20, disk: int = 1 << 21, worn: int | None = None
+) -> lt.Offload:
     """Splits by kind and layer; the inputs' lie in all three tiers."""
     def split(mixed: bool) -> lt.Split:
         device, on_host = (0.2, 0.4) if mixed else draw.choice(((1.0, 0.0), (0.0, 0.0), (0.0, 1.0), (0.3, 0.3), (0.0, 0.5), (0.5, 0.0)))
@@ -131,6 +134,10 @@ def draw_offload(draw: random.Random, layers: int, path: str, *, host: int = 1 <
     splits = {kind: tuple(split(kind == "inputs") for _ in range(layers)) for kind in ("inputs", "gradients", "outputs", "kv")}
     disk_settings = lt.DiskSettings(path=path, budget=disk, max_written=worn)
     return lt.Offload(**splits, host_bytes=host, disk=disk_settings, staging_bytes=draw.choice((1 << 16, 1 << 17)))
+
+
+def open_store(offload: lt.Offload, system: System) -> TieredStore:
+    return TieredStore("cpu", host_bytes=offload.host_bytes, disk=offload.disk, staging_bytes=offload.staging_bytes, system=system)
 
 
 def run_case(seed: int, fault: str | None = None, leave_out: str | None = None, at: int | None = None) -> tuple[str, bool]:
@@ -145,7 +152,7 @@ def run_case(seed: int, fault: str | None = None, leave_out: str | None = None, 
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         try:
-            store = TieredStore("cpu", host_bytes=offload.host_bytes, disk=offload.disk, staging_bytes=offload.staging_bytes, system=machine)
+            store = open_store(offload, machine)
             report = lt.apply(model, lt.Plan(chunk_tokens=CHUNK, offload=offload, **SHAPES[shape]["plan"]), store=store)
         except ValueError as error:
             outcomes.append(_stopped(error))
@@ -154,8 +161,6 @@ def run_case(seed: int, fault: str | None = None, leave_out: str | None = None, 
                 outcomes.append("exact" if step(model) == want else "wrong")
             except RuntimeError as error:
                 outcomes.append(_stopped(error))
-    if "stopped" in outcomes:
-        gc.collect()  # the error's frames, and what they held
     if store:
         outcomes += _left_behind(store)
         report.undo()
@@ -164,7 +169,8 @@ def run_case(seed: int, fault: str | None = None, leave_out: str | None = None, 
     degraded = store.stats.degraded if store else 0
     if len(ours) != min(1, degraded):
         outcomes.append(f"wrong: {len(ours)} warnings for {degraded} degraded extents")
-    worst = next((o for o in outcomes if o.startswith("wrong")), None) or ("stopped" if "stopped" in outcomes else "degraded" if degraded else "exact")
+    right = "stopped" if "stopped" in outcomes else "degraded" if degraded else "exact"
+    worst = next((o for o in outcomes if o.startswith("wrong")), right)
     return worst, bool(machine.counts[fault]) or bool(machine.counts["flip"]) or fault in ("tiers too small", "disk worn") and degraded > 0
 
 
@@ -206,14 +212,14 @@ def serve(path: str) -> None:
     """Steps without end, the bits of each on a line."""
     model = make_model(0)
     offload = draw_offload(random.Random(0), 3, path)
-    store = TieredStore("cpu", host_bytes=offload.host_bytes, disk=offload.disk, staging_bytes=offload.staging_bytes, system=Anywhere())
+    store = open_store(offload, Anywhere())
     lt.apply(model, lt.Plan(chunk_tokens=CHUNK, offload=offload), store=store)
     while True:
         print(step(model), flush=True)
 
 
 def kills(number: int, path: str | None) -> Counter:
-    """Start, wait for the first step, kill in the midst of a later one, look at the directory; so every start but the first is after a kill."""
+    """Start, wait for the first step, kill in the midst of a later one, look at the directory. Every start but one is after a kill."""
     counts: Counter[str] = Counter()
     with tempfile.TemporaryDirectory(dir=path) as directory:
         for index in range(number):

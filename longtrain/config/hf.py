@@ -67,7 +67,8 @@ class RopeConfig:
         if self.factor is not None and self.factor < 1:
             raise ValueError(f"factor must be at least 1, found {self.factor:g}; 4 reaches four times as far")
         if self.rope_type == "llama3" and not self.high_freq_factor > self.low_freq_factor:
-            raise ValueError(f"high_freq_factor {self.high_freq_factor:g} must be above low_freq_factor {self.low_freq_factor:g}; Llama 3.1 has 4 and 1")
+            found = f"high_freq_factor {self.high_freq_factor:g} must be above low_freq_factor {self.low_freq_factor:g}"
+            raise ValueError(f"{found}; Llama 3.1 has 4 and 1")
 
     def given(self) -> dict:
         """The settings that were written, by transformers' names."""

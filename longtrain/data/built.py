@@ -109,8 +109,12 @@ def open_built(directory: str | Path, source: str | None = None) -> Corpus:
         largest=manifest["largest"],
         digest=hashlib.blake2b(json.dumps([s["crc32"] for s in manifest["shards"]]).encode(), digest_size=16).hexdigest(),
         mapped=mapped,
-        learned=tuple(np.frombuffer(_map(path.with_suffix(".learned")), dtype="<i8").reshape(-1, 2) if size else None for path, size in learned),
+        learned=tuple(_ranges(path) if size else None for path, size in learned),
     )
+
+
+def _ranges(path: Path) -> np.ndarray:
+    return np.frombuffer(_map(path.with_suffix(".learned")), dtype="<i8").reshape(-1, 2)
 
 
 def read_inputs_of(directory: Path) -> np.ndarray:

@@ -1,8 +1,8 @@
 """Conversations as documents: a JSON object a line with `messages`, or with `prompt` and `completion`, through a tokenizer's chat template.
 
 A document is the whole conversation as the template writes it; learned from are the assistant's turns alone, everything else is read as
-the prompt. Where those turns are is what the template itself says: by its `{% generation %}` marks, or by what it writes of the messages before
-a turn (with its generation prompt) and up to it, which must be the beginnings of what it writes of all of them.
+the prompt. Where those turns are is what the template itself says: by its `{% generation %}` marks, or by what it writes of the messages
+before a turn (with its generation prompt) and up to it, which must be the beginnings of what it writes of all of them.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ class Chat:
     def _turn(self, text: str, messages: list[dict], tools: list | None, turn: int) -> tuple[int, int]:
         before, after = self.render(messages[:turn], tools, True)[0], self.render(messages[: turn + 1], tools, False)[0]
         if not (text.startswith(after) and after.startswith(before)):
-            remedy = "build with --turns last" if self.turns == "all" and turn + 1 < len(messages) else "mark the turns in the template, with {% generation %}"
+            marks = "mark the turns in the template, with {% generation %}"
+            remedy = "build with --turns last" if self.turns == "all" and turn + 1 < len(messages) else marks
             raise ValueError(f"has a turn (message {turn}) that the template writes otherwise when more messages follow; {remedy}")
         return len(before), len(after)
 
@@ -67,18 +68,20 @@ def load_chat(tokenizer: Path, turns: str) -> Chat:
         loaded = transformers.AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
         template = loaded.get_chat_template() if loaded.chat_template else None
     except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"--tokenizer {directory} cannot be read by transformers ({error}); give a directory with tokenizer_config.json") from None
+        why = f"--tokenizer {directory} cannot be read by transformers ({error})"
+        raise DataError(f"{why}; give a directory with tokenizer_config.json") from None
     if template is None:
         raise DataError(
-            f"--tokenizer {directory} has no chat template; give the tokenizer of a model trained to chat, or put a chat_template.jinja beside it"
+            f"--tokenizer {directory} has no chat template; give the tokenizer of a model trained to chat, or add a chat_template.jinja"
         )
     marks = _MARKS.search(template) is not None
 
     def render(messages: list[dict], tools: list | None, prompt: bool) -> tuple[str, Ranges]:
         try:
             (text,), marked = render_jinja_template(
-                [messages], tools, None, template, return_assistant_tokens_mask=marks, add_generation_prompt=prompt, **loaded.special_tokens_map
-            )
+                [messages], tools, None, template,
+                return_assistant_tokens_mask=marks, add_generation_prompt=prompt, **loaded.special_tokens_map,
+            )  # fmt: skip
         except (jinja2.TemplateError, TypeError) as error:
             raise ValueError(f"is refused by the chat template ({error}); correct the line") from None
         return text, marked[0] if marked else []

@@ -55,8 +55,10 @@ def load_tokenizer(path: Path, special_tokens: bool) -> Tokenizer:
 
     def encode(texts: Sequence[tuple[str, Learned]]) -> list[tuple[np.ndarray, Learned]]:
         encoded = library.encode_batch([text for text, _ in texts], add_special_tokens=special_tokens)
-        ranges = [None if learned is None else tuple(token_ranges([a for a, _ in e.offsets], learned)) for e, (_, learned) in zip(encoded, texts, strict=True)]
-        return [(np.array(e.ids, dtype=np.uint32), some) for e, some in zip(encoded, ranges, strict=True)]
+        return [
+            (np.array(e.ids, dtype=np.uint32), None if learned is None else tuple(token_ranges([a for a, _ in e.offsets], learned)))
+            for e, (_, learned) in zip(encoded, texts, strict=True)
+        ]
 
     identity = {"kind": "tokenizers", "file": path.name, "sha256": hashlib.sha256(content).hexdigest()}
     if special_tokens:

@@ -21,13 +21,16 @@ STATM = Path("/proc/self/statm")
 class _Mallinfo(ctypes.Structure):
     """mallinfo2(3); `arena` and `hblkhd` together are what malloc has taken from the system."""
 
-    _fields_ = [(name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")]
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+    ]
 
 
 class Sampler:
     """`rows`: `COLUMNS` of each look, -1 for what this system does not say. `events`: transfers of the token stores."""
 
-    def __init__(self, device: torch.device, every: float = 0.01) -> None:
+    def __init__(self, device: torch.device, every: float = 0.025) -> None:
         self.device, self.every = device, every
         self.rows = array("q")
         self.events: list[Event] = []

@@ -17,7 +17,8 @@ class LaCT(nn.Module):
     """Each head has a small network that learns its keys' values while the sequence is read, ``[B, T, E] -> [B, T, E]``.
 
     `chunk_tokens`: the network changes once in so many tokens, and tokens of one chunk do not see each other through it: put a `window`
-    layer as wide beside it. `momentum` of its updates; its rates come from x and begin at `base_rate`. See `longtrain.ops.lact`.
+    layer as wide beside it. `momentum` of its updates; its rates come from x and begin at `base_rate` (keys have norm 1 and gradients are
+    not made orthogonal, so that rates far below 1 leave nothing behind that can be read). See `longtrain.ops.lact`.
     State: ``q_proj, k_proj, v_proj [H D, E]``, ``rate_proj [3 H, E]``, ``weights [H, 3, F, D]`` (the network every document begins with),
     ``output``.
     """
@@ -31,7 +32,7 @@ class LaCT(nn.Module):
         chunk_tokens: int,
         inner_dim: int | None = None,
         momentum: float = 0.9,
-        base_rate: float = 0.001,
+        base_rate: float = 1.0,
         norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()

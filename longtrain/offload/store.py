@@ -30,7 +30,7 @@ class TokenStore(Protocol):
         """The tokens of `span` on the device, from one extent or joined from several. Raises KeyError when a token was never put."""
 
     def prefetch(self, order: Iterable[tuple[Hashable, Span]], *, first: bool = False) -> None:
-        """What will be asked for, in order, after all that was announced before (`first`: before it): slower tiers fetch it as staging allows.
+        """What will be asked for, in order, after all that was announced before (`first`: before it); slower tiers fetch as staging allows.
 
         Extents that are unknown or on the device are skipped, and a get out of order is answered all the same.
         """

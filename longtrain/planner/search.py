@@ -66,6 +66,13 @@ def plan(
     raise InfeasibleBudget(_what_to_change(asked, room, taken))
 
 
+Moves = Sequence[tuple[int, int, int]]
+"""(stretch of the step, writes, reads) of what is away."""
+
+Saved = Sequence[tuple[int, float]]
+"""(stretch of the step, seconds of compute that need not be done)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Asked:
     """What a plan is wanted for."""
@@ -144,10 +151,13 @@ def _problem(asked: Asked, candidate: Plan, room: int) -> Problem:
     seconds = layer_seconds(model, tokens, batch, chunk, rates)
     compute = np.array([sum(seconds[i][part] for i in s) for part in (0, 1) for s in segments])
     compute[S:] += [sum(seconds[i][2] for i in s) for s in segments]  # outputs that are stored take it off again
-    device = ["device"] + ([] if asked.tiers is None else [t for t, there in (("host", asked.tiers.host_bytes), ("disk", asked.tiers.disk)) if there])
+    host, disk = (0, 0) if asked.tiers is None else (asked.tiers.host_bytes, asked.tiers.disk.budget if asked.tiers.disk else 0)
+    slower = [tier for tier, size in (("host", host), ("disk", disk)) if size]
 
-    def option(value, alive: Sequence[int], tier: str, left: float, away: float, moves: Sequence[tuple[int, int, int]], saved=(), times=1) -> Option:
-        """`left` bytes on the device and `away` in `tier` at the moments `alive`; `moves`: (stretch, writes, reads) of what is away."""
+    def option(
+        value: tuple, alive: Sequence[int], tier: str, left: float, away: float, moves: Moves, saved: Saved = (), times: int = 1
+    ) -> Option:
+        """`left` bytes on the device and `away` in `tier` at the moments `alive`. What is away is written `times` times a step."""
         uses, work, transfer = np.zeros(3 * (S + 1) + 1), np.zeros(2 * S), np.zeros(2 * S)
         uses[np.array(alive)] += left
         if tier != "device":
@@ -159,10 +169,10 @@ def _problem(asked: Asked, candidate: Plan, room: int) -> Problem:
             work[stretch] -= amount
         return Option(value=value, uses=uses, compute=work, transfer=transfer)
 
-    def places(what: str, layer: int, size: float, alive: Sequence[int], moves: Sequence[tuple[int, int, int]], times: int = 1) -> list[Option]:
+    def places(what: str, layer: int, size: float, alive: Sequence[int], moves: Moves, times: int = 1) -> list[Option]:
         """All on the device, or a part of it and the rest in one of the tiers."""
         found = [option((what, layer, STAY, None), alive, "device", size, 0, ())]
-        for tier in device[1:]:
+        for tier in slower:
             for share in SHARES:
                 split = Split(device=share, host=(1 - share) * (tier == "host"))
                 found.append(option((what, layer, split, None), alive, tier, size * share, size * (1 - share), moves, times=times))
@@ -171,19 +181,19 @@ def _problem(asked: Asked, candidate: Plan, room: int) -> Problem:
     items: list[list[Option]] = []
     every, ends = range(S + 1), layers[-1].x * n
     for j, s in enumerate(segments):
-        items.append(places("inputs", s[0], layers[s[0]].x * n, [0, *range(j + 1, S + 1)], [(max(j - 1, 0), 1, 0), (j, 0, 1), (S + j, 0, 1)]))
+        until = [0, *range(j + 1, S + 1)]  # alive from the forward pass to this segment's backward pass, which comes after the later ones
+        items.append(places("inputs", s[0], layers[s[0]].x * n, until, [(max(j - 1, 0), 1, 0), (j, 0, 1), (S + j, 0, 1)]))
         for i in s:
-            f, spare = layers[i], seconds[i][2]
-            stored = [option(("outputs", i, STAY, 1.0), [0, *range(j + 1, S + 1)], "device", f.output * n, 0, (), [(S + j, spare)])]
+            f, spare, moves = layers[i], seconds[i][2], [(j, 1, 0), (S + j, 0, 1)]
+            stored = [option(("outputs", i, STAY, 1.0), until, "device", f.output * n, 0, (), [(S + j, spare)])]
             full = f.causal and f.carry_tokens(tokens, chunk) >= tokens
             for share in FRACTIONS[1:-1] if f.causal else ():
                 saved = [(S + j, spare * (1 - (1 - share) ** 2 if full else share))]
-                stored.append(option(("outputs", i, STAY, share), [0, *range(j + 1, S + 1)], "device", f.output * n * share, 0, (), saved))
-                for tier in device[1:] if share * 4 % 1 == 0 else ():
+                stored.append(option(("outputs", i, STAY, share), until, "device", f.output * n * share, 0, (), saved))
+                for tier in slower if share * 4 % 1 == 0 else ():
                     split = Split(host=float(tier == "host"))
-                    moves = [(j, 1, 0), (S + j, 0, 1)]
-                    stored.append(option(("outputs", i, split, share), [0, *range(j + 1, S + 1)], tier, 0, f.output * n * share, moves, saved))
-            for o in places("outputs", i, f.output * n, [0, *range(j + 1, S + 1)], [(j, 1, 0), (S + j, 0, 1)])[1:] if f.causal else ():
+                    stored.append(option(("outputs", i, split, share), until, tier, 0, f.output * n * share, moves, saved))
+            for o in places("outputs", i, f.output * n, until, moves)[1:] if f.causal else ():
                 stored.append(replace(o, value=(*o.value[:3], 1.0), compute=stored[0].compute))
             items.append([*stored, option(("outputs", i, STAY, 0.0), [0], "device", 0, 0, ())])
             if f.causal and not full:  # all keys and values of a window lie in the store while its segment runs backward
@@ -195,8 +205,8 @@ def _problem(asked: Asked, candidate: Plan, room: int) -> Problem:
     moments = [totals.get("loss", 0), *(totals[f"backward of layers {s[0]} to {s[-1]}"] for s in segments)]
     counted = sum(options[0].uses[: S + 1] for options in items) - sum(o[0].uses[: S + 1] for o in items if o[0].value[0] == "outputs")
     staging = 0 if asked.tiers is None else asked.tiers.staging_bytes
-    host, disk = (0, 0) if asked.tiers is None else (asked.tiers.host_bytes, asked.tiers.disk.budget if asked.tiers.disk else 0)
-    budgets = np.array([*(room - staging - np.array(moments) + counted), *[host] * (S + 1), *[disk] * (S + 1), asked.may_write], dtype=float)
+    on_device = room - staging - np.array(moments) + counted
+    budgets = np.array([*on_device, *[host] * (S + 1), *[disk] * (S + 1), asked.may_write], dtype=float)
     if not model.vocab_size:
         budgets[0] = inf
     return Problem(items=items, budgets=budgets, compute=compute)
@@ -250,7 +260,7 @@ def _what_to_change(asked: Asked, room: int, taken: int) -> str:
         f"{format_bytes(max(0, needed + taken - room))} more (of which {phase.largest} {format_bytes(phase.items[phase.largest])}, in the "
         f"{phase.name}); set the budget to {-(-(needed + taken) // 2**20)}MiB"
     )
-    endless = Offload(disk=DiskSettings(path=".", budget=2**62), staging_bytes=Offload().staging_bytes if tiers is None else tiers.staging_bytes)
+    endless = replace(Offload() if tiers is None else tiers, disk=DiskSettings(path=".", budget=2**62))
     offloaded, least = _smallest(model, tokens, batch, endless)
     if least <= room - taken and offloaded.offload is not None:
         use = tier_use(model, offloaded, tokens, batch)["disk"]

@@ -89,7 +89,7 @@ def tier_use(model: ModelFootprint, plan: Plan, tokens: int, batch: int = 1) -> 
 
 
 def describe(model: ModelFootprint, plan: Plan, tokens: int, batch: int = 1, steps: int | None = None) -> list[str]:
-    """Lines for a person: what leaves the device by kind and layer, what each tier holds, what a step and a run of `steps` write to the disk."""
+    """Lines for a person: what leaves the device by kind and layer, what tiers hold, what a step and a run of `steps` write to the disk."""
     if plan.offload is None:
         return []
     lines = ["what leaves the device (share on the host, share on disk):"]
@@ -104,7 +104,8 @@ def describe(model: ModelFootprint, plan: Plan, tokens: int, batch: int = 1, ste
     rooms = {"host": plan.offload.host_bytes, "disk": disk.budget if disk else 0}
     for tier, use in uses.items():
         if rooms[tier]:
-            lines.append(f"  {tier:10} holds at most {format_bytes(use.held)} of {format_bytes(rooms[tier])}, {format_bytes(use.written)} written a step")
+            held = f"{format_bytes(use.held)} of {format_bytes(rooms[tier])}"
+            lines.append(f"  {tier:10} holds at most {held}, {format_bytes(use.written)} written a step")
     if disk is not None:
         written = uses["disk"].written
         line = f"  disk wear  {written / 1e12:.4f} TB a step"

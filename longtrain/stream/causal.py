@@ -79,9 +79,8 @@ def _first_needs(call: Call, dy: Sequenced) -> list[Need]:
     states, restored = _all(call.states), _to_restore(call)
     if restored:
         return [need for span in restored[:AHEAD] for need in ((call.source, span), *(n for s in states for n in s.needs_to_restore(span)))]
-    return [
-        need for span in call.spans[: -AHEAD - 1 : -1] for need in ((call.source, span), *(n for s in states for n in s.needs_of_outputs(span)), (dy, span))
-    ]
+    outputs = lambda span: (need for state in states for need in state.needs_of_outputs(span))
+    return [need for span in call.spans[: -AHEAD - 1 : -1] for need in ((call.source, span), *outputs(span), (dy, span))]
 
 
 def _to_restore(call: Call) -> list[Span]:

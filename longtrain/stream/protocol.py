@@ -89,8 +89,8 @@ class Carry(Protocol):
         """Adjoint of ``append(span)``: final, since every later query has been handled. Once per span."""
 
     def blocks(self, span: Span) -> Iterable[KVBlock]:
-        """The K/V blocks that a span's queries need, in an order that depends on (plan, layout, span) alone; one may be gone from the device
-        when the next is asked for."""
+        """The K/V blocks that a span's queries need, in an order that depends on (plan, layout, span) alone; one may be gone from the
+        device when the next is asked for."""
 
     def written(self, span: Span) -> tuple[Tensor, ...]:
         """What `append` took for a span, to store it (kind "append" only)."""

@@ -5,12 +5,14 @@ output for all chunks. Backward: the same in reverse, each pass a replay of one 
 
     y/dy -> douts, dx, dparams;   for each mixer, last to first:  dinputs = vjp(mixer);   inputs/dinputs -> douts, dx, dparams
 
-On the device are the mixer's inputs, output and their gradients for one layer; never the token-local part of more than a chunk.
+The mixer's inputs are stored group-major, in the tiers of `offload.kv`, and come to the device a group at a time; its output and the
+gradients are on the device for one layer; never the token-local part of more than a chunk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -31,7 +33,7 @@ def forward(call: Call, x: Sequenced, y: Sequenced, *, keep: bool) -> None:
         call.random.assign(call.spans)
     outs: list[Tensor] = []
     for mixer in call.mixers[0]:
-        outs.append(_mix_whole(mixer, _collect_inputs(call, x, outs)))
+        outs.append(_mix_whole(mixer, _collect_inputs(call, mixer, x, outs), last=True))
     for span in call.over(call.spans, "forward"):
         with call.random.restored(span):
             y.put(span, call.run(0, span, x.get(span) if keep else x.take(span), _given(outs, span)))
@@ -46,12 +48,12 @@ def backward(call: Call, replica: Replica, x: Sequenced, dy: Sequenced, dx: Sequ
     """``dx[span]`` for all spans and the replica's gradient sums."""
     whole = Span(0, call.tokens)
     stored = _keeps_outputs(call)
-    inputs: list[Sequence[Tensor]] = []
+    inputs: list[MixerInputs] = []
     outs: list[Tensor] = []
     for i, mixer in enumerate(call.mixers[0]):
-        inputs.append(_collect_inputs(call, x, outs, replica))
+        inputs.append(_collect_inputs(call, mixer, x, outs, replica))
         with call.surroundings.restored():
-            outs.append(call.states[i].take(whole) if stored else _mix_whole(mixer, inputs[i]))
+            outs.append(call.states[i].take(whole) if stored else _mix_whole(mixer, inputs[i], last=False))
     with torch.enable_grad(), call.surroundings.restored():
         mixers = call.live_mixers(0, replica)
 
@@ -120,16 +122,48 @@ def _pass(
         replica.add(grads)
 
 
-def _collect_inputs(call: Call, x: Sequenced, outs: Sequence[Tensor], replica: Replica | None = None) -> list[Tensor]:
-    """The whole inputs of the mixer after those whose outputs are given."""
-    whole: list[WholeTensor] = []
+class MixerInputs:
+    """A mixer's inputs over the whole sequence, stored group-major: what `by_group` cuts out for one group is joined and read alone."""
+
+    def __init__(self, call: Call, mixer) -> None:
+        self.call, self.mixer = call, mixer
+        self.empty: tuple[Tensor, ...] = ()
+        """The inputs without tokens: their shapes, for whoever cuts them into groups."""
+        self._parts: dict[tuple[int, int], Stored] = {}
+
+    def put(self, span: Span, inputs: Sequence[Tensor]) -> None:
+        self.empty = tuple(t[:, :0] for t in inputs)
+        index = self.call.indices[0]
+        place = self.call.plan.place("kv", index, self.call.tokens)
+        # The forward reads them too, so they are never compressed.
+        exact = None if place is None else lambda span: replace(place(span), compress=False)
+        for group, (_, _, parts) in enumerate(self.mixer.by_group(*inputs)):
+            for i, part in enumerate(parts):
+                if (group, i) not in self._parts:
+                    self._parts[group, i] = Stored(self.call.store, f"layer {index} mixer input {i}, group {group}", exact)
+                self._parts[group, i].put(span, part.contiguous())
+
+    def groups(self, mixer, *, last: bool) -> Iterator[tuple[slice, object, list[Tensor]]]:
+        """(slice of the output's axis 2, mixer, inputs) of every group; `last`: they are forgotten."""
+        whole = Span(0, self.call.tokens)
+        for group, (index, part, parts) in enumerate(mixer.by_group(*self.empty)):
+            stored = [self._parts[group, i] for i in range(len(parts))]
+            yield index, part, [s.take(whole) if last else s.get(whole) for s in stored]
+
+    def whole(self, i: int) -> Tensor:
+        """Memory for something of input i's shape."""
+        empty = self.empty[i]
+        return empty.new_empty(empty.shape[0], self.call.tokens, *empty.shape[2:])
+
+
+def _collect_inputs(call: Call, mixer, x: Sequenced, outs: Sequence[Tensor], replica: Replica | None = None) -> MixerInputs:
+    """The inputs of the mixer after those whose outputs are given."""
+    whole = MixerInputs(call, mixer)
 
     for span in call.over(call.spans, "mixer inputs"):
 
         def capture(*inputs: Tensor, span: Span = span) -> Tensor:
-            whole.extend(WholeTensor(call.tokens) for _ in inputs[len(whole) :])
-            for tensor, part in zip(whole, inputs, strict=True):
-                tensor.put(span, part)
+            whole.put(span, inputs)
             raise Enough
 
         with torch.no_grad(), call.random.restored(span), call.surroundings.restored():
@@ -137,7 +171,7 @@ def _collect_inputs(call: Call, x: Sequenced, outs: Sequence[Tensor], replica: R
                 call.run(0, span, x.get(span), [*_given(outs, span), capture], replica)
             except Enough:
                 continue
-    return [tensor.tensor for tensor in whole]
+    return whole
 
 
 def _given(outs: Sequence[Tensor], span: Span) -> list[Callable[..., Tensor]]:
@@ -148,29 +182,28 @@ def _as_steps(outs: Sequence[Tensor]) -> list[Callable[..., Tensor]]:
     return [lambda *inputs, out=out: out for out in outs]
 
 
-def _mix_whole(mixer, inputs: Sequence[Tensor]) -> Tensor:
-    """The mixer's output over the whole sequence, by head or channel group, without a graph."""
+def _mix_whole(mixer, inputs: MixerInputs, *, last: bool) -> Tensor:
+    """The mixer's output over the whole sequence, by head or channel group, without a graph. `last`: nobody needs the inputs any more."""
     out = None
     with torch.no_grad():
-        for index, part, part_inputs in mixer.by_group(*inputs):
+        for index, part, part_inputs in inputs.groups(mixer, last=last):
             if hasattr(part, "mix_into"):
-                out = torch.empty_like(inputs[0]) if out is None else out
+                out = inputs.whole(0) if out is None else out
                 part.mix_into(out[:, :, index], *part_inputs)
                 continue
             part_out = part(*part_inputs)
             if out is None:
-                channels = inputs[0].shape[2]
-                out = part_out.new_empty(*part_out.shape[:2], channels, *part_out.shape[3:])
+                out = part_out.new_empty(*part_out.shape[:2], inputs.empty[0].shape[2], *part_out.shape[3:])
             out[:, :, index] = part_out
     return out
 
 
-def _mix_whole_vjp(mixer, inputs: Sequence[Tensor], dout: Tensor, replica: Replica) -> list[Tensor]:
+def _mix_whole_vjp(mixer, inputs: MixerInputs, dout: Tensor, replica: Replica) -> list[Tensor]:
     """Gradients of the mixer's inputs, by group; those of its shared tensors go on to the parameters they are made of."""
-    dinputs = [torch.zeros_like(t) for t in inputs]
+    dinputs = [inputs.whole(i).zero_() for i in range(len(inputs.empty))]
     dshared = [torch.zeros_like(t) for t in mixer.shared]
     # The same cut, of the values and of the sums that receive their gradients.
-    values = mixer.with_shared(*(t.detach() for t in mixer.shared)).by_group(*inputs)
+    values = inputs.groups(mixer.with_shared(*(t.detach() for t in mixer.shared)), last=True)
     sums = mixer.with_shared(*dshared).by_group(*dinputs)
     for (index, part, part_inputs), (_, dpart, dpart_inputs) in zip(values, sums, strict=True):
         if hasattr(part, "vjp_into"):
@@ -178,7 +211,7 @@ def _mix_whole_vjp(mixer, inputs: Sequence[Tensor], dout: Tensor, replica: Repli
             continue
         leaves = [t.detach().requires_grad_() for t in (*part_inputs, *part.shared)]
         with torch.enable_grad():
-            out = part.with_shared(*leaves[len(inputs) :])(*leaves[: len(inputs)])
+            out = part.with_shared(*leaves[len(part_inputs) :])(*leaves[: len(part_inputs)])
         for total, grad in zip((*dpart_inputs, *dpart.shared), torch.autograd.grad(out, leaves, dout[:, :, index]), strict=True):
             total += grad
     replica.add_made(mixer.shared, dshared)

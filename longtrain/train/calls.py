@@ -1,4 +1,4 @@
-"""What a run asks of its model, whether it is longtrain's own or one of transformers: the loss of a packed row, logits of some positions."""
+"""What a run asks of its model, longtrain's own or one of transformers: the loss of a packed row, logits of some positions."""
 
 from __future__ import annotations
 

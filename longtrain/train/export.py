@@ -91,7 +91,8 @@ def export_pretrained(
     for parameter in model.parameters():
         parameter.data = parameter.data.to(wanted)
     files = pretrained.save(model, config, directory, shard_bytes)
-    print(f"{checkpoint} as {'an adapter' if config.model.lora else type(model).__name__}, {str(wanted).removeprefix('torch.')}, in {directory}: {', '.join(files)}")
+    kind = "an adapter" if config.model.lora else type(model).__name__
+    print(f"{checkpoint} as {kind}, {str(wanted).removeprefix('torch.')}, in {directory}: {', '.join(files)}")
     return 0
 
 

@@ -16,7 +16,7 @@ STATE_PRODUCTS = {"linear": 2, "delta": 3, "lact": 9}
 """Products of a token with a matrix D x D of each head, by kind of layer: read and written, erased, read and learned by three matrices."""
 
 RULE = (
-    "6 x matrix parameters (and states, each time a token meets them) x tokens (4 x frozen ones) + 12 x heads x head dim x visible "
+    "6 x matrix parameters x tokens (4 x frozen ones; states count each time a token meets them) + 12 x heads x head dim x visible "
     "query-key pairs; nothing recomputed is counted"
 )
 
@@ -48,7 +48,8 @@ def costs_of(model: nn.Module) -> Costs:
     embedding, head = (getattr(module, "weight", None) for module in (model.get_input_embeddings(), model.get_output_embeddings()))
     chosen = getattr(text, "num_experts_per_tok", None) or 1
     base = [p for name, p in model.named_parameters() if ".lora_" not in name]
-    met = [p.numel() * (min(1, chosen / p.shape[0]) if p.ndim == 3 else 1) for p in base if p.ndim >= 2 and (p is not embedding or p is head)]
+    matrices = [p for p in base if p.ndim >= 2 and (p is not embedding or p is head)]
+    met = [p.numel() * (min(1, chosen / p.shape[0]) if p.ndim == 3 else 1) for p in matrices]
     features = text.num_attention_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
     window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
     kinds = getattr(text, "layer_types", None) or ["sliding_attention"] * text.num_hidden_layers

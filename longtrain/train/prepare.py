@@ -101,7 +101,9 @@ def prepare(config: Config, where: Locations) -> Setup:
     )
 
 
-def build_model(config: Config, where: Locations, *, read_weights: bool = True) -> tuple[nn.Module, Callable[[LengthStage], None], tuple[str, ...]]:
+def build_model(
+    config: Config, where: Locations, *, read_weights: bool = True
+) -> tuple[nn.Module, Callable[[LengthStage], None], tuple[str, ...]]:
     """The model on the CPU with its first weights, what sets its rotary positions, and notes on it; `read_weights` of `model.hf`."""
     if not isinstance(config.model, HfModelConfig):
         model = LanguageModel(config.model)
@@ -161,7 +163,8 @@ def settle_fallback(model: nn.Module, device: torch.device, config: Config, wher
 def stream(model: nn.Module, plan: lt.Plan, where: Locations) -> lt.Report:
     """Put the plan on the model; a tier that cannot be had is the configuration's error."""
     if plan.segment_layers > 1 and layers_differ(model):
-        raise where.error("memory.segment_layers", "the model's layers are of several kinds and are not given the same, so they cannot share a segment; set 1")
+        why = "the model's layers are of several kinds and are not given the same, so they cannot share a segment; set 1"
+        raise where.error("memory.segment_layers", why)
     try:
         if plan.offload is not None and plan.offload.disk is not None:
             lt.offload.check_disk(plan.offload.disk)

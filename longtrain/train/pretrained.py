@@ -9,6 +9,7 @@ import hashlib
 import inspect
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,8 @@ def build(
         model, unread = load_weights(transformers, source, described, dtype, where)
         notes += [f"{len(unread)} tensors of {source} have no place in {type(model).__name__} (such as {unread[0]})"] if unread else []
     else:
-        model = transformers.AutoModelForCausalLM.from_config(described, dtype=dtype)
+        with located(where, f"{source} makes no causal language model"):
+            model = transformers.AutoModelForCausalLM.from_config(described, dtype=dtype)
     check_trainable(model, where)
     if settings.lora is not None:
         model = add_adapters(model, settings.lora, where)
@@ -99,33 +101,38 @@ def locate(given: str, where: Locations) -> tuple[Path, bool]:
             raise where.error("model.hf", f"{path} is a file, and no config.json; name the directory of a model, or its config.json")
         return path, False
     if not path.is_dir():
-        raise where.error("model.hf", f"there is no {path} (from {Path.cwd()}), and nothing is downloaded; fetch the model, then name its directory")
+        raise where.error("model.hf", f"there is no {path} (from {Path.cwd()}), and nothing is downloaded; fetch it, then name its directory")
     if not (path / CONFIG_FILE).is_file():
         adapter = " (it is an adapter: name the model it belongs to)" if (path / "adapter_config.json").is_file() else ""
         raise where.error("model.hf", f"{path} holds no {CONFIG_FILE}{adapter}; name a directory that save_pretrained has written")
     if not any(path.glob("*.safetensors")):
         raise where.error(
             "model.hf",
-            f"{path} holds no safetensors; fetch them (or save them again with save_pretrained), or write {path / CONFIG_FILE} for random weights",
+            f"{path} holds no safetensors; fetch them, or save them again with save_pretrained, or write {path / CONFIG_FILE} for random weights",
         )
     return path, True
 
 
-def load_config(transformers: Any, source: Path, where: Locations) -> Any:
+@contextmanager
+def located(where: Locations, what: str) -> Iterator[None]:
+    """Whatever is wrong with files of a model, as the configuration's error: transformers has no class for it."""
     try:
+        yield
+    except Exception as error:
+        raise where.error("model.hf", f"{what} ({type(error).__name__}: {error}); correct its files, or fetch them again") from error
+
+
+def load_config(transformers: Any, source: Path, where: Locations) -> Any:
+    with located(where, f"{source} describes no model that transformers {transformers.__version__} has"):
         return transformers.AutoConfig.from_pretrained(str(source), local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise where.error("model.hf", f"{source} describes no model that transformers {transformers.__version__} has ({error}); correct it") from None
 
 
 def load_weights(transformers: Any, source: Path, described: Any, dtype: torch.dtype, where: Locations) -> tuple[nn.Module, list[str]]:
     """The model with its weights, every one of them read; and the names of tensors that it has no place for."""
-    try:
+    with located(where, f"{source} cannot be loaded"):
         model, found = transformers.AutoModelForCausalLM.from_pretrained(
             str(source), config=described, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise where.error("model.hf", f"{source} cannot be loaded ({error}); fetch its files again") from None
     if found["missing_keys"]:
         missing = sorted(found["missing_keys"])
         raise where.error(
@@ -144,9 +151,8 @@ def check_trainable(model: nn.Module, where: Locations) -> None:
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise where.error("model.hf", f"{name} takes no position_ids, by which packed documents are kept apart; use a family that does")
     if getattr(model.config.get_text_config(), "output_router_logits", False):
-        raise where.error(
-            "model.hf", f"its {CONFIG_FILE} says output_router_logits: true, and the loss that balances experts is not trained here; set it false"
-        )
+        why = "and the loss that balances experts is not trained here; set it false"
+        raise where.error("model.hf", f"its {CONFIG_FILE} says output_router_logits: true, {why}")
     if model.can_generate():
         try:
             model.generation_config.validate(strict=True)
@@ -163,8 +169,8 @@ def add_adapters(model: nn.Module, lora: LoraConfig, where: Locations) -> nn.Mod
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     for index, target in enumerate(() if isinstance(lora.target_modules, str) else lora.target_modules):
         if not any(name == target or name.endswith(f".{target}") for name, _ in model.named_modules()):
-            ends = sorted({name.rpartition(".")[2] for name in linear})
-            raise where.error(f"model.lora.target_modules[{index}]", f"{target} matches no layer; the linear layers are called {', '.join(ends)}")
+            ends = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+            raise where.error(f"model.lora.target_modules[{index}]", f"{target} matches no layer; the linear layers are called {ends}")
     targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
     settings = peft.LoraConfig(
         task_type="CAUSAL_LM", r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets
@@ -178,7 +184,7 @@ def add_adapters(model: nn.Module, lora: LoraConfig, where: Locations) -> nn.Mod
 def save(model: nn.Module, config: Config, directory: Path, shard: str | int = SHARD) -> list[str]:
     """Write what `from_pretrained` reads (of LoRA: the adapter, as peft reads it), with the tokenizer's files; returns the file names.
 
-    `directory` is made; it is the old one or the new one whole, never a part.
+    `directory` is made, or replaced; it is never there in part.
     """
     partial = directory.with_name(f".{directory.name}.partial")
     with said_plainly(directory):
@@ -226,6 +232,6 @@ def check_tokenizer(given: str, tokenizer: dict, where: Locations) -> None:
     if tokenizer.get("sha256") != expected:
         raise where.error(
             "data",
-            f"its tokens were made by {say_tokenizer(tokenizer)}, and the model reads those of {own} (sha256 {expected[:12]}); build the data "
-            f"again: longtrain data build ... --tokenizer {own.parent}",
+            f"its tokens were made by {say_tokenizer(tokenizer)}, and the model reads those of {own} (sha256 {expected[:12]}); "
+            f"build it again: longtrain data build ... --tokenizer {own.parent}",
         )

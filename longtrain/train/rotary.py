@@ -60,10 +60,12 @@ class Rope:
     def put(self, described: Any, wanted: RopeConfig | None) -> None:
         """Put what `wanted` says into a transformers configuration. Raises ValueError as `changed`."""
         text, parameters = described.get_text_config(), self.changed(wanted)
+        if parameters is None:
+            return
         text.rope_parameters = parameters
         if self.positions is not None:
             further = wanted is not None and not _dynamic(parameters)  # dynamic ones grow from the original length
-            scaled = parameters.get(FULL, parameters) if parameters else {}
+            scaled = parameters.get(FULL, parameters)
             meant = round((scaled.get("factor") or 0) * (scaled.get("original_max_position_embeddings") or 0))
             text.max_position_embeddings = max(self.positions, self.reach, meant) if further else self.positions
 
@@ -72,8 +74,10 @@ class Rope:
 
         Raises ValueError where the rotary embeddings cannot be built again.
         """
-        parameters = self.changed(wanted)
-        other = [found for found in rotary_embeddings(model) if found[2].config.rope_parameters != parameters or _dynamic(parameters)]
+        parameters, embeddings = self.changed(wanted), rotary_embeddings(model)
+        if wanted is not None and not embeddings:
+            raise ValueError("the model has no rotary embedding that reads its configuration; remove it")
+        other = [found for found in embeddings if found[2].config.rope_parameters != parameters or _dynamic(parameters)]
         self.put(model.config, wanted)
         for parent, name, module in other:
             module.config.rope_parameters = copy.deepcopy(parameters)  # most often the same configuration

@@ -29,8 +29,11 @@ def saved_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 def frozen_sum(model: nn.Module) -> int:
     """A checksum of the parameters that are not trained, of which a checkpoint holds nothing else; 0 without any."""
-    frozen = [p.detach().contiguous().cpu() for p in model.parameters() if not p.requires_grad]
-    return sum((i + 1) * int(p.view(torch.int16 if p.element_size() == 2 else torch.int32).sum(dtype=torch.int64)) for i, p in enumerate(frozen)) % 2**63
+    total, frozen = 0, (p.detach().contiguous() for p in model.parameters() if not p.requires_grad)
+    for number, p in enumerate(frozen, start=1):
+        words = p.view(torch.int16 if p.element_size() == 2 else torch.int32)
+        total += number * int(words.sum(dtype=torch.int64))
+    return total % 2**63
 
 
 def random_states() -> dict[str, Tensor]:

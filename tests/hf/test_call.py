@@ -42,7 +42,11 @@ def gradients(model, loss):
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "cohere"])
-@pytest.mark.parametrize("plan", [None, lt.Plan(chunk_tokens=8, loss_chunk_tokens=5), lt.Plan(chunk_tokens=64, loss_chunk_tokens=64)], ids=["plain", "streamed", "one chunk"])
+@pytest.mark.parametrize(
+    "plan",
+    [None, lt.Plan(chunk_tokens=8, loss_chunk_tokens=5), lt.Plan(chunk_tokens=64, loss_chunk_tokens=64)],
+    ids=["plain", "streamed", "one chunk"],
+)
 def test_the_loss_of_a_packed_row_is_that_of_its_documents(family, plan):
     model = hf_families.build(family)
     ids, labels, cu = row()

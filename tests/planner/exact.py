@@ -17,15 +17,18 @@ def least_seconds(problem: Problem) -> float | None:
     one_each = np.array([[float(i == item) for i, _ in rows] for item in range(len(problem.items))])
     # Bytes in units of each budget, so that the solver's tolerances are small ones.
     scale = np.maximum(problem.budgets[limited], 1.0)
-    t = np.eye(stretches)
+    t, none = np.eye(stretches), np.zeros((limited.sum(), stretches))
     constraints = [
         LinearConstraint(np.hstack([one_each, np.zeros((len(one_each), stretches))]), 1, 1),
-        LinearConstraint(np.hstack([uses[limited] / scale[:, None], np.zeros((limited.sum(), stretches))]), -np.inf, problem.budgets[limited] / scale),
+        LinearConstraint(np.hstack([uses[limited] / scale[:, None], none]), -np.inf, problem.budgets[limited] / scale),
         LinearConstraint(np.hstack([-compute, t]), problem.compute, np.inf),
         LinearConstraint(np.hstack([-transfer, t]), 0, np.inf),
     ]
     found = milp(
-        np.concatenate([np.zeros(n), np.ones(stretches)]), constraints=constraints,
-        integrality=np.concatenate([np.ones(n), np.zeros(stretches)]), bounds=Bounds(0, np.concatenate([np.ones(n), np.full(stretches, np.inf)])),
-        options={"mip_rel_gap": 1e-6})  # fmt: skip
+        np.concatenate([np.zeros(n), np.ones(stretches)]),
+        constraints=constraints,
+        integrality=np.concatenate([np.ones(n), np.zeros(stretches)]),
+        bounds=Bounds(0, np.concatenate([np.ones(n), np.full(stretches, np.inf)])),
+        options={"mip_rel_gap": 1e-6},
+    )
     return None if found.x is None else float(found.fun)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import longtrain as lt
+from longtrain import verify
+from longtrain.config import load_config
+from longtrain.config.memory import MemoryConfig
 from longtrain.stream.kv_blocks import BlockKVCarry
 from tests.stream.conftest import VOCAB, assert_streamed_equals_plain, loss_and_grads, make_model
 from tests.stream.test_offload import DISK, HOST, MIXED, assert_same_bits, inputs, tiers  # noqa: F401
@@ -97,3 +102,15 @@ def test_lengths_that_are_none(settings, match):
     with pytest.raises(ValueError, match=match):
         lt.Plan(chunk_tokens=16, **settings)
 
+
+def test_processes_that_share_a_sequence_are_refused():
+    model = make_model()
+    with pytest.raises(ValueError, match="kv_block_tokens is for one process"):
+        lt.apply(model, lt.Plan(chunk_tokens=16, kv_block_tokens=32), parallel=lt.Parallel())
+    assert loss_and_grads(model, inputs())[0].isfinite()
+
+
+def test_verify_keeps_the_blocks():
+    config, _ = load_config("configs/quickstart.yaml")
+    plan, _ = verify.shrink_plan(replace(config, memory=MemoryConfig(chunk_tokens=512, kv_block_tokens=4096)))
+    assert plan.kv_block_tokens == 2 * plan.chunk_tokens

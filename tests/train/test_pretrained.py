@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ from longtrain.train.step import gradients
 from tests.train.tiny_hf import write_run, write_shape, write_weights
 
 pytestmark = pytest.mark.usefixtures("no_picture")
+TINY = Path(__file__).parents[2] / "configs" / "tiny_chat"
 LORA = "model.lora={rank: 4, alpha: 8, target_modules: [q_proj, down_proj]}"
 
 
@@ -231,6 +234,8 @@ WRONG = {
     "no weights": (no_weights, [], "model.hf", "holds no safetensors", "for random weights"),
     "weights missing": (one_tensor_less, [], "model.hf", "lacks 1 tensors", "layers.1.mlp.up_proj.weight", "begin at random"),
     "unknown family": (changed(model_type="none_such"), [], "model.hf", "describes no model", "none_such"),
+    "a width that is text": (changed(hidden_size="wide"), [], "model.hf", "describes no model", "hidden_size"),
+    "heads that do not fit": (changed(num_key_value_heads=3), [], "model.hf", "correct its files"),
     "balanced experts": (changed(output_router_logits=True), [], "model.hf", "output_router_logits: true", "set it false"),
     "a target that matches nothing": (None, ["model.lora={target_modules: [q_proj, zebra]}"], "model.lora.target_modules[1]", "zebra matches no layer", "q_proj, up_proj"),
     "a target that is no linear layer": (None, ["model.lora={target_modules: [input_layernorm]}"], "model.lora.target_modules", "name linear layers"),
@@ -254,6 +259,23 @@ def test_what_cannot_be_trained_is_refused_in_one_located_line(name, run_file, o
     assert re.match(rf"{place}: {re.escape(setting)}: ", error), error
     assert all(word in error for word in words), error
     assert not out.exists()
+
+
+def test_conversations_are_trained_on_with_the_model_s_own_tokenizer_alone(run_file, out, tmp_path, capsys):
+    pytest.importorskip("jinja2")
+    shape = write_shape(tmp_path / "shape", vocab_size=259, max_position_embeddings=512)
+    built = tmp_path / "built"
+    assert cli.main(["data", "build", str(built), str(TINY / "chats.jsonl"), "--format", "chat", "--tokenizer", str(TINY)]) == 0
+    shutil.copy(TINY / "tokenizer.json", shape.parent)
+    data = ("data.source=tokens", "data.files=[]", f"data.tokens=[{{path: {built}}}]", "data.seq_len=256", "train.steps=1")
+    file = run_file(shape)
+    assert train(file, *data) == 0
+    (step,) = (r for r in read_metrics(out / "metrics.jsonl") if r["kind"] == "step")
+    assert 0 < step["targets"] < 200 and (out / "model" / "tokenizer.json").exists()
+    (shape.parent / "tokenizer.json").write_text("{}")
+    assert train(file, *data, "output.overwrite=true") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "data: its tokens were made by tokenizers" in error and f"--tokenizer {shape.parent}" in error
 
 
 def test_bfloat16_weights_leave_rotary_frequencies_and_adapters_masters_in_float32(run_file, tmp_path):
