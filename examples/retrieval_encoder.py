@@ -1,9 +1,9 @@
 """A retrieval encoder for long documents, in the setting of M2-BERT (arXiv:2402.07440): Monarch Mixer blocks instead of attention, and a
 contrastive loss whose batch is embedded one sample at a time, so that a batch of 8 documents takes the memory of one.
 
-    python examples/retrieval_encoder.py          # two minutes on one CPU core
+    python examples/retrieval_encoder.py          # 95 s of processor time; finds 26 of 32 documents, before training 3
 
-Documents of 2,048 tokens are three quarters common tokens; the others are of the document's own subject, six of 64 rare tokens. A query is
+Documents of 1,024 tokens are three quarters common tokens; the others are of the document's own subject, four of 32 rare tokens. A query is
 16 tokens of that subject in another language, which has its own token for each: what belongs together has to be learned. Documents and
 queries are new at every step, and at the end.
 """
@@ -15,8 +15,8 @@ import longtrain as lt
 from longtrain.contrastive import backward_by_sample, info_nce
 from longtrain.nn import MonarchMixerBlock, RMSNorm, parameter_groups
 
-COMMON, RARE, SUBJECT = 64, 64, 6
-TOKENS, QUERY_TOKENS, WIDTH, LAYERS, PAIRS, STEPS = 2048, 16, 64, 2, 8, 60
+COMMON, RARE, SUBJECT = 32, 32, 4
+TOKENS, QUERY_TOKENS, WIDTH, LAYERS, PAIRS, STEPS = 1024, 16, 64, 2, 8, 100
 
 
 class RetrievalEncoder(nn.Module):
@@ -59,11 +59,13 @@ def main() -> None:
     encoder = RetrievalEncoder()
     print(lt.apply(encoder, lt.Plan(chunk_tokens=512)))
     print(f"found among 32 before training: {share_found(encoder, 32):.3f} (chance {1 / 32:.3f})")
-    optimizer = torch.optim.AdamW(parameter_groups(encoder, lr=3e-3, weight_decay=0.01))
+    optimizer = torch.optim.AdamW(parameter_groups(encoder, lr=6e-3, weight_decay=0.01))
+    falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, STEPS)
     for step in range(STEPS):
         queries, documents = make_pairs(PAIRS)
         loss = backward_by_sample(encoder, queries + documents, lambda e: info_nce(e[:PAIRS], e[PAIRS:]))
         optimizer.step()
+        falling.step()
         optimizer.zero_grad()
         if step % 10 == 9:
             print(f"step {step + 1}: loss {float(loss):.3f}", flush=True)

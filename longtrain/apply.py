@@ -19,14 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
-from longtrain.culprit import part_that_looks_across, what_changed
 from longtrain.nn.ends import TokenEmbed, TokenLoss
 from longtrain.offload import DeviceStore, TieredStore, TokenStore
 from longtrain.parallel.settings import Parallel
 from longtrain.plan import Plan
-from longtrain.sharded import plain_copy, whole
+from longtrain.proof import PROOF_TOKENS, prove
 from longtrain.stream.embed import streamed_token_embed
 from longtrain.stream.loss import streamed_token_loss
 from longtrain.stream.protocol import StreamableLayer
@@ -34,11 +32,6 @@ from longtrain.stream.segment import Chain, Progress, Segment
 
 if TYPE_CHECKING:
     from longtrain.parallel.spread import Sharing
-
-PROOF_TOKENS = 13
-PROOF_CHUNK = 5
-PROOF_BOUND = 1e-5
-"""Relative norm in float64. Layers that upcast to float32 inside stop at 1e-7; one that leaks between tokens is off by far more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +192,8 @@ def _share(model: nn.Module, report: Report, layers: Sequence[tuple[int, Candida
     if held := next((candidate.name for _, candidate in layers if getattr(candidate.layer, "carries_states", False)), None):
         raise ValueError(f"{held} carries its states from chunk to chunk, and processes cannot hand them on yet: leave out group and parallel")
     shapes = [shapes_of(candidate.layer, PROOF_TOKENS) for _, candidate in layers if candidate.counts]
+    if report.plan.kv_block_tokens is not None:
+        raise ValueError("kv_block_tokens is for one process: leave it out where processes share a sequence, or leave out group and parallel")
     sharing = Sharing(report.plan, parallel, group, shapes)
     if hasattr(model, "make_layout"):
         before, model.make_layout = model.make_layout, sharing.layout
@@ -295,67 +290,3 @@ def _find_transformers_layers(model: nn.Module, report: Report) -> list[list[Can
         ]
         for run in adapted.runs
     ]
-
-
-def prove(layer: nn.Module, model: nn.Module | None = None) -> str | None:
-    """Why a layer is not what its protocol says, or None: run whole and in chunks on its own tiny example, output and gradients agree.
-
-    A copy in float64 is run, so that the bound holds whatever the training dtype; the layer itself and the generator stay untouched. A
-    layer that is sharded is gathered for the copy, in the `model` that it is part of.
-    """
-    devices = {p.device for p in layer.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(0)
-        try:
-            with whole(layer, layer if model is None else model):
-                copied = layer.copy_in_float64() if hasattr(layer, "copy_in_float64") else plain_copy(layer).double().eval()
-            own = copied.difference_from_eager() if hasattr(copied, "difference_from_eager") else None
-            return own or _difference_in_chunks(copied)
-        except Exception as error:  # whatever it is, it is the reason: reported by name, never dropped
-            return f"{type(error).__name__}: {error}"
-
-
-def _difference_in_chunks(layer: nn.Module) -> str | None:
-    x, arguments = layer.example(PROOF_TOKENS)
-    x, arguments = tree_map(lambda t: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t, (x, arguments))
-    buffers = {name: buffer.clone() for name, buffer in layer.named_buffers()}
-    whole = _outcome(layer, layer.forward, x, arguments)
-    if changed := what_changed(layer, buffers):
-        return f"it changes its buffers in forward, and a streamed layer runs several times: {changed}"
-    if whole[0].shape != x.shape:
-        return f"it turns {list(x.shape)} into {list(whole[0].shape)}, and hidden states must keep their shape"
-    plan = Plan(chunk_tokens=PROOF_CHUNK, store_outputs=0.5, boundaries="tensor")
-    segment = Segment(Chain(plan, DeviceStore()), [layer], [0], first=True, last=True)
-    what, error = _difference(whole, _outcome(layer, segment.forward, x, arguments))
-    if what:
-        part = part_that_looks_across(layer, x, arguments, _differs_in_chunks)
-        return f"its {what} in chunks of {PROOF_CHUNK} differs from the whole by {error:.1e}: something besides mix looks across tokens{part}"
-    return None
-
-
-def _differs_in_chunks(module: nn.Module, x: Tensor) -> str:
-    """What of a token-local module is another in chunks; "" where nothing is."""
-    in_chunks = lambda x: torch.cat([module(part) for part in x.split(PROOF_CHUNK, dim=1)], dim=1)
-    return _difference(*(_outcome(module, forward, x, {}) for forward in (module, in_chunks)))[0]
-
-
-def _difference(whole: Sequence[Tensor], chunked: Sequence[Tensor]) -> tuple[str, float]:
-    """Which of two outcomes' parts differ, first of all, and by how much; "" where none does."""
-    for name, a, b in zip(("output", "input gradient", "parameter gradients"), whole, chunked, strict=True):
-        error = float((a - b).norm() / a.norm().clamp_min(torch.finfo(a.dtype).tiny))
-        if not error <= PROOF_BOUND:
-            return name, error
-    return "", 0.0
-
-
-def _outcome(layer: nn.Module, forward: Callable[..., Tensor], x: Tensor, arguments: dict) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, gradient of the input, gradients of the parameters in one vector."""
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        y = forward(x, **arguments)
-        generator = torch.Generator(x.device).manual_seed(1)
-        dy = torch.randn(y.shape, dtype=y.dtype, device=y.device, generator=generator)
-        leaves = [x, *(p for p in layer.parameters() if p.requires_grad)]
-        grads = torch.autograd.grad(y, leaves, dy, allow_unused=True)
-    dx, *flat = (torch.zeros_like(t).flatten() if g is None else g.flatten() for t, g in zip(leaves, grads, strict=True))
-    return y.detach(), dx, torch.cat(flat) if flat else x.new_zeros(0)

@@ -79,6 +79,8 @@ def shrink_plan(config: Config) -> tuple[Plan, int]:
     chunks = min(9, max(5, math.ceil(config.data.seq_len / settings["chunk_tokens"])))
     if settings.get("loss_chunk_tokens") or isinstance(config.model, HfModelConfig):
         settings["loss_chunk_tokens"] = CHUNK + 5
+    if blocks := settings.get("kv_block_tokens"):
+        settings["kv_block_tokens"] = CHUNK * min(2, blocks // settings["chunk_tokens"])
     if (tiers := config.memory.tiers()) is not None:
         settings["offload"] = _shrink_tiers(tiers, planned=config.memory.offload is None)
     return Plan(**{**settings, "chunk_tokens": CHUNK}), (chunks - 1) * CHUNK + 7

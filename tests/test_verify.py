@@ -28,7 +28,7 @@ def test_exact_streaming_passes_every_row(changes):
 HYBRID = dict(layers=("conv", "window", "linear", "attention", "delta", "lact"), num_layers=6, window=(9,), lact_chunk=10)
 
 
-@pytest.mark.parametrize("conv_taps", [5, 100])
+@pytest.mark.parametrize("conv_taps", [5, pytest.param(100, marks=pytest.mark.slow)])
 def test_hybrids_pass_every_row(conv_taps):
     """With a convolution that streams by chunks, and with one that takes two passes."""
     found = rows(**HYBRID, conv_taps=conv_taps)

@@ -28,11 +28,15 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"{a.script} is no file")
     from longtrain.memory import profile
 
+    try:
+        watched = profile(a.out, sampling=a.sampling, budget=a.budget, title=Path(a.script).stem)
+    except ValueError as error:
+        parser.error(str(error))
     own, sys.argv = sys.argv, [a.script, *a.arguments]
     sys.path[0] = str(Path(a.script).resolve().parent)
     status = 0
     try:
-        with profile(a.out, sampling=a.sampling, budget=a.budget, title=Path(a.script).stem):
+        with watched:
             try:
                 runpy.run_path(a.script, run_name="__main__")
             except SystemExit as end:  # how many scripts end; only what it says decides

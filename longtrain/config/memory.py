@@ -128,6 +128,10 @@ class MemoryConfig:
         for name in ("chunk_tokens", "segment_layers", "loss_chunk_tokens", "kv_block_tokens"):
             if getattr(self, name) is not None:
                 at_least(f"memory.{name}", getattr(self, name), 1)
+        if self.kv_block_tokens is not None and self.chunk_tokens is not None and self.kv_block_tokens % self.chunk_tokens:
+            raise ValueError(
+                f"memory.kv_block_tokens: must be a multiple of memory.chunk_tokens ({self.chunk_tokens}), found {self.kv_block_tokens}"
+            )
         for name in ("store_outputs", "store_kv"):
             value = getattr(self, name)
             for fraction in value if isinstance(value, tuple) else () if value is None else (value,):

@@ -2,7 +2,7 @@
 
 Run on ``hidden[:, span]`` with its token-wise arguments cut alike, such a layer is one chunk, if nothing in it looks across tokens but
 its calls of the attention interface. Which arguments run along the tokens, and what attention is asked for, are seen in a traced run
-(`trace.py`); that the rest is true is proved before the layer is streamed (`longtrain.apply.prove`).
+(`trace.py`); that the rest is true is proved before the layer is streamed (`longtrain.proof`).
 """
 
 from __future__ import annotations

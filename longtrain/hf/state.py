@@ -6,7 +6,7 @@ each chunk, and in the backward pass, which takes the last chunk first, hands ea
 
     y, state' = layer(x[span], state)          dx[span], dparams, dstate = vjp(dy[span], dstate')
 
-Nothing is wrapped or patched; `longtrain.apply.prove` says whether the layer keeps all that it knows in its cache.
+Nothing is wrapped or patched; `longtrain.proof` says whether the layer keeps all that it knows in its cache.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""From the ledger to what is reported: the step with the peak, its phases, its timeline, the largest items. Plain data, in bytes and seconds.
+"""From the ledger to what is reported: the step with the peak, its phases, its timeline, the largest items.
 
-The result is what `profile.json` holds; table, page, picture and comparison are made from it alone.
+The result, plain data in bytes and seconds, is what `profile.json` holds; table, page, picture and comparison are made from it alone.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from longtrain.memory.advice import remedy, sentence
-from longtrain.memory.ledger import CATEGORIES, FOREVER, Item, Ledger, short_path
+from longtrain.memory.ledger import CATEGORIES, Item, Ledger
 from longtrain.memory.sample import COLUMNS
 from longtrain.memory.watch import BACKWARD, OPTIMIZER_END, STEP, Watch
 from longtrain.offload.extent import State
@@ -28,11 +28,18 @@ NAMED = 3
 
 
 def account(
-    watch: Watch, ledger: Ledger, *, predicted: Sequence[Phase] = (), budget: int | None = None, streamed: bool = False, facts: dict[str, Any]
+    watch: Watch,
+    ledger: Ledger,
+    *,
+    predicted: Sequence[Phase] = (),
+    budget: int | None = None,
+    streamed: bool = False,
+    facts: dict[str, Any],
 ) -> dict[str, Any]:
     """The report's data. `facts` go into it as they are. A budget is for what is allocated on a GPU, and on a CPU for what is resident, as
     in `longtrain.planner.plan`."""
-    device = watch.sampler.device.index if watch.sampler.device.type == "cuda" and (ledger.device == watch.sampler.device.index).any() else -1
+    gpu = watch.sampler.device.index if watch.sampler.device.type == "cuda" else -1
+    device = gpu if (ledger.device == gpu).any() else -1
     level = ledger.level(device)
     first, last = step_with_peak(watch, level)
     peak = first + int(level[first : last + 1].argmax())

@@ -77,8 +77,10 @@ def sentence(result: dict[str, Any]) -> str:
 
 
 def changes_that_fit(model: ModelFootprint, plan: Plan, tokens: int, room: int, batch: int = 1, tiers: Offload | None = None) -> list[str]:
-    """The three cheapest single changes of `plan` whose predicted peak fits `room` bytes, cheapest in step time first; a shorter sequence and
-    a larger budget come last, since they change what is trained or what is bought."""
+    """The three cheapest single changes of `plan` whose predicted peak fits `room` bytes, cheapest in step time first.
+
+    A shorter sequence and a larger budget come last, since they change what is trained or what is bought.
+    """
     layers = len(model.layers)
 
     def cheapest_that_fits(name: str, values) -> tuple[float, str] | None:
@@ -90,7 +92,7 @@ def changes_that_fit(model: ModelFootprint, plan: Plan, tokens: int, room: int, 
         return relative_time(best, layers, tokens), f"memory.{name}: {getattr(best, name)} (now {getattr(plan, name)})"
 
     found = [
-        cheapest_that_fits("chunk_tokens", [c for c in CHUNKS if c < plan.chunk_tokens]),
+        cheapest_that_fits("chunk_tokens", [c for c in CHUNKS if c < plan.chunk_tokens and (plan.kv_block_tokens or c) % c == 0]),
         cheapest_that_fits("store_outputs", [f for f in FRACTIONS if not isinstance(plan.store_outputs, tuple) and f < plan.store_outputs]),
         cheapest_that_fits("store_kv", [f for f in FRACTIONS if not isinstance(plan.store_kv, tuple) and f < plan.store_kv]),
         cheapest_that_fits("segment_layers", [k for k in SEGMENTS if k != plan.segment_layers and k <= layers]),

@@ -84,8 +84,11 @@ def parts(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, list[tuple[st
     peaks = difference(a["peak"]["by_category"], b["peak"]["by_category"])
     peaks.append(("in all", a["peak"]["bytes"], b["peak"]["bytes"]))
     phases = [row for row in difference(phases_of(a), phases_of(b)) if row[1] and row[2]]
-    return [("At the peaks, by category", rows_of(peaks)), ("At the peaks, the largest differences", rows_of(difference(items_of(a), items_of(b)))),
-            ("Phases that both have", rows_of(phases))]  # fmt: skip
+    return [
+        ("At the peaks, by category", rows_of(peaks)),
+        ("At the peaks, the largest differences", rows_of(difference(items_of(a), items_of(b)))),
+        ("Phases that both have", rows_of(phases)),
+    ]
 
 
 def table(a: dict[str, Any], b: dict[str, Any]) -> str:
@@ -97,9 +100,9 @@ def table(a: dict[str, Any], b: dict[str, Any]) -> str:
 
 
 def page(a: dict[str, Any], b: dict[str, Any]) -> str:
+    note = "Everything that was held in the step of each profile in which most was; the steps begin together."
     drawn = [{
-        "id": "both", "title": "Memory over a step", "note": "Everything that was held in the step of each profile in which most was; the steps begin together.",
-        "x": "milliseconds", "y": "GiB", "digits": 3, "zero": True,
+        "id": "both", "title": "Memory over a step", "note": note, "x": "milliseconds", "y": "GiB", "digits": 3, "zero": True,
         "series": [over_time(a, "compared"), over_time(b, "measured")],
     }]  # fmt: skip
     strips = ranks({"ranks": [a["peak"], b["peak"]]}, names=[a["title"], b["title"]], title="What the peaks are made of")

@@ -15,11 +15,14 @@ from pathlib import Path
 
 import numpy as np
 
+from longtrain.memory.contexts import FOREVER, Context, make_contexts, next_backward
+from longtrain.memory.trace import StorageTrace
+from longtrain.memory.watch import Watch
 from longtrain.offload.extent import State
-from longtrain.memory.watch import BACKWARD, BACKWARD_END, ENTER, LEAVE, OPTIMIZER, OPTIMIZER_END, REACH, STEP, Watch
 
 CATEGORIES = (
-    "parameters", "gradients", "optimizer", "activations", "carry", "workspace", "staging", "communication", "data", "other", "unattributed",
+    "parameters", "gradients", "optimizer", "activations", "carry", "workspace", "staging", "communication", "data", "other",
+    "unattributed",
 )  # fmt: skip
 """`data`: what models are given. `other`: tensors that were there before the profile began and are none of the others."""
 
@@ -35,21 +38,8 @@ PLACES = {
 """Files of this package whose allocations are one thing only: the carries' buffers, sums of gradients, copies on their way to a tier."""
 
 PACKAGE = Path(__file__).resolve().parents[2]
-FOREVER = np.iinfo(np.int64).max
 LARGE = 1 << 20
 """Bytes from which on a tensor that was there before is a line of its own."""
-
-
-@dataclass(frozen=True, slots=True)
-class Context:
-    """A stretch between two marks: from event `start` on. `leaves`: the event at which its innermost module is left."""
-
-    start: int
-    nanoseconds: int
-    phase: str
-    band: int
-    module: int
-    leaves: int = FOREVER
 
 
 @dataclass(slots=True, kw_only=True)
@@ -129,7 +119,8 @@ def make_ledger(watch: Watch, events: np.ndarray, began: int, ended: int) -> Led
     site = np.where(seen, operations[at, 2], -1)
     scratch = seen & (stop < operations[at, 1])
     context = np.searchsorted([c.start for c in contexts], start, side="right") - 1
-    ends = np.array([c.leaves if c.module or c.phase != "forward" else backward for c, backward in zip(contexts, next_backward(contexts), strict=True)])
+    next_begins = zip(contexts, next_backward(contexts), strict=True)
+    ends = np.array([c.leaves if c.module or c.phase != "forward" else begin for c, begin in next_begins])
     outlives = stop > ends[context]
     before = start < watch.first
 
@@ -152,7 +143,7 @@ def make_ledger(watch: Watch, events: np.ndarray, began: int, ended: int) -> Led
         device = np.concatenate((device, np.full(len(rows), -1)))
     return Ledger(
         start=start, stop=stop, nbytes=nbytes, device=device, item=item, items=list(numbers), contexts=contexts,
-        nanoseconds=events[:, 0], modules=watch.modules, scratch_unseen=type(watch.trace).__name__ == "StorageTrace", began=began, ended=ended,
+        nanoseconds=events[:, 0], modules=watch.modules, scratch_unseen=isinstance(watch.trace, StorageTrace), began=began, ended=ended,
     )  # fmt: skip
 
 
@@ -190,15 +181,6 @@ def describe(watch: Watch, label, site, context: Context, outlives: bool, scratc
     return Item("workspace", operation, module, line, shape, dtype)
 
 
-def next_backward(contexts: Sequence[Context]) -> list[int]:
-    """For each context the event at which the next backward pass begins; FOREVER where none does."""
-    begins, following = [], FOREVER
-    for context in reversed(contexts):
-        following = context.start if context.phase == "backward" else following
-        begins.append(following)
-    return begins[::-1]
-
-
 def blocks(watch: Watch, events: np.ndarray) -> np.ndarray:
     """(start, stop, bytes, device, address) of every block, those that were there before first."""
     rows: list[list[int]] = [[-1, FOREVER, nbytes, device, address] for address, nbytes, device, _ in watch.at_start]
@@ -220,7 +202,8 @@ def blocks(watch: Watch, events: np.ndarray) -> np.ndarray:
         if (device, address) not in known:
             others.setdefault((device, address), [moment - 1, moment, nbytes])[1] = moment
     last = len(events)
-    rows += [[start, FOREVER if stop == last else stop, nbytes, device, address] for (device, address), (start, stop, nbytes) in others.items()]
+    for (device, address), (start, stop, nbytes) in others.items():
+        rows.append([start, FOREVER if stop == last else stop, nbytes, device, address])
     return np.array(rows, np.int64).reshape(-1, 5)
 
 
@@ -258,43 +241,6 @@ def find_labels(watch: Watch, address, device, start, stop) -> dict[int, tuple[s
         if block not in found or PRECEDENCE.index(label[0]) < PRECEDENCE.index(found[block][0]):
             found[block] = label
     return found
-
-
-def make_contexts(watch: Watch) -> list[Context]:
-    """From marks to stretches: phase, visible part and innermost module of each."""
-    found: list[list] = [[-1, 0, "outside", 0, 0, FOREVER]]
-    stack: list[list] = []  # [module, contexts that it is the innermost of]
-    phase, reached = "outside", 0
-    for kind, module, nanoseconds, event in np.frombuffer(watch.marks, np.int64).reshape(-1, 4).tolist():
-        if kind == ENTER:
-            stack.append([module, []])
-            phase = "forward" if phase == "outside" else phase
-        elif kind == LEAVE:
-            while stack:
-                left, own = stack.pop()
-                for i in own:
-                    found[i][5] = event
-                if left == module:
-                    break
-        elif kind == STEP:
-            phase, stack = "forward", []
-        elif kind == BACKWARD:
-            phase, reached = "backward", 0
-        elif kind == REACH:
-            reached = module
-        elif kind == BACKWARD_END:
-            phase, stack, reached = "outside", [], 0
-        elif kind == OPTIMIZER:
-            phase = "optimizer"
-        elif kind == OPTIMIZER_END:
-            phase = "outside"
-        band = next((m for m, _ in stack if m in watch.bands), reached if phase == "backward" else 0)
-        if phase == "backward":
-            reached = band or reached
-        found.append([event, nanoseconds, phase, band, stack[-1][0] if stack else 0, FOREVER])
-        if stack:
-            stack[-1][1].append(len(found) - 1)
-    return [Context(*row) for row in found]
 
 
 def short_path(path: str) -> str:

@@ -51,7 +51,8 @@ function strip(svg, bands, key, top, height, x) {
     const drawn = element("rect", { x: a, y: top, width, height, class: `band ${band.phase}` }, svg);
     element("title", {}, drawn, `${band.phase} ${band.name}`);
     const text = key === "part" ? short(band.name) : band.name;
-    if (text && fits(text, width)) element("text", { x: a + width / 2, y: top + height - 5, "text-anchor": "middle", class: "in" }, svg, text);
+    if (!text || !fits(text, width)) continue;
+    element("text", { x: a + width / 2, y: top + height - 5, "text-anchor": "middle", class: "in" }, svg, text);
   }
 }
 
@@ -104,8 +105,8 @@ function drawTimeline(figure) {
   if (budget && !ofProcess) limit(y(budget));
   const highest = line.level.indexOf(Math.max(...line.level)), px = x(xs[highest]), py = y(line.level[highest]);
   element("path", { d: `M${px},${py - 2}l-5,-8h10Z`, class: "peak" }, svg);
-  const side = px > (left + right) / 2 ? ["end", -9] : ["start", 9];
-  element("text", { x: px + side[1], y: Math.max(py - 4, panels.top + 10), "text-anchor": side[0], class: "in" }, svg, `peak ${gib(line.level[highest])} GiB`);
+  const [anchor, away] = px > (left + right) / 2 ? ["end", -9] : ["start", 9], peak = `peak ${gib(line.level[highest])} GiB`;
+  element("text", { x: px + away, y: Math.max(py - 4, panels.top + 10), "text-anchor": anchor, class: "in" }, svg, peak);
 
   function small(keys, title, line) {
     const top = bottom + panels.gap;
@@ -114,7 +115,10 @@ function drawTimeline(figure) {
     const yy = axis(svg, [0, high * 1.08 || 1], top, bottom, left, right, title);
     curves(svg, keys.map(k => [k, samples[k]]), samples.seconds, x, yy);
     if (line) limit(yy(line));
-    keys.forEach((k, i) => element("text", { x: right - 4 - 74 * i, y: top - 12, "text-anchor": "end", style: `fill: var(--${k})` }, svg, SAID[k] || k));
+    keys.forEach((key, i) => {
+      const style = `fill: var(--${key})`;
+      element("text", { x: right - 4 - 74 * i, y: top - 12, "text-anchor": "end", style }, svg, SAID[key] || key);
+    });
   }
   if (process.length) small(process, "GiB, the process", ofProcess && budget ? budget : 0);
   if (tiers.length) small(tiers, "GiB in slower tiers", 0);
@@ -133,7 +137,8 @@ function drawTimeline(figure) {
     }
     bottom = top;
   }
-  const times = ticks(0, xs.at(-1) || 1, Math.max(2, (right - left) / 90)), digits = Math.max(0, -Math.floor(Math.log10(times.step) + 1e-9));
+  const times = ticks(0, xs.at(-1) || 1, Math.max(2, (right - left) / 90));
+  const digits = Math.max(0, -Math.floor(Math.log10(times.step) + 1e-9));
   for (const tick of times.found) {
     element("line", { x1: x(tick), x2: x(tick), y1: bottom, y2: bottom + 5, class: "grid" }, svg);
     element("text", { x: x(tick), y: bottom + 18, "text-anchor": "middle" }, svg, said(tick, digits));
@@ -164,7 +169,8 @@ function readOff(figure, plot, svg, x, xs, names, bottom) {
     html("div", "", tip, parts.slice(0, 6).map(([n, v]) => `${n} ${gib(v)}`).join(", "));
     for (const [number, bytes] of line.tops[index]) {
       const item = line.items[number];
-      html("div", "item", tip, `${gib(bytes)} GiB ${item.name}${item.shape ? ` ${item.shape}` : ""}${item.module ? ` in ${item.module}` : ""}${item.line ? `, ${item.line}` : ""}`);
+      const where = [item.shape && ` ${item.shape}`, item.module && ` in ${item.module}`, item.line && `, ${item.line}`];
+      html("div", "item", tip, `${gib(bytes)} GiB ${item.name}${where.join("")}`);
     }
     const from = plot.offsetLeft + x(at) + 12, wide = tip.offsetWidth;
     tip.style.top = `${plot.offsetTop + 66}px`;

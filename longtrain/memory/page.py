@@ -12,6 +12,11 @@ from longtrain.report.page import as_script, document, figures, folded, table
 
 HERE = Path(__file__).parent
 GIB = 2**30
+ITEM_COLUMNS = {
+    "category": "category", "what": "name", "module": "module", "what would reduce it": "remedy", "shape": "shape", "dtype": "dtype",
+    "line": "line",
+}  # fmt: skip
+"""Of the largest items: title of the column, and where it is in an item."""
 
 
 def write_page(path: Path, result: dict[str, Any]) -> None:
@@ -24,11 +29,12 @@ def page(result: dict[str, Any]) -> str:
     timeline = f'<figure id="timeline" class="wide"><figcaption><h2>Memory over a step</h2><p>{note}</p></figcaption></figure>'
     seen = {key: result[key] for key in ("categories", "timeline", "budget", "device", "sentence")}
     script = (HERE / "page.js").read_text(encoding="utf-8")
+    below = f'<section class="tables">\n{ranks(result)}{tables(result)}</section>'
     return document(
         title=f"{result['title']}: memory",
         header=f'<h1>{escape(result["title"])}: memory</h1>\n<p class="summary">{escape(result["sentence"])}</p>\n{tiles(result)}',
         notices=notices(result),
-        main=f'<main>{timeline}<div class="charts">{figures(drawn)}</div></main>\n<section class="tables">\n{ranks(result)}{tables(result)}</section>',
+        main=f'<main>{timeline}<div class="charts">{figures(drawn)}</div></main>\n{below}',
         drawn=drawn,
         css=(HERE / "page.css").read_text(encoding="utf-8"),
         end=f'<script type="application/json" id="profile">{as_script(seen)}</script>\n<script>\n{script}</script>\n',
@@ -64,10 +70,16 @@ def charts(result: dict[str, Any]) -> list[dict[str, Any]]:
     points = {what: [[p["tokens"], p[what] / GIB] for p in result["lengths"] if p[what]] for what in ("predicted", "measured")}
     if not points["measured"]:
         return []
-    series = [{"name": "predicted", "role": "predicted", "points": points["predicted"]}, {"name": "measured", "role": "measured", "points": points["measured"], "dots": True}]
+    series = [
+        {"name": "predicted", "role": "predicted", "points": points["predicted"]},
+        {"name": "measured", "role": "measured", "points": points["measured"], "dots": True},
+    ]
     lines = [{"name": "budget", "role": "limit", "y": result["budget"] / GIB}] if result["budget"] and result["device"] != "CPU" else []
     note = "Peak of what a step allocates against the tokens of its sequence: as the plan predicts it, and measured."
-    return [{"id": "lengths", "title": "Peak against length", "note": note, "x": "tokens", "y": "GiB", "digits": 3, "zero": True, "series": series, "lines": lines}]
+    return [{
+        "id": "lengths", "title": "Peak against length", "note": note, "x": "tokens", "y": "GiB", "digits": 3, "zero": True,
+        "series": series, "lines": lines,
+    }]  # fmt: skip
 
 
 def ranks(result: dict[str, Any], *, names: Sequence[str] = (), title: str = "Ranks at their peaks") -> str:
@@ -78,7 +90,8 @@ def ranks(result: dict[str, Any], *, names: Sequence[str] = (), title: str = "Ra
     strips = []
     for number, rank in enumerate(result["ranks"]):
         parts = "".join(
-            f'<i style="width:{100 * size / most:.2f}%;background:var(--{c})" title="{c} {gib(size)} GiB"></i>' for c, size in rank["by_category"].items()
+            f'<i style="width:{100 * size / most:.2f}%;background:var(--{c})" title="{c} {gib(size)} GiB"></i>'
+            for c, size in rank["by_category"].items()
         )
         name = names[number] if names else f"rank {number}"
         strips.append(f'<div class="rank"><span>{escape(name)}: {gib(rank["bytes"])} GiB</span><div class="bar">{parts}</div></div>')
@@ -90,17 +103,19 @@ def tables(result: dict[str, Any]) -> str:
         (row["phase"], gib(row["predicted"]), gib(row["measured"]), describe_error(row), row.get("largest", ""), row.get("remedy", ""))
         for row in result["phases"]
     ]
-    items = [
-        (gib(i["bytes"]), str(i["count"]), i["category"], i["name"], i["module"], i["remedy"], i["shape"].replace(" ", "\u00a0"), i["dtype"], i["line"])
-        for i in result["peak"]["items"]
-    ]
+    items = [(gib(i["bytes"]), str(i["count"]), *(unbroken(i[key]) for key in ITEM_COLUMNS.values())) for i in result["peak"]["items"]]
     categories = [(c, gib(size), f"{size / max(result['peak']['bytes'], 1):.1%}") for c, size in result["peak"]["by_category"].items()]
     facts = [(key, str(result[key])) for key in ("command", "mode", "torch", "threads", "device") if result.get(key) is not None]
     header = ("phase", "predicted, GiB", "measured, GiB", "error %", "largest item", "what would reduce it")
     return "\n".join([
-        table(f"At the peak: the {len(items)} largest", ("GiB", "blocks", "category", "what", "module", "what would reduce it", "shape", "dtype", "line"), items),
+        table(f"At the peak: the {len(items)} largest", ("GiB", "blocks", *ITEM_COLUMNS), items),
         table("At the peak, by category", ("category", "GiB", "share"), categories),
         table("Phases", header, phases),
         folded("How the ledger closes", closing(result)),
         table("How this was made", ("", ""), facts),
     ])  # fmt: skip
+
+
+def unbroken(text: str) -> str:
+    """A shape on one line."""
+    return text.replace(", ", ",\u00a0") if text.startswith("[") else text

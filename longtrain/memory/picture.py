@@ -8,8 +8,9 @@ from typing import Any
 from longtrain.train.output import write_whole
 
 COLOURS = {
-    "parameters": "#2f6fb0", "gradients": "#c8622c", "optimizer": "#86589e", "activations": "#3d9668", "carry": "#c9a227", "workspace": "#8b95a1",
-    "staging": "#55aad4", "communication": "#c9588a", "data": "#96674a", "other": "#b3bac3", "unattributed": "#d21f3c",
+    "parameters": "#2f6fb0", "gradients": "#c8622c", "optimizer": "#86589e", "activations": "#3d9668", "carry": "#c9a227",
+    "workspace": "#8b95a1", "staging": "#55aad4", "communication": "#c9588a", "data": "#96674a", "other": "#b3bac3",
+    "unattributed": "#d21f3c",
 }  # fmt: skip
 """Those of page.css."""
 GIB = 2**30

@@ -37,8 +37,8 @@ PAGE, DATA, PICTURE = "profile.html", "profile.json", "profile.png"
 class profile:
     """A context in which memory is watched. Profiles do not nest, and not with torch's own profiler.
 
-    path: the directory to write. `sampling`: no operation is watched one by one; every block is still counted, and belongs to a module and a
-    phase but to no line (under 5% of the step's time instead of under 30%). `budget`: bytes, or text such as "24GiB", of device
+    path: the directory to write. `sampling`: no operation is watched one by one; every block is still counted, and belongs to a module and
+    a phase but to no line (under 5% of the step's time instead of under 30%). `budget`: bytes, or text such as "24GiB", of device
     memory (on a CPU, of what is resident): drawn as a line.
     `predicted`: what `longtrain.planner.step_memory` said, shown beside what is measured. `changes`: called where the budget or the memory
     did not suffice, for what would fit. `title` heads the report. `quiet` prints nothing.
@@ -96,8 +96,8 @@ class profile:
             failure = {"phase": f"{last.phase} of {where}" if where else last.phase, "error": f"{kind.__name__}: {error}".splitlines()[0]}
         facts = {
             "title": self.title, "command": " ".join(sys.argv), "mode": "sampling" if self.sampling else "complete", "failure": failure,
-            "seconds": (ended - self._began) / 1e9, "torch": torch.__version__, "threads": torch.get_num_threads(), "rank": rank(), "ranks": [],
-            "lengths": [], "changes": [], "missing": missing(),
+            "seconds": (ended - self._began) / 1e9, "torch": torch.__version__, "threads": torch.get_num_threads(), "rank": rank(),
+            "ranks": [], "lengths": [], "changes": [], "missing": missing(),
         }  # fmt: skip
         self.result = account(
             watch, ledger, predicted=self.predicted, budget=self.budget, streamed=any(map(bool, watch.sampler.stores)), facts=facts

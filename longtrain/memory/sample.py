@@ -21,7 +21,10 @@ STATM = Path("/proc/self/statm")
 class _Mallinfo(ctypes.Structure):
     """mallinfo2(3); `arena` and `hblkhd` together are what malloc has taken from the system."""
 
-    _fields_ = [(name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")]
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+    ]
 
 
 class Sampler:

@@ -17,15 +17,21 @@ def gib(size: float | None) -> str:
 def table(result: dict[str, Any]) -> str:
     parts = [result["sentence"], ""]
     rows = [
-        (row["phase"], gib(row["predicted"]), gib(row["measured"]), describe_error(row), shorten(row.get("largest", ""), 48), shorten(row.get("remedy", ""), 60))
+        (
+            row["phase"], gib(row["predicted"]), gib(row["measured"]), describe_error(row),
+            shorten(row.get("largest", ""), 48), shorten(row.get("remedy", ""), 60),
+        )
         for row in result["phases"]
-    ]
+    ]  # fmt: skip
     parts.append(columns(("phase", "predicted", "measured", "error %", "largest item", "what would reduce it"), rows, right=(1, 2, 3)))
     peak = result["peak"]
     rows = [
-        (gib(i["bytes"]), str(i["count"]), i["category"], shorten(i["name"], 32), i["shape"], i["dtype"], shorten(i["module"], 32), shorten(i["line"], 48))
+        (
+            gib(i["bytes"]), str(i["count"]), i["category"], shorten(i["name"], 32), i["shape"], i["dtype"], shorten(i["module"], 32),
+            shorten(i["line"], 48),
+        )
         for i in peak["items"][:10]
-    ]
+    ]  # fmt: skip
     parts += ["", f"at the peak, {gib(peak['bytes'])} GiB in {peak['phase']} (amounts in GiB):"]
     parts.append(columns(("GiB", "blocks", "category", "what", "shape", "dtype", "module", "line"), rows, right=(0, 1)))
     parts += ["", closing(result)]
@@ -38,7 +44,8 @@ def closing(result: dict[str, Any]) -> str:
     """How the ledger closes: allocated, what of it nobody claims, and what the process takes beside."""
     peak, process = result["peak"], result["process"]
     where = "resident" if result["device"] == "CPU" else "used on the device"
-    lines = [f"allocated {gib(peak['bytes'])} GiB, of it unattributed {gib(peak['unattributed'])} GiB ({peak['unattributed'] / max(peak['bytes'], 1):.2%})"]
+    share = peak["unattributed"] / max(peak["bytes"], 1)
+    lines = [f"allocated {gib(peak['bytes'])} GiB, of it unattributed {gib(peak['unattributed'])} GiB ({share:.2%})"]
     if "reserved" in process:
         lines.append(f"reserved {gib(process['reserved'])} GiB")
     if "used" in process:

@@ -9,11 +9,13 @@ sums until their own turn; the filter and the skip gather theirs from all chunks
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from longtrain.ops.long_conv import long_conv
+from longtrain.ops.long_conv import long_conv, long_conv_backward
 from longtrain.ops.mixers import LongConvMixer
 from longtrain.span import Span
 from longtrain.stream.protocol import CarrySpec, KVBlock
@@ -63,14 +65,19 @@ class ConvCarry:
         if stored is not None:
             return stored
         keys = self.mixer.keys_for(span)
-        return self._convolve(span, keys, self._v_BSE[keys], *self.mixer.shared), None
+        out_BSE = long_conv(self._v_BSE[keys], *self.mixer.shared, **self._options(keys))
+        # A view would keep the outputs before the span alive where this one is stored.
+        return out_BSE if keys == span else out_BSE[:, span.slice(keys.start)].clone(), None
 
     def mix_vjp(self, span: Span, q: Tensor, out: Tensor, lse: None, dout_BCE: Tensor) -> Tensor:
         keys = self.mixer.keys_for(span)
-        leaves = [t.detach().to(_wide(t.dtype)).requires_grad_() for t in (self._v_BSE[keys], *self.mixer.shared)]
-        with torch.enable_grad():
-            out_BCE = self._convolve(span, keys, *leaves)
-        dv_BSE, *dshared = torch.autograd.grad(out_BCE, leaves, dout_BCE.to(out_BCE.dtype))
+        given = (self._v_BSE[keys], *self.mixer.shared)
+        wide = reduce(torch.promote_types, (t.dtype for t in given), torch.float32)
+        v_BSE, filter_HW, skip_E = (t.to(wide) for t in given)
+        dy_BSE = torch.zeros_like(v_BSE)  # of the outputs before the span nothing is asked now
+        dy_BSE[:, span.slice(keys.start)] = dout_BCE
+        dv_BSE, *dshared = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (v_BSE, filter_HW, skip_E))
+        long_conv_backward(dy_BSE, v_BSE, filter_HW, skip_E, **self._options(keys), du=dv_BSE, dk=dshared[0], dskip=dshared[1])
         self._dv_BSE.extend(keys, dv_BSE, self.spec.adjoint_dtype)
         self._dv_BSE[keys].add_(dv_BSE)
         for total, part in zip(self._dshared, dshared, strict=True):
@@ -84,11 +91,10 @@ class ConvCarry:
         """Gradients of the mixer's `shared` tensors, once every span has had its turn."""
         return self._dshared
 
-    def _convolve(self, span: Span, keys: Span, v_BSE: Tensor, filter_EW: Tensor, skip_E: Tensor) -> Tensor:
-        cu_seqlens = None
-        if self.mixer.documents is not None:
-            cu_seqlens = torch.tensor(self.mixer.documents.edges_within(keys)[0], dtype=torch.int32)
-        return long_conv(v_BSE, filter_EW, skip_E, cu_seqlens=cu_seqlens, backend=self.mixer.backend)[:, span.slice(keys.start)]
+    def _options(self, keys: Span) -> dict[str, Any]:
+        documents = self.mixer.documents
+        cu_seqlens = None if documents is None else torch.tensor(documents.edges_within(keys)[0], dtype=torch.int32)
+        return {"cu_seqlens": cu_seqlens, "backend": self.mixer.backend}
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -16,7 +16,7 @@ STATE_PRODUCTS = {"linear": 2, "delta": 3, "lact": 9}
 """Products of a token with a matrix D x D of each head, by kind of layer: read and written, erased, read and learned by three matrices."""
 
 RULE = (
-    "6 x matrix parameters (and states, each time a token meets them) x tokens (4 x frozen ones) + 12 x heads x head dim x visible "
+    "6 x matrix parameters x tokens (4 x frozen ones; states count each time a token meets them) + 12 x heads x head dim x visible "
     "query-key pairs; nothing recomputed is counted"
 )
 

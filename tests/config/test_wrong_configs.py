@@ -53,6 +53,7 @@ WRONG = {
     "beta of one": ("  lr: 1e-3", "  betas: [0.9, 1.0]", 16, "train.betas", "below 1"),
     "fraction above one": ("  chunk_tokens: 8", "  chunk_tokens: 8\n  store_kv: 1.5", 11, "memory.store_kv", "0 to 1"),
     "no chunk": ("  chunk_tokens: 8", "  chunk_tokens: 0", 10, "memory.chunk_tokens", "at least 1"),
+    "blocks of parts of chunks": ("  chunk_tokens: 8", "  chunk_tokens: 8\n  kv_block_tokens: 20", 11, "memory.kv_block_tokens", "multiple of"),
     "not an amount of memory": ("  chunk_tokens: 8", "  budget: 3 apples", 10, "memory.budget", "1.5GiB"),
     "heads that do not divide": ("  num_kv_heads: 2", "  num_kv_heads: 3", 7, "model.num_kv_heads", "num_heads"),
     "window of nothing": ("  window: [16, null]", "  window: [0]", 8, "model.window", "at least 1"),

@@ -45,3 +45,10 @@ def test_rewards_rise():
     pytest.importorskip("transformers")
     rewards = numbers(run("rl_logprobs.py"), "reward")
     assert len(rewards) == 8 and sum(rewards[-2:]) > sum(rewards[:2])
+
+
+def test_a_retrieval_encoder_learns_to_find_long_documents():
+    output = run("retrieval_encoder.py")
+    assert "streamed" in output and "left as it is" not in output
+    (before,), (after,) = numbers(output, "before training"), numbers(output, "after training")
+    assert before < 0.2 and after > 0.5

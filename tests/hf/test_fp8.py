@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import longtrain as lt
-from longtrain.nn.replacements.fp8 import FP8, LARGEST
+from longtrain.nn.replacements.fp8 import FP8, LARGEST, _by_units, _emulated, _rounded
 
 PLAN = lt.Plan(chunk_tokens=8, loss_chunk_tokens=8)
 
@@ -68,6 +68,14 @@ def test_rows_do_not_depend_on_each_other(dtype, bound):
     # 3 bits of mantissa on both sides, a sum of 24 with random signs
     assert (error < 0.15).all() and error.mean() > 1e-3
     assert linear.state_dict().keys() == nn.Linear(24, 16).state_dict().keys()
+
+
+def test_the_call_of_the_8_bit_units_is_the_emulated_product():
+    """torch._scaled_mm runs on CPUs too, slowly; also with a transposed weight, as in the backward pass."""
+    for b in (torch.randn(32, 48), torch.randn(48, 32).t()):
+        rounded = (*_rounded(torch.randn(16, 48)), *_rounded(b))
+        by_units, emulated = _by_units(*rounded).float(), _emulated(*rounded)
+        assert (by_units - emulated).norm() <= 2**-8 * emulated.norm()  # its result is bfloat16
 
 
 def test_gradients_are_those_of_the_formulas():

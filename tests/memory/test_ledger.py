@@ -192,13 +192,16 @@ def test_profiles_do_not_nest(allocators, tmp_path):
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
 def test_the_trainer_of_transformers_leaves_no_residual(gradient_checkpointing, allocators, tmp_path):
     transformers = pytest.importorskip("transformers", reason='needs pip install "longtrain[trainers]"')
-    config = transformers.LlamaConfig(vocab_size=512, hidden_size=64, intermediate_size=192, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1)
+    config = transformers.LlamaConfig(
+        vocab_size=512, hidden_size=64, intermediate_size=192, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1
+    )
     ids = torch.randint(512, (512,))
     arguments = transformers.TrainingArguments(
         output_dir=tmp_path / "run", max_steps=2, report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True,
         gradient_checkpointing=gradient_checkpointing,
     )  # fmt: skip
-    trainer = transformers.Trainer(model=transformers.LlamaForCausalLM(config), args=arguments, train_dataset=[{"input_ids": ids, "labels": ids}] * 2)
+    data = [{"input_ids": ids, "labels": ids}] * 2
+    trainer = transformers.Trainer(model=transformers.LlamaForCausalLM(config), args=arguments, train_dataset=data)
     with lt.profile(tmp_path / "memory", quiet=True) as watched:
         trainer.train()
     peak = watched.result["peak"]
@@ -222,14 +225,16 @@ def step():
     model(ids, labels=ids).loss.backward()
     model.zero_grad()
 step()
-assert reset_peak(cpu)
-before = int(next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith("VmRSS")).split()[1]) * 1024
-step()
-resident = read_peak(cpu) - before
+grown = []
+for _ in range(4):  # the least: pages of libraries that come back from the disk in a step are no memory of it
+    assert reset_peak(cpu)
+    before = int(next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith("VmRSS")).split()[1]) * 1024
+    step()
+    grown.append(read_peak(cpu) - before)
 with lt.profile(sys.argv[1], sampling=True, quiet=True) as watched:
     step()
 level = watched.result["timeline"]["level"]
-print(resident, watched.result["peak"]["bytes"] - level[0])
+print(min(grown), watched.result["peak"]["bytes"] - level[0])
 """
 
 
@@ -237,8 +242,10 @@ print(resident, watched.result["peak"]["bytes"] - level[0])
 @pytest.mark.parametrize("kind", ["plain", "streamed"])
 def test_the_system_saw_resident_memory_grow_by_as_much(kind, allocators, tmp_path):
     """Independent of torch: what Linux counted while the same step ran unwatched, with freed blocks given back at once."""
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": os.pathsep.join([str(Path(lt.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run([sys.executable, "-c", RESIDENT, str(tmp_path), kind], capture_output=True, text=True, env=environment, timeout=300)
+    paths = os.pathsep.join([str(Path(lt.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": paths}
+    command = [sys.executable, "-c", RESIDENT, str(tmp_path), kind]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
     resident, allocated = map(int, done.stdout.split())
     assert abs(resident - allocated) <= max(0.03 * resident, 8 << 20), (resident, allocated)

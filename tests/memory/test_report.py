@@ -113,7 +113,8 @@ class Fails(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "error, changes", [(ValueError("the second layer is broken"), []), (torch.OutOfMemoryError("CUDA out of memory"), ["memory.chunk_tokens: 64"])]
+    "error, changes",
+    [(ValueError("the second layer is broken"), []), (torch.OutOfMemoryError("CUDA out of memory"), ["memory.chunk_tokens: 64"])],
 )
 def test_a_step_that_fails_leaves_the_report_and_the_error(error, changes, tmp_path, source):
     asked = []
@@ -249,6 +250,21 @@ def test_any_script_is_profiled_as_it_is(end, status, tmp_path, source, capsys):
     result = json.loads((tmp_path / "memory" / "profile.json").read_text())
     assert result["title"] == "train" and result["peak"]["by_category"]["parameters"] == 64 * 65 * 4
     assert (result["failure"] is not None) == (status is OSError)
+
+
+def test_what_a_profile_cannot_do_is_said_before_the_script_runs(tmp_path, monkeypatch, capsys):
+    script = tmp_path / "train.py"
+    script.write_text("raise SystemExit('it ran')")
+    monkeypatch.setattr(sys.modules["longtrain.memory.profile"], "missing", lambda: "a test left the extension out")
+    wrong = {
+        "budget": ["--budget=-3GiB", str(script)],
+        "left the extension out": ["--sampling", str(script)],
+        "is no file": [str(tmp_path / "none.py")],
+    }
+    for said, arguments in wrong.items():
+        with pytest.raises(SystemExit) as end:
+            memory_profiler.main(["--out", str(tmp_path / "memory"), *arguments])
+        assert end.value.code == 2 and said in capsys.readouterr().err
 
 
 def work(rank: int, world: int, directory: Path) -> None:

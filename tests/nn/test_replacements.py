@@ -118,7 +118,10 @@ HOLES = torch.tensor([[False, True, False]])
     ({}, dict(need_weights=True), "never formed; leave need_weights off"),
     ({}, dict(key_padding_mask=HOLES), "row 0 has padding inside"),
     ({}, dict(attn_mask=torch.randn(3, 3)), "finite biases"),
-    ({}, dict(attn_mask=torch.eye(3, dtype=torch.bool)), "no band next to the diagonal .query 0, key 0"),
+    ({}, dict(attn_mask=torch.eye(3, dtype=torch.bool)), "no band next to the diagonal .query 0 sees 2 keys from 1 to 2"),
+    ({}, dict(attn_mask=torch.ones(3, 3, dtype=torch.bool)), "no band next to the diagonal .query 0 sees 0 keys"),
+    ({}, dict(attn_mask=torch.tensor([[0, 1, 1], [0, 0, 1], [0, 1, 0]]).bool()), "no band next to the diagonal .query 2 sees 2 keys from 0 to 2"),
+    ({}, dict(attn_mask=torch.tensor([[1, 1, 1], [0, 1, 1], [0, 0, 1]]).bool()), "no band next to the diagonal"),
     ({}, dict(attn_mask=causal(3, 3).mT, is_causal=True), "shows keys after the query|no band"),
     ({}, dict(attn_mask=causal(4, 4)), r"must be \[T, S\] = \[3, 3\]"),
     ({}, dict(attn_mask=torch.stack([causal(3, 3), torch.zeros(3, 3, dtype=torch.bool)])), "differs between rows or heads"),
@@ -184,6 +187,8 @@ def test_what_a_streamed_layer_cannot_honour_is_refused():
     lt.apply(model, lt.Plan(chunk_tokens=4))
     with pytest.raises(ValueError, match="pack the documents into one row"):
         model(torch.randn(2, 9, 16), src_key_padding_mask=padded(9, 6))
+    with pytest.raises(ValueError, match=r"must be .* 9, 9.*found shape .5, 5"):
+        model.layers[0](torch.randn(2, 9, 16), causal(5, 5))
     decoder = nn.TransformerDecoder(lt.nn.TransformerDecoderLayer(**LAYERS, batch_first=True), 1)
     lt.apply(decoder, lt.Plan(chunk_tokens=4))
     with pytest.raises(ValueError, match="memory_mask.*leave them out"):

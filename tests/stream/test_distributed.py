@@ -77,7 +77,8 @@ def count_ddp(model: LanguageModel, rank: int) -> tuple[dict, list[int]]:
     return step(model, ddp, rank), reduced
 
 
-def count_fsdp(model: LanguageModel, rank: int, segment_layers: int) -> tuple[dict, dict]:
+def count_fsdp(model: LanguageModel, rank: int, segment_layers: int, then: lt.Plan | None = None) -> tuple[dict, dict]:
+    """Gradients and collectives of a step of the model, sharded, and then streamed by a plan if one is given."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -87,6 +88,8 @@ def count_fsdp(model: LanguageModel, rank: int, segment_layers: int) -> tuple[di
         unit = layers[at : at + segment_layers]
         fully_shard(unit if len(unit) > 1 else unit[0], mesh=mesh)
     fully_shard(model, mesh=mesh)
+    if then is not None:
+        lt.apply(model, then)
     with CountCollectives() as mode:
         loss = model(**batch(rank), normalizer=global_targets() / WORLD).loss
         loss.backward()
@@ -122,6 +125,10 @@ def work(rank: int, world: int) -> None:
         grads, counts = count_fsdp(streamed, rank, plan.segment_layers)
         assert_same(grads, expected)
         assert counts == plain_counts and counts, (counts, plain_counts)
+    # the last plan once more, on a model that is sharded before it is streamed
+    grads, counts = count_fsdp(copy.deepcopy(model), rank, plan.segment_layers, then=plan)
+    assert_same(grads, expected)
+    assert counts == plain_counts, (counts, plain_counts)
 
 
 def plans() -> list[lt.Plan]:

@@ -12,6 +12,7 @@ from longtrain.nn import LanguageModel, ModelConfig
 from longtrain.offload import DiskSettings
 from longtrain.ops.mixers import AttentionMixer
 from longtrain.ops.state_mixers import LaCTMixer, LinearAttentionMixer
+from longtrain.parallel.spread import shapes_of
 from longtrain.plan import Offload, Split
 from longtrain.span import Layout, Span, whole_chunks
 from longtrain.stream import causal
@@ -46,9 +47,15 @@ FEATURES = {
 }
 
 
-@pytest.mark.parametrize("chunk_tokens", [1, 7, 64, TOKENS + 50])
+@pytest.mark.parametrize("chunk_tokens", [pytest.param(1, marks=pytest.mark.slow), 7, 64, TOKENS + 50])
 @pytest.mark.parametrize("feature", FEATURES)
 def test_every_chunk_size_and_feature(feature, chunk_tokens):
+    changes, make_call = FEATURES[feature]
+    assert_streamed_equals_plain(hybrid(**changes), lt.Plan(chunk_tokens=chunk_tokens), make_call())
+
+
+@pytest.mark.parametrize("feature", ["linear, documents", "delta, empty and one-token documents", "lact, updates after every token"])
+def test_one_token_at_a_time(feature, chunk_tokens=1):
     changes, make_call = FEATURES[feature]
     assert_streamed_equals_plain(hybrid(**changes), lt.Plan(chunk_tokens=chunk_tokens), make_call())
 
@@ -67,6 +74,17 @@ def test_segments_of_states_and_attention(segment_layers, store_outputs, store_k
     plan = lt.Plan(chunk_tokens=16, segment_layers=segment_layers, store_outputs=store_outputs, store_kv=store_kv, boundaries=boundaries)
     model = hybrid(layers=("linear", "attention", "lact", "window"), window=(13,), lact_chunk=12)
     assert_streamed_equals_plain(model, plan, call(edges=(20, 37)))
+
+
+def test_states_beside_attention_in_blocks():
+    plan = lt.Plan(chunk_tokens=16, segment_layers=2, store_outputs=0.45, kv_block_tokens=32)
+    assert_streamed_equals_plain(hybrid(layers=("linear", "attention", "delta", "attention")), plan, call(edges=(20, 37)))
+
+
+@pytest.mark.parametrize("kind", ["linear", "lact"])
+def test_states_are_not_spread_over_processes(kind):
+    with pytest.raises(ValueError, match="Mixer cannot be spread over processes yet"):
+        shapes_of(hybrid(layers=(kind,)).model.layers[0], 13)
 
 
 def test_a_layer_without_attention_is_never_run_to_restore():

@@ -125,14 +125,19 @@ def read_mask(attn_mask: Tensor | None, is_causal: bool, tokens: tuple[int, int]
     hidden = hidden[0] if hidden.ndim == 3 else hidden
     if hidden.ndim != 2 or (tokens is not None and tuple(hidden.shape) != tokens):
         raise ValueError(f"attn_mask must be [T, S]{'' if tokens is None else f' = {list(tokens)}'}, found shape {list(attn_mask.shape)}")
-    (T, S), seen = hidden.shape, ~hidden
-    ahead_TS = torch.arange(S, device=hidden.device) - torch.arange(T, device=hidden.device)[:, None]
-    left, right = int((-ahead_TS * seen).amax()), int((ahead_TS * seen).amax())
-    differs = ((ahead_TS >= -left) & (ahead_TS <= right)) != seen
-    if bool(differs.any()):
-        query, key = differs.nonzero()[0].tolist()
-        raise ValueError(f"attn_mask is no band next to the diagonal (query {query}, key {key}), which cannot be honoured: causal and "
-                         "windowed masks can, padding as key_padding_mask, documents as cu_seqlens")
+    (T, S), seen_TS = hidden.shape, ~hidden
+    # Row by row: the first and the last key seen, and whether they are those of one band with all keys between them.
+    at_T, count_T = torch.arange(T, device=hidden.device), seen_TS.sum(1)
+    first_T, last_T = seen_TS.byte().argmax(1), S - 1 - seen_TS.flip(1).byte().argmax(1)
+    left, right = (int(reach.where(count_T > 0, -1).amax()) for reach in (at_T - first_T, last_T - at_T))
+    band_first_T, band_last_T = (at_T - left).clamp(min=0), (at_T + right).clamp(max=S - 1)
+    in_band_T = (count_T == 0) | ((first_T == band_first_T) & (last_T == band_last_T))
+    differs_T = ~in_band_T | (count_T != (band_last_T - band_first_T + 1).clamp(min=0))
+    if min(left, right) < 0 or bool(differs_T.any()):
+        query = int(differs_T.byte().argmax())
+        raise ValueError(f"attn_mask is no band next to the diagonal (query {query} sees {int(count_T[query])} keys from {int(first_T[query])} to "
+                         f"{int(last_T[query])}), which cannot be honoured: causal and windowed masks can, padding as key_padding_mask, documents "
+                         "as cu_seqlens")
     if is_causal and right > 0:
         raise ValueError("is_causal=True and attn_mask shows keys after the query: give one of the two")
     return right == 0, (-1 if left >= T - 1 else left, -1 if right in (0, S - 1) else right)

@@ -52,17 +52,26 @@ class _FP8Product(torch.autograd.Function):
 def _rounded(a_MK: Tensor) -> tuple[Tensor, Tensor]:
     """(8-bit rows, their scales ``[M, 1]``): a ~ scale * rounded, the largest number of each row at the end of the range."""
     scale_M1 = (a_MK.abs().amax(dim=1, keepdim=True).to(torch.promote_types(a_MK.dtype, torch.float32)) / LARGEST).clamp_min(1e-30)
-    return (a_MK / scale_M1).clamp(-LARGEST, LARGEST).to(FP8), scale_M1
+    return (a_MK / scale_M1).clamp(-LARGEST, LARGEST).to(FP8).contiguous(), scale_M1
 
 
 def _product(a_MK: Tensor, b_NK: Tensor) -> Tensor:
     """``a b^T`` of numbers rounded row by row, in a's dtype."""
     (a8, scale_a), (b8, scale_b) = _rounded(a_MK), _rounded(b_NK)
-    if _has_fp8_units(a_MK):
-        return torch._scaled_mm(a8, b8.t(), scale_a=scale_a, scale_b=scale_b.t().contiguous(), out_dtype=torch.bfloat16).to(a_MK.dtype)
-    return (F.linear(a8.to(scale_a.dtype), b8.to(scale_a.dtype)) * scale_a * scale_b.t()).to(a_MK.dtype)
+    by = _by_units if _has_fp8_units(a_MK, b_NK) else _emulated
+    return by(a8, scale_a, b8, scale_b).to(a_MK.dtype)
 
 
-def _has_fp8_units(a_MK: Tensor) -> bool:
+def _by_units(a8_MK: Tensor, scale_a_M1: Tensor, b8_NK: Tensor, scale_b_N1: Tensor) -> Tensor:
+    return torch._scaled_mm(a8_MK, b8_NK.t(), scale_a=scale_a_M1, scale_b=scale_b_N1.t().contiguous(), out_dtype=torch.bfloat16)
+
+
+def _emulated(a8_MK: Tensor, scale_a_M1: Tensor, b8_NK: Tensor, scale_b_N1: Tensor) -> Tensor:
+    wide = scale_a_M1.dtype
+    return F.linear(a8_MK.to(wide), b8_NK.to(wide)) * scale_a_M1 * scale_b_N1.t()
+
+
+def _has_fp8_units(a_MK: Tensor, b_NK: Tensor) -> bool:
     """Whether `_scaled_mm` serves this call: by device, dtype (its row-wise result is bfloat16) and multiples of 16."""
-    return a_MK.is_cuda and a_MK.dtype == torch.bfloat16 and torch.cuda.get_device_capability(a_MK.device) >= (8, 9) and a_MK.shape[1] % 16 == 0
+    fits = a_MK.dtype == torch.bfloat16 and a_MK.shape[1] % 16 == b_NK.shape[0] % 16 == 0
+    return fits and a_MK.is_cuda and torch.cuda.get_device_capability(a_MK.device) >= (8, 9)

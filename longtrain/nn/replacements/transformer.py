@@ -29,6 +29,12 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         self.self_attn.__class__ = MultiheadAttention  # the same parameters, initialised as torch does
         self.activation_relu_or_gelu = 0  # torch.nn.TransformerEncoder would hand over nested tensors, for kernels of its own
 
+    def call(self, streamed: Callable[..., Tensor], src: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """How `torch.nn.TransformerEncoder` and others call the layer, as the streaming engine is called: all but `src` by name."""
+        arguments = dict(zip(("src_mask", "src_key_padding_mask", "is_causal"), args, strict=False)) | kwargs
+        _check_mask("src_mask", arguments.get("src_mask"), src)
+        return streamed(src, **arguments)
+
     def mixers(
         self, *, src_mask: Tensor | None = None, src_key_padding_mask: Tensor | None = None, is_causal: bool = False,
         cu_seqlens: Tensor | None = None,
@@ -68,7 +74,9 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
     def call(self, streamed: Callable[..., Tensor], tgt: Tensor, memory: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """How `torch.nn.TransformerDecoder` calls the layer, as the streaming engine is called: all but `tgt` by name."""
         names = ("tgt_mask", "memory_mask", "tgt_key_padding_mask", "memory_key_padding_mask", "tgt_is_causal", "memory_is_causal")
-        return streamed(tgt, memory=memory, **dict(zip(names, args, strict=False)), **kwargs)
+        arguments = dict(zip(names, args, strict=False)) | kwargs
+        _check_mask("tgt_mask", arguments.get("tgt_mask"), tgt)
+        return streamed(tgt, memory=memory, **arguments)
 
     def mixers(
         self, *, memory: Tensor, tgt_mask: Tensor | None = None, memory_mask: Tensor | None = None, tgt_key_padding_mask: Tensor | None = None,
@@ -112,6 +120,11 @@ def _check_streamable(attention: MultiheadAttention, key_padding_mask: Tensor | 
     if paddings(key_padding_mask) is not None:
         raise ValueError("padding cannot be honoured in a streamed layer: pack the documents into one row and give cu_seqlens to each layer, or "
                          "pad at the end, causally, and leave the padding mask out")
+
+
+def _check_mask(name: str, mask: Tensor | None, x: Tensor) -> None:
+    if mask is not None and mask.shape[-2:] != (x.shape[1], x.shape[1]):
+        raise ValueError(f"{name} must be [..., {x.shape[1]}, {x.shape[1]}] for {x.shape[1]} tokens, found shape {list(mask.shape)}")
 
 
 def _example(weight: Tensor, tokens: int) -> Tensor:
