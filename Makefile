@@ -12,6 +12,8 @@ PYTHON ?= python3
 VENV ?= .venv
 CONFIG ?= configs/quickstart.yaml
 PYTEST_ARGS ?=
+# Processes of the quick suite.
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 # OpenMP threads that wait asleep: on a machine that does other work too, spinning ones cost several times the run.
 export OMP_WAIT_POLICY ?= PASSIVE
 
@@ -25,7 +27,7 @@ quickstart: $(BUILT)
 	$(VENV)/bin/longtrain train $(CONFIG)
 
 test: $(BUILT)
-	$(PY) -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(PY) -m pytest -m "not slow" -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 test-all: $(BUILT)
 	$(PY) -m pytest $(PYTEST_ARGS)

@@ -92,7 +92,7 @@ setup(
         "parquet": ["pyarrow"],
         "tensorboard": ["tensorboard"],
         "wandb": ["wandb"],
-        "dev": ["pytest", "hypothesis", "ninja", "scipy"],
+        "dev": ["pytest", "pytest-xdist", "hypothesis", "ninja", "scipy"],
     },
     entry_points={"console_scripts": ["longtrain = longtrain.cli:main"]},
     ext_modules=[

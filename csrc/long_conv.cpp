@@ -1,5 +1,5 @@
-// Torch's side of the long-convolution kernels: tensors to LongConvArgs, the plan, workspace, torch's thread pool. Arguments were checked in
-// Python (longtrain/ops/long_conv/call.py); here only what memory safety needs.
+// Torch's side of the long-convolution kernels: tensors to LongConvArgs, the plan, workspace, torch's thread pool.
+// Arguments were checked in Python (longtrain/ops/long_conv/call.py); here only what memory safety needs.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -32,6 +32,8 @@ int long_conv_lanes(bool wide);
 }
 
 namespace {
+
+using Optional = std::optional<at::Tensor>;
 
 struct InstructionSet {
   std::string name;
@@ -77,18 +79,19 @@ DType dtype_of(const at::Tensor& x) {
 
 void check(const at::Tensor& x, at::IntArrayRef shape, at::ScalarType dtype) {
   TORCH_CHECK_VALUE(x.device().is_cpu() && x.scalar_type() == dtype && x.sizes() == shape && (x.stride(-1) == 1 || x.size(-1) <= 1),
-                    "long_conv: found a ", x.scalar_type(), " tensor of shape ", x.sizes(), " on ", x.device(), ", expected ", dtype, " ", shape,
+                    "long_conv: found a ", x.scalar_type(), " tensor of shape ", x.sizes(), " on ", x.device(), ", expected ", dtype,
+                    " ", shape,
                     " on the CPU, channels side by side");
 }
 
-Rows rows_of(const std::optional<at::Tensor>& x, at::IntArrayRef shape, at::ScalarType dtype) {
+Rows rows_of(const Optional& x, at::IntArrayRef shape, at::ScalarType dtype) {
   if (!x.has_value()) return {};
   check(*x, shape, dtype);
   const int64_t size = x->element_size();
   return {static_cast<char*>(x->data_ptr()), x->stride(0) * size, x->stride(1) * size};
 }
 
-void* vector_of(const std::optional<at::Tensor>& x, at::IntArrayRef shape, at::ScalarType dtype) {
+void* vector_of(const Optional& x, at::IntArrayRef shape, at::ScalarType dtype) {
   if (!x.has_value()) return nullptr;
   check(*x, shape, dtype);
   TORCH_CHECK_VALUE(x->is_contiguous(), "long_conv: expected a contiguous tensor");
@@ -97,7 +100,7 @@ void* vector_of(const std::optional<at::Tensor>& x, at::IntArrayRef shape, at::S
 
 struct Inputs {
   const at::Tensor &u, &k;
-  const std::optional<at::Tensor>&skip, &gate_in, &gate_out;
+  const Optional&skip, &gate_in, &gate_out;
   at::IntArrayRef edges;
   bool causal;
 
@@ -107,8 +110,8 @@ struct Inputs {
 
   LongConvArgs args() const {
     LongConvArgs a;
-    TORCH_CHECK_VALUE(u.dim() == 3 && u.numel() > 0 && k.dim() == 2 && k.size(0) > 0 && k.size(1) > 0 && u.size(2) % k.size(0) == 0 && k.is_cpu() &&
-                          (k.stride(1) == 1 || k.size(1) == 1),
+    TORCH_CHECK_VALUE(u.dim() == 3 && u.numel() > 0 && k.dim() == 2 && k.size(0) > 0 && k.size(1) > 0 && u.size(2) % k.size(0) == 0 &&
+                          k.is_cpu() && (k.stride(1) == 1 || k.size(1) == 1),
                       "long_conv: u or k: found shapes ", u.sizes(), " and ", k.sizes());
     TORCH_CHECK_VALUE(edges.size() >= 2 && edges.front() == 0 && edges.back() == u.size(1) && std::is_sorted(edges.begin(), edges.end()),
                       "long_conv: edges: expected them to ascend from 0 to ", u.size(1));
@@ -164,19 +167,17 @@ void run(LongConvArgs& a, const Inputs& in, bool backward, const std::string& is
     run<float>(a, in, backward, instruction_set(isa), method);
 }
 
-void long_conv_forward(const at::Tensor& u, const at::Tensor& k, const std::optional<at::Tensor>& skip, const std::optional<at::Tensor>& gate_in,
-                       const std::optional<at::Tensor>& gate_out, at::IntArrayRef edges, bool causal, at::Tensor y, std::string isa,
-                       std::string method) {
+void long_conv_forward(const at::Tensor& u, const at::Tensor& k, const Optional& skip, const Optional& gate_in, const Optional& gate_out,
+                       at::IntArrayRef edges, bool causal, at::Tensor y, std::string isa, std::string method) {
   const Inputs in{u, k, skip, gate_in, gate_out, edges, causal};
   LongConvArgs a = in.args();
   a.y = rows_of(y, in.shape(), in.dtype());
   run(a, in, false, isa, method);
 }
 
-void long_conv_backward(const at::Tensor& dy, const at::Tensor& u, const at::Tensor& k, const std::optional<at::Tensor>& skip,
-                        const std::optional<at::Tensor>& gate_in, const std::optional<at::Tensor>& gate_out, at::IntArrayRef edges, bool causal,
-                        std::optional<at::Tensor> du, std::optional<at::Tensor> dk, std::optional<at::Tensor> dskip,
-                        std::optional<at::Tensor> dgate_in, std::optional<at::Tensor> dgate_out, std::string isa, std::string method) {
+void long_conv_backward(const at::Tensor& dy, const at::Tensor& u, const at::Tensor& k, const Optional& skip, const Optional& gate_in,
+                        const Optional& gate_out, at::IntArrayRef edges, bool causal, Optional du, Optional dk, Optional dskip,
+                        Optional dgate_in, Optional dgate_out, std::string isa, std::string method) {
   const Inputs in{u, k, skip, gate_in, gate_out, edges, causal};
   LongConvArgs a = in.args();
   a.dy = rows_of(dy, in.shape(), in.dtype());
@@ -193,7 +194,8 @@ TORCH_LIBRARY_FRAGMENT(longtrain, m) {
   const std::string inputs = "Tensor u, Tensor k, Tensor? skip, Tensor? gate_in, Tensor? gate_out, int[] edges, bool causal, ";
   m.def(("_long_conv_forward(" + inputs + "Tensor(a!) y, str instruction_set, str method) -> ()").c_str());
   m.def(("_long_conv_backward(Tensor dy, " + inputs +
-         "Tensor(a!)? du, Tensor(b!)? dk, Tensor(c!)? dskip, Tensor(d!)? dgate_in, Tensor(e!)? dgate_out, str instruction_set, str method) -> ()")
+         "Tensor(a!)? du, Tensor(b!)? dk, Tensor(c!)? dskip, Tensor(d!)? dgate_in, Tensor(e!)? dgate_out, "
+         "str instruction_set, str method) -> ()")
             .c_str());
 }
 

@@ -6,8 +6,8 @@
 namespace longtrain {
 namespace LT_ISA {
 
-// out_j = sum over s < taps of h_s x_{j+s}, for kDirectTokens tokens j; all [*][kDirectGroup], x zero-padded to 16 tokens more. Sums of 16 taps
-// are summed, so that rounding does not gather over a row of taps.
+// out_j = sum over s < taps of h_s x_{j+s}, for kDirectTokens tokens j; all [*][kDirectGroup], x zero-padded to 16 tokens more.
+// Sums of 16 taps are summed, so that rounding does not gather over a row of taps.
 template <class T> void direct_sum(T* out, const T* x, const T* h, int64_t taps) {
   constexpr int L = lanes<T>, kTokens = 8, kTaps = 4, kSum = 16;
   using V = typename Simd<T>::V;

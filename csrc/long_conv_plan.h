@@ -39,7 +39,8 @@ struct Planner {
   int64_t past(int64_t length) const { return std::min(causal ? W : (W + 1) / 2, length); }
   int64_t future(int64_t length) const { return causal ? 0 : std::min(W / 2, length - 1); }
 
-  // Cycles of one transform of a channel, its share of reading and writing tokens included; fitted on an EPYC with 1 MB of L2 a core (AVX-512).
+  // Cycles of one transform of a channel, its share of reading and writing tokens included; fitted on an EPYC with 1 MB of L2 a
+  // core (AVX-512).
   double transform(int64_t size) const {
     const double vectors = double(size) / lanes, bytes = 2. * size * itemsize;
     return vectors * (20 + 5 * std::log2(vectors)) * (bytes > (1 << 19) ? 1.4 : 1);

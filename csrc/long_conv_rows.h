@@ -76,7 +76,8 @@ template <class S> static inline S* row(const Rows& x, const Columns& c, int64_t
 
 // dst[n][group] = x * gate of tokens t0 .. t0 + n - 1; 0 for those outside [start, stop) and for channels that are not there.
 template <class T, class S>
-void read_rows(T* dst, int64_t group, const Rows& x, const Rows& gate, const Columns& columns, int64_t t0, int64_t n, int64_t start, int64_t stop) {
+void read_rows(T* dst, int64_t group, const Rows& x, const Rows& gate, const Columns& columns, int64_t t0, int64_t n,
+               int64_t start, int64_t stop) {
   const int64_t first = std::clamp<int64_t>(start - t0, 0, n), last = std::clamp<int64_t>(stop - t0, first, n);
   std::memset(dst, 0, sizeof(T) * group * first);
   std::memset(dst + last * group, 0, sizeof(T) * group * (n - last));
@@ -97,8 +98,8 @@ void read_rows(T* dst, int64_t group, const Rows& x, const Rows& gate, const Col
 
 // out = factor * (staged + skip * u * gate_in) of tokens t0 .. t0 + n - 1 within [start, stop). skip null: none.
 template <class T, class S>
-void write_mixed(const LongConvArgs& a, const T* staged, int64_t group, const Rows& factor, const Rows& out, const Columns& columns, int64_t t0,
-                 int64_t n, int64_t start, int64_t stop) {
+void write_mixed(const LongConvArgs& a, const T* staged, int64_t group, const Rows& factor, const Rows& out, const Columns& columns,
+                 int64_t t0, int64_t n, int64_t start, int64_t stop) {
   const T* skip = a.skip ? static_cast<const T*>(a.skip) + columns.channel : nullptr;
   with_width(columns.width, [&](auto width) {
     for (int64_t t = std::max(t0, start), end = std::min(t0 + n, stop); t < end; ++t) {
@@ -122,11 +123,11 @@ void write_mixed(const LongConvArgs& a, const T* staged, int64_t group, const Ro
   });
 }
 
-// du, dgate_in from dv = staged + skip * g, g = dy * gate_out, and dskip += sum of g v, by 16 tokens whatever the group; of tokens as above.
-// staged null: dskip only.
+// du, dgate_in from dv = staged + skip * g, g = dy * gate_out, and dskip += sum of g v, by 16 tokens whatever the group; of tokens as
+// above. staged null: dskip only.
 template <class T, class S>
-void write_dv(const LongConvArgs& a, const T* staged, int64_t group, double* dskip, const Columns& columns, int64_t t0, int64_t n, int64_t start,
-              int64_t stop) {
+void write_dv(const LongConvArgs& a, const T* staged, int64_t group, double* dskip, const Columns& columns, int64_t t0, int64_t n,
+              int64_t start, int64_t stop) {
   const T* skip = a.skip ? static_cast<const T*>(a.skip) + columns.channel : nullptr;
   with_width(columns.width, [&](auto width) {
     T sum[16] = {};

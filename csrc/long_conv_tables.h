@@ -51,8 +51,10 @@ template <class T> struct TransformTables {
         const double angle = 2 * pi * double(p * i) / double(inner);
         odd_twist.push_back(T(std::cos(angle))), odd_twist.push_back(T(std::sin(angle)));
       }
-    for (int64_t p = 0; p < odd; ++p)
-      odd_circle.push_back(T(std::cos(2 * pi * double(p) / double(odd)))), odd_circle.push_back(T(std::sin(2 * pi * double(p) / double(odd))));
+    for (int64_t p = 0; p < odd; ++p) {
+      const double angle = 2 * pi * double(p) / double(odd);
+      odd_circle.push_back(T(std::cos(angle))), odd_circle.push_back(T(std::sin(angle)));
+    }
     // angle[b] of block b's root: angle[2 b + m] = angle[b] / 2 + m pi.
     const int64_t blocks = std::max<int64_t>(1, power / 4);
     std::vector<double> angle(blocks, 0.);

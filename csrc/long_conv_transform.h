@@ -1,8 +1,8 @@
 // A group of channels through the transform: forward y = F^-1(F v F k); backward dv = F^-1(F g conj F k), dk = F^-1(sum of F g conj F v).
 #pragma once
-#include "long_conv_fft.h"
 #include "long_conv_filter.h"
 #include "long_conv_rows.h"
+#include "long_conv_tree.h"
 
 namespace longtrain {
 namespace LT_ISA {
@@ -29,12 +29,14 @@ template <class T, class S> struct TransformGroup {
   int64_t filter(int c) const { return (number * group + c) / a.share; }
   int slot(int c, int64_t slots) const { return slots == 1 ? 0 : int(filter(c) - filter(0)); }
 
+  bool filter_is_real() const { return a.past <= t.size && a.future == 0; }
+
   const T* filter_values(int c) {
     const int at = slot(c, a.k_slots);
     T* values = k + at * stride;
     if (in_slot[at] != filter(c)) {
       const LaidFilter<T> laid{a, filter(c), T(1) / T(t.size)};
-      a.past <= t.size && a.future == 0 ? enter<T, true>(t, 1, values, stride, staged, laid) : enter<T, false>(t, 1, values, stride, staged, laid);
+      filter_is_real() ? enter<T, true>(t, 1, values, stride, staged, laid) : enter<T, false>(t, 1, values, stride, staged, laid);
       forward_inner(t, values);
       in_slot[at] = filter(c);
     }
@@ -137,9 +139,10 @@ template <class T, class S> struct TransformGroup {
     const int64_t future = 2 * t.size - a.future;
     const auto drain = [&](const T* src, int64_t j, int64_t n) {
       if (j < a.past) gradient.add(j, src, std::min(n, a.past - j), scale);
-      if (j + n > future) gradient.add(std::max(j, future) - (2 * t.size - a.W), src + std::max<int64_t>(future - j, 0), std::min(n, j + n - future), -scale);
+      const int64_t before = std::max<int64_t>(future - j, 0);
+      if (before < n) gradient.add(j + before - (2 * t.size - a.W), src + before, n - before, -scale);
     };
-    a.past <= t.size && a.future == 0 ? leave<T, true>(t, 1, sum, stride, staged, drain) : leave<T, false>(t, 1, sum, stride, staged, drain);
+    filter_is_real() ? leave<T, true>(t, 1, sum, stride, staged, drain) : leave<T, false>(t, 1, sum, stride, staged, drain);
   }
 };
 

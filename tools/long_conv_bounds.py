@@ -1,4 +1,4 @@
-"""What long convolution on two CPU cores must show: speed, memory, accuracy, each against its bound. `bench_long_conv.py --bounds` runs it."""
+"""What long convolution on two CPU cores must show: speed, memory, accuracy, against bounds. `bench_long_conv.py --bounds` runs it."""
 
 from __future__ import annotations
 
@@ -57,7 +57,8 @@ def memory_bounds(rounds: int, clock, small: bool) -> Iterator[Bound]:
 
 def long_bounds(rounds: int, clock, small: bool) -> Iterator[Bound]:
     """A million tokens, by groups of channels, beside inputs, output and gradients."""
-    found = json.loads(subprocess.run([sys.executable, __file__, str(LONG // 64 if small else LONG)], check=True, stdout=subprocess.PIPE, text=True).stdout)
+    command = [sys.executable, __file__, str(LONG // 64 if small else LONG)]
+    found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
     yield Bound(name=f"T = {found['tokens']:,}, E = 64, forward + backward: extra memory", measured=f"{found['extra'] / 2**20:.1f} MiB",
                 wanted="<= 192 MiB", held=found["extra"] <= 192 * 2**20)
 
@@ -81,8 +82,8 @@ def error_bounds(rounds: int, clock, small: bool) -> Iterator[Bound]:
         found = {who: [x.transpose(1, 2) if who == "torch" and x.dim() == 3 else x for x in step(case, who)()] for who in ("ours", "torch")}
         for what, a, b, x in zip(("y", "du", "dk"), found["ours"], found["torch"], exact):
             mine, torchs = (float((z.detach().double() - x.detach()).norm() / x.detach().norm()) for z in (a, b))
-            yield Bound(name=f"error of {what} at {case.T:,}, {str(case.dtype)[6:]}", measured=f"{mine:.1e}, {mine / torchs:.2f}x torch.fft's",
-                        wanted="<= 2.00x", held=mine <= 2 * torchs)
+            yield Bound(name=f"error of {what} at {case.T:,}, {str(case.dtype)[6:]}", wanted="<= 2.00x", held=mine <= 2 * torchs,
+                        measured=f"{mine:.1e}, {mine / torchs:.2f}x torch.fft's")
 
 
 if __name__ == "__main__":

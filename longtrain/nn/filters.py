@@ -58,7 +58,8 @@ class TapFilter(nn.Module):
     """A filter ``[E, W]`` with every tap a parameter. State: ``taps [E, W]``.
 
     `init`: "decay" draws taps of deviation ``init_std exp(-distance / length_e)`` with lengths from 1 to W over the channels,
-    "normal" of `init_std` everywhere. `squash`, `smooth`: see the functions; 0 and 1 do nothing. `dropout`: share of the taps that are
+    "normal" of `init_std` everywhere, which is by default ``0.5 / sqrt(W)``, and 0.02 at the least: a short filter must be heard beside the
+    skip, or its gates learn nothing. `squash`, `smooth`: see the functions; 0 and 1 do nothing. `dropout`: share of the taps that are
     zero in a training step (of the others' size nothing changes on average); it follows from the seed that is passed.
 
     Raises ValueError for a squash that leaves nothing to train.
@@ -71,7 +72,7 @@ class TapFilter(nn.Module):
         *,
         causal: bool = True,
         init: str = "decay",
-        init_std: float = 0.02,
+        init_std: float | None = None,
         squash: float = 0.003,
         smooth: int = 1,
         dropout: float = 0.0,
@@ -82,6 +83,7 @@ class TapFilter(nn.Module):
             raise ValueError(f"a filter needs channels and taps of at least 1, found {channels} and {taps}")
         if init not in ("decay", "normal"):
             raise ValueError(f"init must be decay or normal, found {init!r}")
+        init_std = max(0.02, 0.5 * taps**-0.5) if init_std is None else init_std
         if not init_std > 0:
             raise ValueError(f"init_std must be above 0, found {init_std!r}: a filter of zeros gets no gradient from squash")
         if not 0 <= squash <= LARGEST_SQUASH * init_std:

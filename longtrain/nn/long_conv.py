@@ -60,17 +60,20 @@ class LongConv(nn.Module):
 class LongConvMixerModule(nn.Module):
     """A decoder layer's mixer in the place of `longtrain.nn.Attention`: ``out(gate_out (k * (gate_in u) + skip (gate_in u)))``, causal.
 
-    u and the gates are projections of x (H3, arXiv:2212.14052; Hyena of order 2 without its short filter). `taps`: how far it sees,
+    u and the gates are projections of x (H3, arXiv:2212.14052; Hyena of order 2 without its short filter). The gates begin around 1, by
+    their bias: what a filter carries along is then not scrambled by where it arrives. `taps`: how far it sees,
     this token included. `implicit`: filters from `ImplicitFilter` instead of free taps, for sight as long as the sequence at few
     parameters; `filter_settings` are of the one or the other.
 
-    State: ``in_proj [3 E, E]``, ``out_proj [E, E]``, ``skip [E]``, ``filter.*``.
+    State: ``in_proj [3 E, E]`` and its bias, ``out_proj [E, E]``, ``skip [E]``, ``filter.*``.
     """
 
     def __init__(self, hidden_size: int, taps: int, *, implicit: bool = False, layer_index: int = 0, **filter_settings) -> None:
         super().__init__()
         self.layer_index, self.implicit = layer_index, implicit
-        self.in_proj = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
+        self.in_proj = nn.Linear(hidden_size, 3 * hidden_size)
+        with torch.no_grad():
+            self.in_proj.bias.copy_(torch.tensor([0.0, 1.0, 1.0]).repeat_interleave(hidden_size))
         self.out_proj = nn.Linear(hidden_size, hidden_size, bias=False)
         self.filter = (
             ImplicitFilter(hidden_size, taps, layer_index=layer_index, **filter_settings)

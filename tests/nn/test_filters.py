@@ -53,21 +53,21 @@ def test_the_defaults_give_every_channel_something_to_train(taps, causal):
         assert (conv.filter.taps.grad != 0).any(1).float().mean() > 0.9
 
 
-@pytest.mark.parametrize("settings", [dict(squash=0.1, init_std=0.002), dict(squash=0.05), dict(squash=-0.1), dict(squash=float("nan"))])
+@pytest.mark.parametrize("settings", [dict(squash=0.1, init_std=0.002), dict(squash=0.05, init_std=0.02), dict(squash=-0.1), dict(squash=float("nan"))])
 def test_a_squash_that_kills_the_taps_is_refused_with_a_remedy(settings):
     with pytest.raises(ValueError, match="squash must be from 0 to .* init_std"):
         LongConv(8, 64, **settings)
 
 
 def test_a_squash_after_smooth_that_leaves_nothing_is_refused():
-    with pytest.raises(ValueError, match="squash 0.04 with smooth 31 leaves no tap of a filter initialised with deviation 0.02"):
+    with pytest.raises(ValueError, match="squash 0.04 with smooth 31 leaves no tap of a filter initialised with deviation 0.0625"):
         LongConv(2, 64, squash=0.04, smooth=31)
 
 
 def test_a_filter_that_became_zero_warns_once_with_squash_and_init():
     conv = LongConv(4, 16, layer_index=5)
     nn.init.zeros_(conv.filter.taps)
-    with pytest.warns(UserWarning, match=r"layer 5 is zero everywhere after squash 0.003 .* deviation 0.02"):
+    with pytest.warns(UserWarning, match=r"layer 5 is zero everywhere after squash 0.003 .* deviation 0.125"):
         conv(torch.randn(1, 8, 4))
     with warnings.catch_warnings():
         warnings.simplefilter("error")

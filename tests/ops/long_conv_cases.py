@@ -43,7 +43,7 @@ class Case:
 
 
 def draw(seed: int, dtype: torch.dtype, longest: int = 2000) -> Case:
-    """Lengths spread evenly over powers of two, often odd or 1; filters from one tap to beyond T; several documents in one case of three."""
+    """Lengths spread evenly over powers of two, often odd or 1; filters from one tap to beyond T; documents in one case of three."""
     r = numpy.random.default_rng(seed)
 
     def length(most: int) -> int:
@@ -60,7 +60,8 @@ def draw(seed: int, dtype: torch.dtype, longest: int = 2000) -> Case:
 
 
 def widened(call: Call) -> Call:
-    tensors = {name: None if (x := getattr(call, name)) is None else x.double() for name in ("u_BTE", "k_HW", "skip_E", "gate_in_BTE", "gate_out_BTE")}
+    names = ("u_BTE", "k_HW", "skip_E", "gate_in_BTE", "gate_out_BTE")
+    tensors = {name: None if (x := getattr(call, name)) is None else x.double() for name in names}
     return Call(**tensors, causal=call.causal, edges=call.edges)
 
 

@@ -40,8 +40,8 @@ def test_groups_equal_the_whole(gates, H, dtype):
     """Groups of 5 channels: not a divisor of 12, and cut through heads of 4 and 12 channels if that were not minded."""
     g = torch.Generator().manual_seed(0)
     inputs = [torch.randn(2, 70, 12, generator=g, dtype=torch.float64).to(dtype) for _ in range(1 + gates)]
-    mixer = LongConvMixer(filter=torch.randn(H, 70, generator=g, dtype=torch.float64).to(dtype), skip=torch.randn(12, generator=g, dtype=torch.float64).to(dtype),
-                          group_channels=5)
+    k, skip = (torch.randn(shape, generator=g, dtype=torch.float64).to(dtype) for shape in ((H, 70), (12,)))
+    mixer = LongConvMixer(filter=k, skip=skip, group_channels=5)
     dy = torch.randn(2, 70, 12, generator=g, dtype=torch.float64).to(dtype)
     for a, b in zip(by_group(mixer, inputs, dy), whole(mixer, inputs, dy), strict=True):
         assert a.dtype == b.dtype and error(a, b.double()) <= (1e-14 if dtype == torch.float64 else 1e-2)
@@ -80,7 +80,8 @@ y, du, dk, _ = results
 # Three places, in float64: y_t = sum k_s u_{t-s}; du_t = sum k_s dy_{t+s}; dk_s = sum u_t dy_{t+s}.
 c, t = 37, 700_001
 one = lambda x: x[0, :, c].double()
-exact = [(k[c, :t + 1].double().flip(0) @ one(u)[:t + 1]) + skip[c] * one(u)[t], (k[c, :T - t].double() @ one(dy)[t:]) + skip[c] * one(dy)[t],
+exact = [(k[c, :t + 1].double().flip(0) @ one(u)[:t + 1]) + skip[c] * one(u)[t],
+         (k[c, :T - t].double() @ one(dy)[t:]) + skip[c] * one(dy)[t],
          one(u)[:T - t] @ one(dy)[t:]]
 scale = [float(x.double().norm() / x.numel() ** 0.5) for x in (one(y), one(du), dk[c])]
 errors = [abs(float(a - b)) / s for a, b, s in zip((y[0, t, c].double(), du[0, t, c].double(), dk[c, t].double()), exact, scale)]
@@ -90,7 +91,7 @@ print(json.dumps({"extra": found["peak"] - sum(x.nbytes for x in results), "erro
 
 @pytest.mark.slow
 def test_a_million_tokens_within_192_mebibytes():
-    """Forward and backward by groups of channels, beside inputs, output and gradients, in a process of its own; three values against their sums."""
+    """Forward and backward by groups, beside inputs, output and gradients, in a process of its own; three values against their sums."""
     answer = subprocess.run([sys.executable, "-c", MILLION], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
     found = json.loads(answer)
     assert found["extra"] <= 192 * 2**20, f"{found['extra'] / 2**20:.1f} MiB"

@@ -6,6 +6,8 @@ the same dtype, times 2, never more. To it comes what is left when the transform
 token): products with two gates and the skip, and sums of them, eight roundings of float32; and one rounding of the result to its dtype.
 """
 
+import math
+
 import pytest
 import torch
 
@@ -16,6 +18,7 @@ from tests.ops.long_conv_cases import Case, directly, draw, error, found
 
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 METHODS = ("", "whole", "pieces", "direct")
+GATED = dict(skip=True, gate_in=True, gate_out=True)
 SETS = cpp.instruction_sets() if MISSING is None else []
 
 
@@ -32,7 +35,8 @@ def ours(case: Case, method: str = "", instruction_set: str = "") -> dict[str, t
 def assert_exact(case: Case, method: str = "", instruction_set: str = "") -> None:
     mine, exact = ours(case, method, instruction_set), directly(*case.call())
     for name, x in mine.items():
-        assert error(x, exact[name]) <= 2e-14, f"{name}: {error(x, exact[name]):.1e} by {method or 'auto'} on {instruction_set or 'auto'}: {case}"
+        apart = error(x, exact[name])
+        assert apart <= 2e-14, f"{name}: {apart:.1e} by {method or 'auto'} on {instruction_set or 'auto'}: {case}"
 
 
 @pytest.mark.parametrize("tenth", range(10))
@@ -59,7 +63,7 @@ def test_drawn_cases_are_as_accurate_as_torch_fft(tenth, dtype):
 def test_every_instruction_set(method, instruction_set):
     for T, W in ((1, 1), (257, 31), (640, 640), (705, 300)):
         for causal in (True, False):
-            case = Case(B=2, T=T, E=9, H=9, W=W, causal=causal, edges=(0, T // 3, T), skip=True, gate_in=True, gate_out=True, dtype=torch.float64, seed=1)
+            case = Case(B=2, T=T, E=9, H=9, W=W, causal=causal, edges=(0, T // 3, T), **GATED, dtype=torch.float64, seed=1)
             assert_exact(case, method, instruction_set)
 
 
@@ -67,14 +71,14 @@ def test_every_instruction_set(method, instruction_set):
 def test_every_transform_size(odd):
     """Just fitting and just not fitting: 2N = 128 odd 2^a with lanes of 8 doubles; down all branches of the tree of radices."""
     for T in (64 * odd, 64 * odd + 1, 128 * odd):
-        case = Case(B=1, T=T, E=2, H=2, W=T, causal=True, edges=(0, T), skip=False, gate_in=False, gate_out=False, dtype=torch.float64, seed=2)
+        case = Case(B=1, T=T, E=2, H=2, W=T, causal=True, edges=(0, T), **GATED, dtype=torch.float64, seed=2)
         assert_exact(case, "whole")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("T", [16384, 40000, 65536, 131072])
 def test_long_sequences_against_torch_fft_in_float64(T):
-    """Sizes whose tree leaves the first-level cache, in both dtypes; direct convolution is quadratic, so float64 by torch.fft is the measure."""
+    """Sizes whose tree leaves the first-level cache, in both dtypes; direct convolution is quadratic, so torch.fft in float64 measures."""
     g = torch.Generator().manual_seed(0)
     u, k, dy = (torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((1, T, 3), (3, T), (1, T, 3)))
     wanted = Wanted(u=True, k=True, skip=False, gate_in=False, gate_out=False)
@@ -103,7 +107,7 @@ def test_the_method_is_chosen_by_cost():
 @pytest.mark.parametrize("H", [1, 2, 40])
 @pytest.mark.parametrize("method", METHODS[1:])
 def test_threads_do_not_change_a_bit(method, H):
-    case = Case(B=2, T=600, E=40, H=H, W=100, causal=True, edges=(0, 250, 600), skip=True, gate_in=True, gate_out=True, dtype=torch.float32, seed=3)
+    case = Case(B=2, T=600, E=40, H=H, W=100, causal=True, edges=(0, 250, 600), **GATED, dtype=torch.float32, seed=3)
     one = ours(case, method)
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 2)
@@ -116,7 +120,7 @@ def test_threads_do_not_change_a_bit(method, H):
 
 
 def test_only_what_is_wanted():
-    case = Case(B=1, T=300, E=5, H=5, W=300, causal=True, edges=(0, 300), skip=True, gate_in=True, gate_out=True, dtype=torch.float64, seed=4)
+    case = Case(B=1, T=300, E=5, H=5, W=300, causal=True, edges=(0, 300), **GATED, dtype=torch.float64, seed=4)
     call, dy, _ = case.call()
     exact = directly(*case.call())
     for method in METHODS[1:]:
@@ -156,7 +160,7 @@ def test_strides():
 @pytest.mark.parametrize("backend", ["cpp", "fft", "reference"])
 def test_a_group_of_channels_is_written_in_place(backend):
     """`out` and the gradients are strided views of larger tensors; what lies beside them stays as it is."""
-    case = Case(B=2, T=300, E=6, H=3, W=300, causal=False, edges=(0, 120, 300), skip=True, gate_in=True, gate_out=True, dtype=torch.float32, seed=5)
+    case = Case(B=2, T=300, E=6, H=3, W=300, causal=False, edges=(0, 120, 300), **GATED, dtype=torch.float32, seed=5)
     call, dy, wanted = case.call()
     arguments = dict(u=call.u_BTE, k=call.k_HW, skip=call.skip_E, gate_in=call.gate_in_BTE, gate_out=call.gate_out_BTE, causal=False,
                      cu_seqlens=torch.tensor(case.edges), backend=backend)
@@ -166,7 +170,7 @@ def test_a_group_of_channels_is_written_in_place(backend):
     assert long_conv(**arguments, out=views.pop("out")) is not None
     long_conv_backward(dy, **arguments, **views, dk=dk, dskip=dskip)
     exact = directly(call, dy, wanted)
-    for x, name in ((frames["out"], "y"), (frames["du"], "du_BTE"), (frames["dgate_in"], "dgate_in_BTE"), (frames["dgate_out"], "dgate_out_BTE")):
+    for x, name in zip(frames.values(), ("y", "du_BTE", "dgate_in_BTE", "dgate_out_BTE"), strict=True):
         assert error(x[:, :, 2:8], exact[name]) < 1e-6 and x[:, :, :2].eq(7).all() and x[:, :, 8:].eq(7).all()
     assert error(dk, exact["dk_HW"]) < 1e-6 and error(dskip, exact["dskip_E"]) < 1e-6
 
@@ -202,7 +206,8 @@ def test_compiled_whole_without_breaks():
         return long_conv(u * 2, k, skip, gate_out=gate, cu_seqlens=torch.tensor([0, 10, 40])).sin()
 
     def gradients(f):
-        leaves = [torch.linspace(-1, 1, n).view(shape).requires_grad_() for n, shape in ((160, (1, 40, 4)), (80, (4, 20)), (4, (4,)), (160, (1, 40, 4)))]
+        shapes = ((1, 40, 4), (4, 20), (4,), (1, 40, 4))
+        leaves = [torch.linspace(-1, 1, math.prod(shape)).view(shape).requires_grad_() for shape in shapes]
         y = f(*leaves)
         return [y, *torch.autograd.grad(y.square().sum(), leaves)]
 

@@ -16,7 +16,6 @@ from tests.stream.conftest import VOCAB, assert_streamed_equals_plain, loss_and_
 from tests.stream.test_offload import DISK, HOST, MIXED, assert_same_bits, inputs, tiers  # noqa: F401
 
 TOKENS = 70
-PACKED = dict(cu_seqlens=torch.tensor([0, 20, 61, TOKENS], dtype=torch.int32))
 
 
 @pytest.mark.parametrize("settings", [
@@ -30,13 +29,19 @@ def test_gradients_are_plain_autograd_s(float64, settings, model):
     assert_streamed_equals_plain(make_model(layers=3, **model), lt.Plan(**settings), inputs())
 
 
-@pytest.mark.parametrize("tokens", [2, 15, 16, 17, 33, 64])
+@pytest.mark.parametrize("tokens", [2, 15, 16, 17, 40, 64])
 def test_lengths_around_the_chunk_and_the_block(float64, tokens):
     assert_streamed_equals_plain(make_model(), lt.Plan(chunk_tokens=16, kv_block_tokens=32), inputs(tokens))
 
 
-def test_packed_documents(float64):
-    assert_streamed_equals_plain(make_model(), lt.Plan(chunk_tokens=8, kv_block_tokens=16), inputs(**PACKED))
+@pytest.mark.parametrize("edges, blocks", [([0, 5, TOKENS], True), ([0, 20, 61, TOKENS], False)], ids=["a long one", "several"])
+def test_packed_documents(float64, monkeypatch, edges, blocks):
+    """Blocks where a chunk sees as far as the first one; where none does, the carry slides as it does without."""
+    made = []
+    monkeypatch.setattr(BlockKVCarry, "append", lambda self, *a, append=BlockKVCarry.append: (made.append(self), append(self, *a)))
+    call = inputs(cu_seqlens=torch.tensor(edges, dtype=torch.int32))
+    assert_streamed_equals_plain(make_model(), lt.Plan(chunk_tokens=8, kv_block_tokens=16), call)
+    assert bool(made) == blocks
 
 
 def test_two_micro_batches_at_once(float64):

@@ -34,9 +34,9 @@ def long_conv_2d(
         ValueError: as `long_conv`.
     """
     if not isinstance(u, Tensor) or u.dim() != 4:
-        raise wrong("u", f"shape {tuple(u.shape)}" if isinstance(u, Tensor) else type(u).__name__, "4 axes [batch, rows, columns, channels]")
+        raise wrong("u", _shape(u), "4 axes [batch, rows, columns, channels]")
     if not isinstance(k, Tensor) or k.dim() != 3 or 0 in k.shape[1:]:
-        raise wrong("k", f"shape {tuple(k.shape)}" if isinstance(k, Tensor) else type(k).__name__, "3 axes [filters, rows, columns] of taps")
+        raise wrong("k", _shape(k), "3 axes [filters, rows, columns] of taps")
     for name, gate in (("gate_in", gate_in), ("gate_out", gate_out)):
         if gate is not None and gate.shape != u.shape:
             raise wrong(name, f"shape {tuple(gate.shape)}", f"u's shape {tuple(u.shape)}")
@@ -53,6 +53,10 @@ def long_conv_2d(
 
     y = long_conv(rows(u), laid, skip, rows(gate_in), rows(gate_out), causal=False, backend=backend)
     return y.view(B, Y, width, E)[:, :, :X]
+
+
+def _shape(x) -> str:
+    return f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
 
 
 def _lags(taps: int, length: int) -> Tensor:

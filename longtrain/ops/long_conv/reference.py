@@ -47,8 +47,8 @@ def forward(call: Call) -> Tensor:
 
 def backward(call: Call, dy_BTE: Tensor, wanted: Wanted) -> Gradients:
     """By autograd."""
-    tensors = {"u": call.u_BTE, "k": call.k_HW.to(call.wide), "skip": call.skip_E, "gate_in": call.gate_in_BTE, "gate_out": call.gate_out_BTE}
-    tensors["skip"] = None if call.skip_E is None else call.skip_E.to(call.wide)
+    skip_E = None if call.skip_E is None else call.skip_E.to(call.wide)
+    tensors = {"u": call.u_BTE, "k": call.k_HW.to(call.wide), "skip": skip_E, "gate_in": call.gate_in_BTE, "gate_out": call.gate_out_BTE}
     leaves = {name: x.detach().requires_grad_() for name, x in tensors.items() if getattr(wanted, name)}
     u, k, skip, gate_in, gate_out = (leaves.get(name, x) for name, x in tensors.items())
     with torch.enable_grad():
