@@ -136,6 +136,9 @@ class OnRank:
     def mixer(self, mixer: Any, layer: int, place: int) -> Any:
         mesh, shape = self.sharing.mesh, _as_asked(mixer, self.sharing.shapes[layer][place])
         self.sharing.shapes[layer][place] = shape
+        rows = mixer.mask.rows if hasattr(mixer, "mask") else ()
+        if any(len(row.documents.edges) > 2 for row in rows):
+            raise ValueError(f"layer {layer}: a mask that cuts the sequence (chunked attention) cannot be spread over processes yet")
         if len(self.edges) > 2:
             mixer = mixer.with_documents(self.edges)
         if mesh.all.size == 1:
