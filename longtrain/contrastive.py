@@ -32,7 +32,7 @@ def backward_by_sample(encoder: nn.Module, samples: Sequence[Tensor], loss: Call
 
     Every sample is embedded without a graph; the loss gives the gradient of each embedding; every sample is embedded once more, with
     the same random numbers (dropout), and its gradient goes back from there: a step costs one forward pass more. `encoder` gives
-    vectors ``[E]`` and may be streamed (`lt.apply`); it must not change in forward (batch statistics). `loss` may have parameters of its own.
+    vectors ``[E]`` and may be streamed (`lt.apply`); it must not change in forward (batch statistics). `loss` may have parameters.
 
     Returns the loss, detached. Raises ValueError for no samples, and for embeddings that are not vectors.
     """

@@ -1,6 +1,7 @@
 """A transform of two block-diagonal matrices that begins as the DFT and is learned (FlashButterfly, arXiv:2302.06646, section 3.3).
 
-A DFT of size n = p q is two rounds of small ones (Cooley and Tukey 1965). With input t = t1 q + t2, output f = f1 + p f2, w_n = exp(-2 pi i / n):
+A DFT of size n = p q is two rounds of small ones (Cooley and Tukey 1965). With input t = t1 q + t2, output f = f1 + p f2 and
+w_n = exp(-2 pi i / n):
 
     X[f1, f2] = sum over t2 of  second[f1][f2, t2]  sum over t1 of  first[t2][f1, t1]  x[t1, t2]
     first[t2][f1, t1] = w_p^(t1 f1) w_n^(t2 f1)          second[f1][f2, t2] = w_q^(t2 f2)

@@ -50,7 +50,7 @@ def _magnitude(k_EW: Tensor, layer: int) -> float:
         return 1.0
     total = float(k_EW.detach().abs().sum(dtype=torch.promote_types(k_EW.dtype, torch.float32)))
     if not math.isfinite(total):
-        raise ValueError(f"the filter of convolution layer {layer} has taps that are not finite; lower the learning rate, or its filters' own")
+        raise ValueError(f"the filter of convolution layer {layer} has taps that are not finite; lower the learning rate of filters")
     return total
 
 
@@ -88,8 +88,8 @@ class TapFilter(nn.Module):
             raise ValueError(f"init_std must be above 0, found {init_std!r}: a filter of zeros gets no gradient from squash")
         if not 0 <= squash <= LARGEST_SQUASH * init_std:
             raise ValueError(
-                f"squash must be from 0 to {LARGEST_SQUASH:g} x init_std = {LARGEST_SQUASH * init_std:g}, found {squash!r}: nearly every tap would "
-                f"be zero from the start and never train; give about {0.15 * init_std:g}, or raise init_std"
+                f"squash must be from 0 to {LARGEST_SQUASH:g} x init_std = {LARGEST_SQUASH * init_std:g}, found {squash!r}: nearly "
+                f"every tap would be zero from the start and never train; give about {0.15 * init_std:g}, or raise init_std"
             )
         if smooth < 1 or smooth % 2 == 0:
             raise ValueError(f"smooth must be an odd number of taps, 1 for none, found {smooth!r}")
@@ -111,8 +111,8 @@ class TapFilter(nn.Module):
             self.taps *= torch.exp(-away / decay_lengths(channels, taps).to(self.taps.device)[:, None]).to(self.taps.dtype)
         if self.taps.device.type != "meta" and not squash(smooth(self.taps, self.smooth, causal=self.causal), self.squash).any():
             raise ValueError(
-                f"squash {self.squash:g} with smooth {self.smooth} leaves no tap of a filter initialised with deviation {self.init_std:g}, and "
-                "zeros get no gradient; lower squash or smooth, or raise init_std"
+                f"squash {self.squash:g} with smooth {self.smooth} leaves no tap of a filter initialised with deviation {self.init_std:g}, "
+                "and zeros get no gradient; lower squash or smooth, or raise init_std"
             )
 
     def forward(self, seed: int | None = None) -> Tensor:
@@ -121,8 +121,8 @@ class TapFilter(nn.Module):
         if _magnitude(k_EW, self.layer_index) == 0 and not self._warned:
             self._warned = True
             warnings.warn(
-                f"the filter of convolution layer {self.layer_index} is zero everywhere after squash {self.squash:g} (it was initialised with "
-                f"deviation {self.init_std:g}) and gets no gradient; lower squash",
+                f"the filter of convolution layer {self.layer_index} is zero everywhere after squash {self.squash:g} (it was initialised "
+                f"with deviation {self.init_std:g}) and gets no gradient; lower squash",
                 stacklevel=2,
             )
         if self.training and self.dropout:
@@ -135,7 +135,8 @@ class TapFilter(nn.Module):
 
 
     def extra_repr(self) -> str:
-        return f"{self.taps.shape[0]}, {self.taps.shape[1]}, causal={self.causal}, squash={self.squash:g}, smooth={self.smooth}, dropout={self.dropout:g}"
+        channels, taps = self.taps.shape
+        return f"{channels}, {taps}, causal={self.causal}, squash={self.squash:g}, smooth={self.smooth}, dropout={self.dropout:g}"
 
 
 def _uniform(inputs: int, *shape: int) -> Tensor:

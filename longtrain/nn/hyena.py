@@ -23,7 +23,15 @@ class Hyena(nn.Module):
     token_args: dict[str, int] = {}
 
     def __init__(
-        self, width: int, max_tokens: int, *, order: int = 2, short_taps: int = 3, causal: bool = True, layer_index: int = 0, **filter_settings
+        self,
+        width: int,
+        max_tokens: int,
+        *,
+        order: int = 2,
+        short_taps: int = 3,
+        causal: bool = True,
+        layer_index: int = 0,
+        **filter_settings,
     ) -> None:
         super().__init__()
         if order < 2:

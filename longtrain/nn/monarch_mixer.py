@@ -1,4 +1,4 @@
-"""The encoder block of Monarch Mixer (M2-BERT; Fu et al. 2023, arXiv:2310.12109, section 4.1): no attention and no dense feed-forward network."""
+"""The encoder block of Monarch Mixer (M2-BERT; Fu et al. 2023, arXiv:2310.12109, section 4.1): no attention, no dense MLP."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from longtrain.span import Layout
 
 
 class BlockDiagonal(nn.Module):
-    """A linear map of `blocks` blocks: each output sees its own block of the inputs. State: ``weight [blocks, out / blocks, in / blocks]``."""
+    """A linear map of blocks: each output sees its own block of the inputs. State: ``weight [blocks, out / blocks, in / blocks]``."""
 
     def __init__(self, inputs: int, outputs: int, blocks: int) -> None:
         super().__init__()
@@ -40,7 +40,15 @@ class MonarchMixerBlock(nn.Module):
     token_args: dict[str, int] = {}
 
     def __init__(
-        self, width: int, max_tokens: int, *, intermediate: int | None = None, blocks: int = 4, short_taps: int = 3, layer_index: int = 0, **filter_settings
+        self,
+        width: int,
+        max_tokens: int,
+        *,
+        intermediate: int | None = None,
+        blocks: int = 4,
+        short_taps: int = 3,
+        layer_index: int = 0,
+        **filter_settings,
     ) -> None:
         super().__init__()
         intermediate = 4 * width if intermediate is None else intermediate

@@ -55,7 +55,7 @@ DEEPEST, MOST_ARGUMENTS, NESTED = 4, 5, 0.3
 
 
 def listops(tokens: int, examples: int, random: np.random.Generator) -> Examples:
-    """Expressions of a third of `tokens` to `tokens` tokens, all different, up to 4 deep, with 2 to 5 arguments of which 3 in 10 are expressions."""
+    """Expressions of a third of `tokens` to `tokens` tokens, all different, up to 4 deep, 2 to 5 arguments, of which 3 in 10 nested."""
     token_ids = {token: i for i, token in enumerate(LISTOPS_TOKENS, start=1)}
     ids, labels, seen = np.zeros((examples, tokens), np.uint8), np.empty(examples, np.int64), set()
     while len(seen) < examples:
@@ -87,7 +87,7 @@ EMPTY, PATH, DOT = 1, 2, 3
 
 
 def pathfinder(tokens: int, examples: int, random: np.random.Generator) -> Examples:
-    """Square images of `tokens` pixels, row by row; half of them have both dots at the ends of one path. Raises ValueError for no square."""
+    """Square images of `tokens` pixels, row by row; half of them with both dots at the ends of one path. ValueError for no square."""
     side = int(tokens**0.5)
     if side * side != tokens or side < 8:
         raise ValueError(f"pathfinder's tokens are a square image of at least 8 x 8 pixels, found {tokens}; give {max(8, side) ** 2}")
@@ -116,7 +116,7 @@ def _paths(side: int, same: bool, random: np.random.Generator) -> np.ndarray:
 
 
 def _walk(side: int, random: np.random.Generator) -> list[tuple[int, int]] | None:
-    """A winding path of 5/8 `side` pixels, next to each other, that does not come back to itself; None where the drawn one leaves the image."""
+    """A winding path of 5/8 `side` pixels, next to each other, that does not meet itself; None where the drawn one leaves the image."""
     (row, column), heading, turn = (random.random(2) * side).tolist(), random.random() * 2 * math.pi, random.normal(0, 0.15)
     path: list[tuple[int, int]] = []
     for bend in random.normal(0, 0.05, 4 * side).tolist():

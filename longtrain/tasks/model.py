@@ -26,7 +26,9 @@ class ConvLayer(nn.Module):
 class SequenceClassifier(nn.Module):
     """Token ids ``[B, T]`` (0 is padding) to logits ``[B, classes]``: embedding, layers, mean over the real tokens, linear."""
 
-    def __init__(self, vocab_size: int, classes: int, width: int, layers: int, tokens: int, *, dropout: float = 0.0, **filter_settings) -> None:
+    def __init__(
+        self, vocab_size: int, classes: int, width: int, layers: int, tokens: int, *, dropout: float = 0.0, **filter_settings
+    ) -> None:
         super().__init__()
         self.embed = nn.Embedding(vocab_size, width)
         self.layers = nn.ModuleList(ConvLayer(width, tokens, dropout=dropout, layer_index=i, **filter_settings) for i in range(layers))

@@ -1,4 +1,4 @@
-"""`longtrain task CONFIG`: the same model with each filter setting, from each seed; a table, `metrics.jsonl` and a plot with chance in it."""
+"""`longtrain task CONFIG`: the same model with each filter setting, from each seed; a table, `metrics.jsonl`, a plot with chance in it."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def run(config_path: str, overrides: Sequence[str]) -> int:
                 for measured in train(task, config, squash, seed):
                     record(kind="measurement", squash=squash, seed=seed, **measured)
                 print(
-                    f"seed {seed}, squash {squash:<7g} {measured['accuracy']:6.1%} of the test examples, {measured['train_accuracy']:6.1%} of "
-                    f"those learned from; {time.process_time() - started:.0f} s of processor time",
+                    f"seed {seed}, squash {squash:<7g} {measured['accuracy']:6.1%} of the test examples, "
+                    f"{measured['train_accuracy']:6.1%} of those learned from; {time.process_time() - started:.0f} s of processor time",
                     flush=True,
                 )
     print(summary(read_metrics(metrics)))
@@ -71,7 +71,7 @@ def run(config_path: str, overrides: Sequence[str]) -> int:
 
 
 def train(task: Task, config: TaskConfig, squash: float, seed: int) -> Iterator[dict[str, float]]:
-    """One model; after every `measure_every` updates and at the end: step, loss, accuracy on the test examples and on some of the training examples."""
+    """One model; after every `measure_every` updates and at the end: step, loss, accuracy on the test and on some training examples."""
     torch.manual_seed(seed)
     model = SequenceClassifier(
         task.vocab_size, task.classes, config.width, config.layers, config.tokens,
@@ -140,7 +140,7 @@ def summary(records: Sequence[dict]) -> str:
 
 
 def plot(metrics: Path, picture: Path) -> None:
-    """Draw accuracy over updates: mean and range over the seeds of every filter setting, and chance. Raises ImportError without matplotlib."""
+    """Draw accuracy over updates: mean and range over the seeds of every setting, and chance. Raises ImportError without matplotlib."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -53,7 +53,9 @@ def test_the_defaults_give_every_channel_something_to_train(taps, causal):
         assert (conv.filter.taps.grad != 0).any(1).float().mean() > 0.9
 
 
-@pytest.mark.parametrize("settings", [dict(squash=0.1, init_std=0.002), dict(squash=0.05, init_std=0.02), dict(squash=-0.1), dict(squash=float("nan"))])
+@pytest.mark.parametrize(
+    "settings", [dict(squash=0.1, init_std=0.002), dict(squash=0.05, init_std=0.02), dict(squash=-0.1), dict(squash=float("nan"))]
+)
 def test_a_squash_that_kills_the_taps_is_refused_with_a_remedy(settings):
     with pytest.raises(ValueError, match="squash must be from 0 to .* init_std"):
         LongConv(8, 64, **settings)

@@ -95,7 +95,9 @@ def test_wrong_settings_end_with_a_message(config, override, message, capsys):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("text, message", [("", "must hold settings"), ("task: listops\n", "tokens: is missing"), ("tusk: 1\n", "did you mean task")])
+@pytest.mark.parametrize(
+    "text, message", [("", "must hold settings"), ("task: listops\n", "tokens: is missing"), ("tusk: 1\n", "did you mean task")]
+)
 def test_wrong_files_end_with_a_message(tmp_path, text, message, capsys):
     path = tmp_path / "wrong.yaml"
     path.write_text(text)
