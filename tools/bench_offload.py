@@ -4,8 +4,8 @@
     python tools/bench_offload.py --path /scratch --bytes 256MiB --extent 1MiB --rounds 3
     python tools/bench_offload.py step --path /scratch          # memory and time of a training step: see bench_offload_step.py
 
-Raw: as many threads, O_DIRECT, the same blocks in the same order into a file made the same way, from one aligned buffer a thread: what the
-disk gives, without sources, checksums, copies or states. Writing goes up the file, reading comes down it, as in a training step. Store and
+Raw: as many threads, O_DIRECT, the same blocks in the same order into a file made the same way, from and to page-aligned memory that is as
+large as the data (a buffer that stays in the cache flatters virtual disks): what the disk gives, without checksums, copies or states. Writing goes up the file, reading comes down it, as in a training step. Store and
 raw disk take turns, first one first and then the other; medians over rounds of the ratio within a round. One round before warms both up
 and compares every byte that the store gives back; no number is printed unless they agree. Where fio is installed, its figure stands
 beside. The table is also written as JSON to --out. Exit status 1 where a ratio is below --bound.
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import queue
 import shutil
 import statistics
 import subprocess
@@ -48,18 +47,15 @@ class Raw:
         self.blocks = [(at + b, min(block, extent - b)) for at in range(0, nbytes, extent) for b in range(0, extent, block)]
         self.file = self.system.open(path, nbytes)
         self.system.direct(self.file, True)
-        self.buffers: queue.SimpleQueue = queue.SimpleQueue()
-        for buffer in self.system.allocate(threads * block).reshape(threads, block):
-            buffer[:] = 1
-            self.buffers.put(memoryview(buffer))
+        data = self.system.allocate(nbytes)
+        data[:] = 1
+        self.data = memoryview(data)
         self.pool = ThreadPoolExecutor(threads)
 
     def move(self, call: Callable, blocks: list[tuple[int, int]]) -> None:
         def one(at: int, size: int) -> None:
-            buffer = self.buffers.get()
-            if call(self.file, buffer[:size], at) != size:
+            if call(self.file, self.data[at : at + size], at) != size:
                 raise OSError(f"a short transfer at offset {at}")
-            self.buffers.put(buffer)
 
         for done in [self.pool.submit(one, *block) for block in blocks]:
             done.result()
