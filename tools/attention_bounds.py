@@ -81,7 +81,7 @@ def chunk_bounds(rounds: int, clock, small: bool) -> Iterator[Bound]:
     """A chunk of queries at an offset does as much a second as the whole, in either direction."""
     chunk, full = sized("chunk", small), sized("fp32-8k", small)
     steps = {f"{what} {way}": step for what, case in (("chunk", chunk), ("full", full)) for way, step in zip(("forward", "backward"), directions(case))}
-    seconds = interleaved(steps, 1 if small else max(3, rounds // 2), clock)
+    seconds = interleaved(steps, 1 if small else 2 * rounds, clock)
     work = chunk.pairs() / full.pairs()
     for way in ("forward", "backward"):
         ratio = statistics.median(work * b / a for a, b in zip(seconds[f"chunk {way}"], seconds[f"full {way}"]))
