@@ -76,13 +76,12 @@ def longest(method: str, a: argparse.Namespace, measure: Callable[[str, Task], i
     low, high = 0, 0  # a length that fits, one that does not (0: none known)
     for tokens in (4 * a.chunk, 8 * a.chunk):
         low, high = (tokens, high) if fits(tokens) else (low, high or tokens)
-    while not high or high - low > max(a.resolution * high, a.chunk):
+    while low < a.longest if not high else high - low > max(a.resolution * high, a.chunk):
         step = max(int(a.resolution * low) // a.chunk, 1) * a.chunk
         wanted = max((on_the_line(runs, a.budget) or 2 * low) // a.chunk * a.chunk, low + step)  # what the line allows may fit: look beyond
+        wanted = min(wanted, a.longest)
         if high:
             wanted = min(wanted, high - min(step, (high - low) // a.chunk // 2 * a.chunk))
-        if wanted > a.longest:
-            break
         low, high = (wanted, high) if fits(wanted) else (low, wanted)
     return {"longest": low, "runs": {t: runs[t] for t in sorted(runs)}}
 
@@ -174,6 +173,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds; 0: no times")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[1] / "benchmarks", help="a directory")
     a = parser.parse_args(argv)
+    a.longest -= a.longest % a.chunk
     for name, value in SHAPES[a.shape].items():
         if getattr(a, name.replace("-", "_")) is None:
             setattr(a, name.replace("-", "_"), value)

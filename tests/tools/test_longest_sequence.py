@@ -36,7 +36,7 @@ def test_the_answer_fits_and_the_next_does_not(fixed, slope, bend):
 def test_no_search_beyond_the_longest():
     a = arguments("--longest", "65536")
     found = longest_sequence.longest("streamed", a, lambda method, task: 1000 + task.tokens)
-    assert found["longest"] <= 65536 and max(found["runs"]) <= 65536
+    assert found["longest"] == max(found["runs"]) == 65536
 
 
 @pytest.mark.slow
