@@ -28,7 +28,7 @@ from longtrain.proof import PROOF_TOKENS, prove
 from longtrain.stream.embed import streamed_token_embed
 from longtrain.stream.loss import streamed_token_loss
 from longtrain.stream.protocol import StreamableLayer
-from longtrain.stream.segment import Chain, Progress, Segment
+from longtrain.stream.segment import Chain, Progress, Segment, is_streamed
 
 if TYPE_CHECKING:
     from longtrain.parallel.spread import Sharing
@@ -126,7 +126,7 @@ def apply(
 
 def _apply(model: nn.Module, report: Report, group, parallel: Parallel | None) -> None:
     plan = report.plan
-    if any(_is_streamed(module) for module in model.modules()):
+    if any(is_streamed(module) for module in model.modules()):
         raise ValueError("lt.apply was called on this model already: call undo() of its report first")
     runs = _find_layers(model) + _find_transformers_layers(model, report)
     layers = [candidate for run in runs for candidate in run]
@@ -219,13 +219,6 @@ def _leave(report: Report, candidate: Candidate, why: str) -> None:
     if candidate.leave is not None:
         candidate.leave()
     report.entries.append(Entry(candidate.name, "left as it is", why))
-
-
-def _is_streamed(module: nn.Module) -> bool:
-    forward = module.__dict__.get("forward")
-    while isinstance(forward, partial):
-        forward = next((part for part in forward.args if callable(part)), forward.func)
-    return isinstance(getattr(forward, "__self__", None), Segment)
 
 
 def _stream_chain(report: Report, candidates: Sequence[tuple[int, Candidate]]) -> None:

@@ -99,9 +99,7 @@ class profile:
             "seconds": (ended - self._began) / 1e9, "torch": torch.__version__, "threads": torch.get_num_threads(), "rank": rank(),
             "ranks": [], "lengths": [], "changes": [], "missing": missing(),
         }  # fmt: skip
-        self.result = account(
-            watch, ledger, predicted=self.predicted, budget=self.budget, streamed=any(map(bool, watch.sampler.stores)), facts=facts
-        )
+        self.result = account(watch, ledger, predicted=self.predicted, budget=self.budget, streamed=watch.streamed, facts=facts)
         if self.changes is not None and (self.result["over_budget"] or out_of_memory(error)):
             self.result["changes"] = list(self.changes())
         if error is None and dist.is_available() and dist.is_initialized():

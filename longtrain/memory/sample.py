@@ -35,7 +35,7 @@ class Sampler:
         self.rows = array("q")
         self.events: list[Event] = []
         self.stores: Sequence[DeviceStore | TieredStore] = ()
-        """The token stores of this process, where layers are streamed."""
+        """The token stores of this process."""
         self._mallinfo = _mallinfo() if device.type == "cpu" else None
         self._page = ctypes.CDLL(None).getpagesize() if STATM.exists() else 0
         self._began, self._last = time.perf_counter(), {}

@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 from longtrain.memory.sample import Sampler
 from longtrain.memory.trace import AllocatorTrace, StorageTrace, storage_of
 from longtrain.offload import DeviceStore, TieredStore
+from longtrain.stream.segment import is_streamed
 
 ENTER, LEAVE, BACKWARD, REACH, BACKWARD_END, OPTIMIZER, OPTIMIZER_END, STEP = range(8)
 """Kinds of marks; the second number of ENTER, LEAVE and REACH is a module."""
@@ -56,6 +57,8 @@ class Watch:
         self.modules: list[str] = [""]
         self.bands: set[int] = set()
         """Modules that are a step's visible parts: layers, embedding, norm, head."""
+        self.streamed = False
+        """Whether a model was called whose layers are streamed."""
         self.at_start: list[tuple[int, int, int, str]] = []
         """(address, bytes, device, shape) of the storages that were there before, where the trace does not tell of them."""
         self.first = 0
@@ -180,6 +183,7 @@ class Watch:
         prefix = f"{type(root).__name__}." if self._roots else ""
         bands = set(map(id, visible_parts(root)))
         for name, module in root.named_modules():
+            self.streamed |= is_streamed(module)
             self._known[id(module)] = weakref.ref(module), len(self.modules)
             if id(module) in bands:
                 self.bands.add(len(self.modules))

@@ -7,10 +7,11 @@ once, so DDP, FSDP2 and hooks on parameters see an ordinary node.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from longtrain.offload import TokenStore, version_of
@@ -67,7 +68,7 @@ class Chain:
 class Segment:
     """k consecutive layers, streamed together. `forward` replaces the first one's, `pass_through` the others'."""
 
-    def __init__(self, chain: Chain, layers: Sequence[torch.nn.Module], indices: Sequence[int], *, first: bool, last: bool) -> None:
+    def __init__(self, chain: Chain, layers: Sequence[nn.Module], indices: Sequence[int], *, first: bool, last: bool) -> None:
         self.chain, self.indices, self.first, self.last = chain, tuple(indices), first, last
         self.layers = [BareLayer(layer) for layer in layers]
         self.token_args = dict(layers[0].token_args)
@@ -141,6 +142,17 @@ class Segment:
             f"layers {self.indices[0]} to {self.indices[-1]} are streamed as one segment, and not all of them were called, in order; "
             "use Plan(segment_layers=1) for a model that skips layers"
         )
+
+
+def is_streamed(module: nn.Module) -> bool:
+    """Whether a segment's `forward` has taken the place of the module's own."""
+    return _leads_to_segment(module.__dict__.get("forward"))
+
+
+def _leads_to_segment(forward: Any) -> bool:
+    if isinstance(forward, partial):
+        return any(map(_leads_to_segment, (forward.func, *forward.args)))
+    return isinstance(getattr(forward, "__self__", None), Segment)
 
 
 def _same(a: dict[str, Any], b: dict[str, Any]) -> bool:

@@ -18,7 +18,9 @@ from longtrain.memory.compare import difference, items_of
 from longtrain.memory.page import page
 from longtrain.memory.table import table
 from longtrain.nn import LanguageModel, ModelConfig
+from longtrain.offload import DeviceStore
 from longtrain.planner import measure_model, peak, step_memory
+from longtrain.span import Span
 from tests.processes import run_ranks
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
@@ -48,6 +50,8 @@ def profiled(path, width: int = 128, rows: int = 2048, **options) -> dict:
 
 
 def test_the_first_sentence_names_the_largest_consumer_and_what_to_change(tmp_path, source):
+    other = DeviceStore()  # another model's, which is not the one that is profiled
+    other.put("layer 0", Span(0, 64), torch.ones(1, 64))
     result = profiled(tmp_path, rows=65536)  # more than what other tests may have left in this process
     said = result["sentence"]
     by_category = result["peak"]["by_category"]
