@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from longtrain.offload.regions import padded
 from longtrain.plan import SPLITS, Plan
-from longtrain.planner.cost import ModelFootprint, in_blocks
+from longtrain.planner.cost import ModelFootprint, in_blocks, restored_outputs
 from longtrain.span import Span, chunk_spans
 from longtrain.units import format_bytes
 
@@ -38,9 +38,9 @@ def tier_use(model: ModelFootprint, plan: Plan, tokens: int, batch: int = 1) -> 
         """Bytes by tier of tensors with `token_bytes` each (`exact`: never compressed), extent by extent."""
         split, sizes = plan.offload.split(what, layer), Counter()
         for span in spans:
-            for part in span.split(kept.start):
+            for part in span.split(kept.start or kept.stop):
                 place = split.place(part, tokens)
-                if part.start >= kept.start and place.tier != "device":
+                if kept.start <= part.start < kept.stop and place.tier != "device":
                     factor = FP8_SHARE[model.dtype.itemsize] if place.compress else 1
                     sizes[place.tier] += sum(padded(round(b * factor) * len(part) * batch) for b in token_bytes)
                     sizes[place.tier] += sum(padded(b * len(part) * batch) for b in exact if b)
@@ -69,7 +69,8 @@ def tier_use(model: ModelFootprint, plan: Plan, tokens: int, batch: int = 1) -> 
     starts = [*range(0, end, plan.segment_layers), end] if plan.boundaries == "stream" else []
     inputs, gradients = ({i: extents(what, i, [layers[min(i, end - 1)].x], whole) for i in starts} for what in ("inputs", "gradients"))
     kept_outputs = [f.kept_outputs(plan.stored_outputs(i, tokens), chunk) for i, f in enumerate(layers)]
-    outputs = [extents("outputs", i, [f.output - f.lse], kept_outputs[i], exact=[f.lse]) for i, f in enumerate(layers)]
+    of_outputs = lambda i, kept: extents("outputs", i, [layers[i].output - layers[i].lse], kept, exact=[layers[i].lse])
+    outputs = [of_outputs(i, kept_outputs[i]) for i in range(end)]
     halves = [[f.carry // 2] * 2 for f in layers]
     blocked = [in_blocks(f, plan, tokens) for f in layers]
     kept_kv = [extents("kv", i, halves[i], whole if blocked[i] else plan.stored_kv(i, tokens)) + states(i) for i in range(end)]
@@ -77,14 +78,16 @@ def tier_use(model: ModelFootprint, plan: Plan, tokens: int, batch: int = 1) -> 
     all_kv = [extents("kv", i, halves[i], whole) + states(i) if slides[i] else kept_kv[i] for i in range(end)]
     sums = [block_sums(i) if blocked[i] else (Counter(), Counter()) for i in range(end)]
 
-    moments = [_sum([*inputs.values(), *outputs, *kept_kv])]
+    moments, restored = [_sum([*inputs.values(), *outputs, *kept_kv])], []
     for first in range(0, end, plan.segment_layers):
         after = min(first + plan.segment_layers, end)
+        more = [of_outputs(i, kept) for i, kept in restored_outputs(layers, plan, range(first, after), tokens).items() if len(kept)]
+        restored += more
         moments.append(_sum([
-            *(size for i, size in inputs.items() if i <= first), *outputs[:after], *kept_kv[:first], *all_kv[first:after],
+            *(size for i, size in inputs.items() if i <= first), *outputs[:after], *more, *kept_kv[:first], *all_kv[first:after],
             *(held for held, _ in sums[first:after]), gradients.get(after, Counter()),
         ]))  # fmt: skip
-    written = _sum([*inputs.values(), *gradients.values(), *outputs, *all_kv, *(written for _, written in sums)])
+    written = _sum([*inputs.values(), *gradients.values(), *outputs, *restored, *all_kv, *(written for _, written in sums)])
     return {tier: TierUse(max(moment[tier] for moment in moments), written[tier]) for tier in ("host", "disk")}
 
 

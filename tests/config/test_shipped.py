@@ -12,7 +12,8 @@ from longtrain.nn import LanguageModel
 from longtrain.nn.decoder import DecoderLayer
 from longtrain.plan import Plan
 from longtrain.planner.cost import ModelFootprint, peak, step_memory
-from longtrain.planner.search import _smallest
+from longtrain.planner.rates import usual_rates
+from longtrain.planner.search import Asked, smallest_plan
 from longtrain.stream.footprint import probe_layer
 from longtrain.train.output import read_metrics
 
@@ -60,7 +61,7 @@ def test_predicted_peaks_are_the_planner_s(name):
         device=torch.device("cuda"),
     )
     tokens = config.data.seq_len
-    plan = Plan(**config.memory.plan_settings()) if config.memory.budget is None else _smallest(footprint, tokens, 1, config.memory.tiers())[0]
+    plan = Plan(**config.memory.plan_settings()) if config.memory.budget is None else smallest_plan(Asked(footprint, tokens, 1, config.memory.tiers(), usual_rates(footprint.device), 1))[0]
     total = peak(step_memory(footprint, plan, tokens)).total + 4 * parameters
     stated = float(PREDICTED.search((CONFIGS / f"{name}.yaml").read_text())[1])
     assert stated == pytest.approx(total / 2**30, abs=0.06)
