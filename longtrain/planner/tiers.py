@@ -30,7 +30,7 @@ def tier_use(model: ModelFootprint, plan: Plan, tokens: int, batch: int = 1) -> 
     """Use of "host" and "disk". Most is held when the loss begins, or when a segment's backward pass has restored its keys and values."""
     if plan.offload is None:
         return dict.fromkeys(("host", "disk"), TierUse(0, 0))
-    layers, end = model.layers, len(model.layers)
+    layers, end = model.at(plan.chunk_tokens), len(model.layers)
     chunk = min(plan.chunk_tokens, tokens)
     spans = chunk_spans(tokens, chunk)
 
