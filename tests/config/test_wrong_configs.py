@@ -49,6 +49,7 @@ WRONG = {
     "null where a value is needed": ("  steps: 4", "  steps:", 15, "train.steps", "write a whole number"),
     "not a choice": ("  lr: 1e-3", "  dtype: bfloat", 16, "train.dtype", "did you mean bfloat16?"),
     "two values for three": ("  lr: 1e-3", "  betas: [0.9, 0.9, 0.9]", 16, "train.betas", "exactly 2"),
+    "rate of filters without filters": ("  lr: 1e-3", "  lr: 1e-3\n  filter_lr: 1e-3", 17, "train.filter_lr", "add one"),
     "negative learning rate": ("  lr: 1e-3", "  lr: -1e-3", 16, "train.lr", "positive"),
     "beta of one": ("  lr: 1e-3", "  betas: [0.9, 1.0]", 16, "train.betas", "below 1"),
     "fraction above one": ("  chunk_tokens: 8", "  chunk_tokens: 8\n  store_kv: 1.5", 11, "memory.store_kv", "0 to 1"),
