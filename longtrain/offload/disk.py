@@ -45,6 +45,11 @@ def check_disk(settings: DiskSettings, system: System | None = None) -> None:
         )
 
 
+def room(nbytes: int) -> int:
+    """At most what `nbytes` take in the file: whole pages, and one more for a tensor that the disk takes from where it is."""
+    return padded(nbytes) + (ALIGNMENT if nbytes >= System.least_in_place else 0)
+
+
 class DiskTier:
     """A file of `settings.budget` bytes; its space is taken at once, so that only the disk itself can refuse a write later."""
 
