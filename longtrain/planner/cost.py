@@ -61,6 +61,10 @@ class ModelFootprint:
         """The layers in chunks of so many tokens."""
         return tuple(layer.at(chunk_tokens) for layer in self.layers)
 
+    def at(self, chunk_tokens: int) -> tuple[LayerFootprint, ...]:
+        """The layers in chunks of so many tokens."""
+        return tuple(layer.at(chunk_tokens) for layer in self.layers)
+
 
 @dataclass(frozen=True, slots=True)
 class Phase:

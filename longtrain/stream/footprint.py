@@ -104,7 +104,7 @@ def _probe(layer: nn.Module, chunk_tokens: int) -> LayerFootprint:
     seen = [_observe(layer, tokens, chunk_tokens) for tokens in PROBE_TOKENS]
     counted = [observed.pop("counting") for observed in seen]
     small, large = seen
-    fixed = {key: large.pop(key) for key in ("mixers", "state", "workspaces")}
+    fixed = {key: large.pop(key) for key in ("mixers", "state", "workspaces", "causal")}
     moments = {key: (small.pop(key), large.pop(key)) for key in ("begun", "mixed", "ended", "differentiated", "forward_operations")}
     slopes = {key: (large[key] - small[key]) // (PROBE_TOKENS[1] - PROBE_TOKENS[0]) for key in large}
     trainable = [p for p in layer.parameters() if p.requires_grad]
@@ -125,7 +125,6 @@ def _probe(layer: nn.Module, chunk_tokens: int) -> LayerFootprint:
         parameter_gradients=sum(p.numel() * max(p.element_size(), 4) for p in trainable),
         delivered_gradients=sum(map(gradient_bytes, trainable)),
         chunk_gradients=sum(p.nbytes for p in trainable),
-        causal=all(is_causal(mixer, chunk_tokens) for mixer in fixed["mixers"]),
         **fixed,
     )
 
@@ -146,7 +145,7 @@ def _observe(layer: nn.Module, tokens: int, chunk_tokens: int) -> dict[str, Any]
         counting = seen["counting"] = Counting()
 
         def observed(mixer, *inputs: Tensor) -> Tensor:
-            if is_causal(mixer, chunk_tokens) and hasattr(mixer, "carried"):
+            if causal and hasattr(mixer, "carried"):
                 return mixer.carried(lambda q, *written: noted(mixer, written, q, *written), *inputs)
             return noted(mixer, inputs, *inputs)
 
@@ -155,7 +154,7 @@ def _observe(layer: nn.Module, tokens: int, chunk_tokens: int) -> dict[str, Any]
             with counting.paused(), torch.no_grad():
                 out = mixer(*mixed)
                 carry = None
-                if is_causal(mixer, chunk_tokens):
+                if causal:
                     carry = make_carry(mixer, [Span(0, tokens)])
                     carry.append(Span(0, tokens), *inputs[1:])
                 is_state = carry is not None and carry.spec.kind == "state"
@@ -177,6 +176,7 @@ def _observe(layer: nn.Module, tokens: int, chunk_tokens: int) -> dict[str, Any]
         with counting:
             seen["begun"] = seen["mixed"] = counting.so_far()
             mixers = layer.mixers(**arguments)
+            causal = all(is_causal(mixer, chunk_tokens) for mixer in mixers)
             y = call_layer(BareLayer(layer), x, arguments, Mix([partial(observed, mixer) for mixer in mixers]), None)
             seen["ended"], seen["forward_operations"] = counting.so_far(), len(counting.levels)
             with counting.paused():
@@ -184,7 +184,7 @@ def _observe(layer: nn.Module, tokens: int, chunk_tokens: int) -> dict[str, Any]
             grads = torch.autograd.grad(y, [x, *parameters], dy, allow_unused=True)
             seen["differentiated"] = counting.so_far()
             del grads, y
-    return {**seen, "mixers": tuple(mixers)}
+    return {**seen, "mixers": tuple(mixers), "causal": causal}
 
 
 class _Node(torch.autograd.Function):
