@@ -9,23 +9,22 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from longtrain.config import Config, Locations, load_config
+from longtrain.config import Config, ConfigError, Locations, load_config
 from longtrain.config.hf import HfModelConfig
 from longtrain.offload import DiskSettings
-from longtrain.plan import Offload
+from longtrain.plan import Offload, Plan
 from longtrain.planner import explain, picture
 from longtrain.planner.cost import ModelFootprint, measure_model
-from longtrain.planner.explore import Found, Wanted, describe_found, explore, longest_tokens, of_one_device, pareto, refusal
+from longtrain.planner.explore import Wanted, by_hand, explore, longest_tokens, pareto, refusal
 from longtrain.planner.machines import Machine, find_machine
 from longtrain.planner.rates import usual_rates
 from longtrain.planner.search import held_beside_model
-from longtrain.planner.shapes import SHAPES, find_shape, on_meta, with_wide_gradients
+from longtrain.planner.shapes import find_shape, on_meta, with_wide_gradients
 from longtrain.train.prepare import build_model, step_count
 from longtrain.units import format_bytes, parse_bytes
 
@@ -34,72 +33,77 @@ STAGING = 2 << 30
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the plans. Exit code 0; 1 where nothing fits; settings that are wrong are errors of the config or of the command line."""
+    """Print the plans. Exit code 0; 1 where nothing fits; 2 for a command line that is wrong. Raises ConfigError for settings that are."""
     try:
-        wanted, title = read(args)
-        return show(wanted, args, title)
+        wanted, title, plan = read(args)
+        return show(wanted, args, title, plan)
+    except ConfigError:
+        raise
     except ValueError as error:
-        if type(error) is not ValueError:
-            raise
         print(f"longtrain plan: {error}", file=sys.stderr)
         return 2
 
 
-def read(args: argparse.Namespace) -> tuple[Wanted, str]:
-    """What is asked for. Raises ValueError, ConfigError among them."""
+def read(args: argparse.Namespace) -> tuple[Wanted, str, Plan | None]:
+    """What is asked for, what it is called, and the plan where it is made by hand."""
     for name in ("seq_len", "gpus"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')}: must be at least 1, found {getattr(args, name)}")
+    if min(args.batch) < 1:
+        raise ValueError(f"--batch: must be at least 1, found {min(args.batch)}")
     shape = find_shape(args.config)
     machine = find_machine(args.device) if args.device else None
     if shape is None:
-        if not Path(args.config).is_file():
-            raise ValueError(f"{args.config}: no such file, and no shape that is known ({', '.join(SHAPES)})")
         return read_config(args, machine)
     if args.overrides:
         raise ValueError(f"{args.overrides[0]}: settings are of a YAML file, and {args.config} is none; use the options (longtrain plan --help)")
     if args.seq_len is None:
         raise ValueError("--seq-len is missing: say how many tokens a sequence has")
-    machine = machine or find_machine("h100")
-    model = measure_model(on_meta(shape, torch.bfloat16))
-    disk = DiskSettings(path=".", budget=parse_bytes(args.disk, "--disk")) if args.disk else None
-    return wanted_for(args, machine, model, args.seq_len, disk, parse_bytes(args.host, "--host") if args.host else 0, STAGING, 1, True, None), args.config
+    machine, model = machine or find_machine("h100"), measure_model(on_meta(shape, torch.bfloat16))
+    return wanted_for(args, machine, model, args.seq_len, Offload(staging_bytes=STAGING), None, masters=True), args.config, None
 
 
-def read_config(args: argparse.Namespace, machine: Machine | None) -> tuple[Wanted, str]:
+def read_config(args: argparse.Namespace, machine: Machine | None) -> tuple[Wanted, str, Plan | None]:
     overrides = list(args.overrides)
     if args.seq_len is not None:
         overrides += [f"data.seq_len={args.seq_len}", f"train.length_schedule=[{{from_step: 0, seq_len: {args.seq_len}}}]"]
-        overrides += [f"train.tokens_per_update={args.seq_len}"]
     config, where = load_config(args.config, overrides)
+    if args.budget and config.memory.plan_settings():
+        raise ValueError("--budget: the config says by hand how the step is streamed (memory.chunk_tokens); use one of the two")
+    settings = config.memory.plan_settings()
+    if not settings and not (args.budget or config.memory.budget or machine):
+        raise where.error("memory", "neither memory.budget nor memory.chunk_tokens is set, so nothing is streamed; set one of them")
     here = machine is None and (config.train.device != "cuda" or torch.cuda.is_available())
     if machine is None:
         machine = this_machine() if here else find_machine("h100")
     model = footprint_of(config, where, torch.device(machine.device))
-    tiers = config.memory.tiers() or Offload()
-    disk, host = tiers.disk, tiers.host_bytes
-    if args.disk:
-        disk = replace(disk or DiskSettings(path=".", budget=1), budget=parse_bytes(args.disk, "--disk"))
-    if args.host:
-        host = parse_bytes(args.host, "--host")
-    masters = config.train.dtype == "bfloat16"
-    wanted = wanted_for(args, machine, model, config.data.seq_len, disk, host, tiers.staging_bytes, step_count(config), masters, config.memory.budget)
-    if here:  # imports and data of this process are in the budget
-        wanted = replace(wanted, room=wanted.room - held_beside_model(model))
-    return wanted, Path(args.config).stem
+    places = (config.memory.optimizer,) if settings or config.memory.optimizer == "host" else None
+    wanted = wanted_for(
+        args, machine, model, config.data.seq_len, config.memory.tiers() or Offload(), config.memory.budget, masters=config.train.dtype == "bfloat16",
+        steps=step_count(config), places=places,
+    )  # fmt: skip
+    if here:
+        taken = held_beside_model(model)
+        wanted = replace(wanted, room=wanted.room - taken, taken=taken)
+    return wanted, Path(args.config).stem, Plan(**settings) if settings else None
 
 
 def wanted_for(
-    args: argparse.Namespace, machine: Machine, model: ModelFootprint, tokens: int, disk: DiskSettings | None, host: int, staging: int,
-    steps: int, masters: bool, budget: str | None,
+    args: argparse.Namespace, machine: Machine, model: ModelFootprint, tokens: int, tiers: Offload, budget: str | None, *, masters: bool,
+    steps: int = 1, places: tuple[str, ...] | None = None,
 ) -> Wanted:  # fmt: skip
-    asked = args.budget or budget
+    asked, host, disk = args.budget or budget, tiers.host_bytes, tiers.disk
     room = parse_bytes(asked, "--budget") if asked else int(0.95 * machine.memory)
     if machine.device == "cuda" and room > machine.memory:
         raise ValueError(f"--budget: {asked} is more than the {format_bytes(machine.memory)} of {machine.name}")
+    if args.host:
+        host = parse_bytes(args.host, "--host")
+    if args.disk:
+        disk = replace(disk or DiskSettings(path="/scratch", budget=1), budget=parse_bytes(args.disk, "--disk"))
+    places = places or (("device", "host") if machine.device == "cuda" and host else ("device",))
     return Wanted(
         model=replace(model, device=torch.device(machine.device)), tokens=tokens, batches=tuple(args.batch), machine=machine, devices=args.gpus or 1,
-        room=room, host=host, disk=disk, staging=staging, steps=steps, masters=masters,
+        room=room, taken=0, host=host, disk=disk, staging=tiers.staging_bytes, steps=steps, masters=masters, places=places,
     )  # fmt: skip
 
 
@@ -123,29 +127,25 @@ def this_machine() -> Machine:
     return Machine(name="this machine", device=device.type, memory=memory, rates=rates, peak_flops=top, source="usual figures; longtrain calibrate")
 
 
-def show(wanted: Wanted, args: argparse.Namespace, title: str) -> int:
-    machine = wanted.machine
-    several = f"{wanted.devices} x " if wanted.devices > 1 else ""
-    print(f"{title}: {wanted.tokens:,} tokens on {several}{machine.name}, {format_bytes(wanted.room)} each ({machine.source})")
-    found = explore(wanted, say=lambda text: print(f"  looking: {text}", file=sys.stderr, flush=True))
+def show(wanted: Wanted, args: argparse.Namespace, title: str, plan: Plan | None) -> int:
+    machine, several = wanted.machine, f"{wanted.devices} x " if wanted.devices > 1 else ""
+    print(f"{title}: {wanted.tokens:,} tokens on {several}{machine.name}, {format_bytes(wanted.room + wanted.taken)} each ({machine.source})")
+    found = [by_hand(wanted, plan)] if plan else explore(wanted, say=lambda text: print(f"  looking: {text}", file=sys.stderr, flush=True))
     if not found:
-        print("nothing fits.")
-        print(refusal(wanted))
+        print(f"nothing fits. {refusal(wanted)}")
         return 1
     best = found[0]
-    print("", *explain.table(found, wanted), sep="\n")
-    print("", *explain.memory(best, wanted), sep="\n")
-    print("", *explain.time(best, wanted), sep="\n")
-    print("", *explain.formulas(best, wanted), sep="\n")
-    if not args.quick:
+    for part in (explain.table, explain.memory, explain.time, explain.formulas):
+        print("", *part(found if part is explain.table else best, wanted), sep="\n")
+    front = [best]
+    if not (args.quick or plan):
         front = pareto(wanted, best)
         print("", *explain.front(front), sep="\n")
-        print(f"\nlongest sequence in {format_bytes(wanted.room)}: {longest_tokens(wanted):,} tokens")
+        print(f"\nlongest sequence in {format_bytes(wanted.room + wanted.taken)}: {longest_tokens(wanted):,} tokens")
     if args.out:
         directory = Path(args.out)
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "plan.yaml").write_text(explain.as_yaml(best, wanted, title))
-        front = [best] if args.quick else front
         written = ["plan.yaml", *picture.write(directory, title, found, front, wanted)]
         print(f"{directory} holds {', '.join(written)}; longtrain train takes the settings of plan.yaml")
     return 0

@@ -37,15 +37,16 @@ def mean(fraction: float | tuple[float, ...]) -> str:
 def memory(found: Found, wanted: Wanted) -> list[str]:
     """By phase, at the peak, by tier; and what binds."""
     plan, phases = found.plan, found.phases
-    lines = [f"the fastest: chunks of {plan.chunk_tokens} tokens; segments of {plan.segment_layers} layers; {mean(plan.store_outputs)} of the "
+    lines = [f"the plan: chunks of {plan.chunk_tokens} tokens; segments of {plan.segment_layers} layers; {mean(plan.store_outputs)} of the "
              f"outputs and {mean(plan.store_kv)} of K/V stored; optimizer on the {found.optimizer}", ""]  # fmt: skip
     lines.append(columns(("phase", "predicted", "largest item"), [
-        (p.name, format_bytes(p.total), f"{p.largest} {format_bytes(p.items[p.largest])}") for p in phases
+        (p.name, format_bytes(p.total + wanted.taken), f"{p.largest} {format_bytes(p.items[p.largest])}") for p in phases
     ], right=(1,)))  # fmt: skip
     top = found.peak
     lines += ["", f"at the peak, {top.name}:"]
-    lines += [f"  {format_bytes(size):>10}  {name}" for name, size in sorted(top.items.items(), key=lambda item: -item[1]) if size]
-    lines.append(f"  {format_bytes(top.total):>10}  in all, of {format_bytes(wanted.room)}")
+    items = {**top.items, "held before the step (imports, data)": wanted.taken}
+    lines += [f"  {format_bytes(size):>10}  {name}" for name, size in sorted(items.items(), key=lambda item: -item[1]) if size]
+    lines.append(f"  {format_bytes(top.total + wanted.taken):>10}  in all, of {format_bytes(wanted.room + wanted.taken)}")
     if found.optimizer_on_host:
         lines.append(f"  {format_bytes(found.optimizer_on_host)} of the optimizer on the host")
     local = replace(plan, chunk_tokens=max(1, plan.chunk_tokens // found.axes.sequence))

@@ -28,7 +28,9 @@ class Wanted:
     machine: Machine
     devices: int
     room: int
-    """Bytes of each device."""
+    """Bytes of each device for the step."""
+    taken: int
+    """Bytes of it that are gone before: imports, data."""
     host: int
     """Bytes of host memory, shared by the devices; 0: none."""
     disk: DiskSettings | None
@@ -37,6 +39,8 @@ class Wanted:
     steps: int
     masters: bool
     """Whether float32 weights stand beside the model's own."""
+    places: tuple[str, ...]
+    """Of the optimizer, to try: device, host."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,8 +86,7 @@ def explore(wanted: Wanted, say: Callable[[str], object] = lambda text: None) ->
 
 def combinations(wanted: Wanted) -> list[tuple[Axes, str, int]]:
     """Chunks must leave a token to every device."""
-    places = ["device", "host"] if wanted.machine.device == "cuda" and wanted.host else ["device"]
-    return [(a, o, b) for a in all_axes(wanted.devices) if wanted.tokens >= 64 * a.sequence for o in places for b in wanted.batches]
+    return [(a, o, b) for a in all_axes(wanted.devices) if wanted.tokens >= 64 * a.sequence for o in wanted.places for b in wanted.batches]
 
 
 def fastest(wanted: Wanted, axes: Axes, optimizer: str, batch: int, room: int) -> Found | None:
@@ -92,6 +95,14 @@ def fastest(wanted: Wanted, axes: Axes, optimizer: str, batch: int, room: int) -
     if asked is None or (chosen := fastest_plan(asked, room)) is None:
         return None
     return describe_found(wanted, axes, optimizer, batch, asked, chosen, on_host)
+
+
+def by_hand(wanted: Wanted, plan: Plan) -> Found:
+    """What a plan comes to on one device. Raises ValueError where the host has no room for the optimizer."""
+    asked, on_host = of_one_device(wanted, Axes(), wanted.places[0], 1)
+    if asked is None:
+        raise ValueError(f"memory.optimizer: host needs {format_bytes(on_host)}, of {format_bytes(wanted.host)}; give more")
+    return describe_found(wanted, Axes(), wanted.places[0], 1, asked, plan, on_host)
 
 
 def smallest(wanted: Wanted, axes: Axes, optimizer: str, batch: int) -> Found | None:

@@ -89,33 +89,3 @@ def usual_rates(device: torch.device) -> Rates:
     if device.type == "cuda":
         return Rates(flops=400e12, host_write=22e9, host_read=22e9, disk_write=3e9, disk_read=5e9)
     return Rates(flops=45e9 * torch.get_num_threads(), host_write=4e9, host_read=4e9, disk_write=1.3e9, disk_read=0.9e9)
-<<<<<<< HEAD
-=======
-
-
-def attention_flops(layer: LayerFootprint, model: ModelFootprint, tokens: int, chunk: int) -> float:
-    """Of one forward pass over one sequence: two products of 2 H D FLOP for each (query, key) that is visible. 0 where nothing attends."""
-    if not layer.lse:
-        return 0.0
-    head_elements = (layer.output - layer.lse) / model.dtype.itemsize / len(layer.mixers)
-    pairs = 0.0
-    for mixer in layer.mixers:
-        for span in chunk_spans(tokens, chunk):
-            keys = len(mixer.keys_for(span)) - len(span) / 2 if layer.causal and hasattr(mixer, "keys_for") else tokens
-            pairs += keys * len(span)
-    return 4 * head_elements * pairs
-
-
-def layer_seconds(model: ModelFootprint, tokens: int, batch: int, chunk: int, rates: Rates) -> list[tuple[float, float, float]]:
-    """Of each layer: forward pass, backward pass, and attention forward once more where no output is stored. With A = attention forward
-    and N = 2 FLOP a parameter and token: A + N, 2.5 A + 3 N (and 0.1 N for keys and values), A."""
-    overhead = 1 + CHUNK_OVERHEAD_TOKENS / min(chunk, tokens)
-    seconds, known = [], {}
-    for layer in model.at(chunk):
-        if (key := (layer.output, layer.lse, layer.causal, tuple(map(repr, layer.mixers)))) not in known:
-            known[key] = attention_flops(layer, model, tokens, chunk)
-        attention = known[key] * batch * overhead / rates.flops
-        local = 2 * layer.parameters / model.dtype.itemsize * tokens * batch * overhead / rates.flops
-        seconds.append((attention + local, 2.5 * attention + 3.1 * local, attention))
-    return seconds
->>>>>>> main

@@ -63,14 +63,11 @@ def attention_flops(layer: LayerFootprint, model: ModelFootprint, tokens: int, c
 
 def layer_seconds(model: ModelFootprint, tokens: int, batch: int, chunk: int, rates: Rates, devices: int = 1) -> list[LayerSeconds]:
     """Of each layer on each of `devices` that share the sequences: `tokens` and `chunk` are what one of them has of a sequence."""
-    known: dict = {}
-    seconds = []
-    for layer in model.at(chunk):
-        key = (layer.output, layer.lse, layer.causal, layer.forward, layer.backward, layer.parameter_gradients, tuple(map(repr, layer.mixers)))
-        if key not in known:
-            known[key] = _of_layer(layer, model, tokens, batch, min(chunk, tokens), rates, devices)
-        seconds.append(known[key])
-    return seconds
+    layers, known = model.at(chunk), {}
+    for layer in layers:
+        if id(layer) not in known:
+            known[id(layer)] = _of_layer(layer, model, tokens, batch, min(chunk, tokens), rates, devices)
+    return [known[id(layer)] for layer in layers]
 
 
 def _of_layer(layer: LayerFootprint, model: ModelFootprint, tokens: int, batch: int, chunk: int, rates: Rates, devices: int) -> LayerSeconds:

@@ -16,6 +16,7 @@ from sys import maxsize
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from longtrain.stream.carry import is_causal, make_carry
 from longtrain.span import Span, whole_chunks
@@ -31,6 +32,8 @@ class LayerFootprint:
     """Bytes a token of a batch of one, and the parameters' bytes; all in the dtypes the layer has now."""
 
     x: int
+    arguments: int
+    """Tensors that the layer is given beside the hidden states (positions, rotary tables): the same ones in every layer."""
     output: int
     lse: int
     carry: int
@@ -112,6 +115,7 @@ def _probe(layer: nn.Module, chunk_tokens: int) -> LayerFootprint:
     before = [c.levels[: n or None][-1:] or [0] for c, n in zip(counted, moments["forward_operations"], strict=True)]
     return LayerFootprint(
         x=slopes["x"],
+        arguments=slopes["arguments"],
         output=slopes["output"],
         lse=slopes["lse"],
         carry=slopes["carry"],
@@ -141,7 +145,8 @@ def _observe(layer: nn.Module, tokens: int, chunk_tokens: int) -> dict[str, Any]
     device = next(layer.parameters()).device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad():
         x, arguments = layer.example(tokens)
-        seen = {"x": x.nbytes // x.shape[0], **dict.fromkeys(("output", "lse", "carry", "adjoint", "state"), 0), "workspaces": ()}
+        given = sum({id(t): t.nbytes for t in tree_leaves(arguments) if isinstance(t, Tensor)}.values())
+        seen = {"x": x.nbytes // x.shape[0], "arguments": given, **dict.fromkeys(("output", "lse", "carry", "adjoint", "state"), 0), "workspaces": ()}
         counting = seen["counting"] = Counting()
 
         def observed(mixer, *inputs: Tensor) -> Tensor:
@@ -194,13 +199,17 @@ class _Node(torch.autograd.Function):
     @staticmethod
     def forward(ctx, counting: Counting, out: Tensor, is_state: bool, *inputs: Tensor) -> Tensor:
         ctx.counting, ctx.is_state = counting, is_state
-        ctx.save_for_backward(out, *inputs)
+        ctx.like = [(t.shape, t.dtype) for t in inputs]
+        ctx.save_for_backward(out, *(inputs if is_state else inputs[:1]))
         return out.view_as(out)
 
     @staticmethod
     def backward(ctx, dout: Tensor):
-        out, q, *written = ctx.saved_tensors
-        make = lambda t: t.new_zeros(t.shape)
-        with ctx.counting.paused():
-            views = [t.new_zeros(()).expand(t.shape) if t.element_size() >= 4 and not ctx.is_state else None for t in written]
-        return None, None, None, make(q), *(make(t) if view is None else view for t, view in zip(written, views, strict=True))
+        grads = []
+        for place, (shape, dtype) in enumerate(ctx.like):
+            if place and dtype.itemsize >= 4 and not ctx.is_state:
+                with ctx.counting.paused():
+                    grads.append(dout.new_zeros((), dtype=dtype).expand(shape))
+            else:
+                grads.append(dout.new_zeros(shape, dtype=dtype))
+        return None, None, None, *grads

@@ -80,7 +80,7 @@ def prepare(config: Config, where: Locations) -> Setup:
             load_weights(model, Path(config.train.init))
         except ValueError as error:
             raise where.error("train.init", str(error)) from None
-    optimizer = Optimizer(model, config.train)
+    optimizer = Optimizer(model, config.train, on_host=config.memory.optimizer == "host")
     plan = make_plan(model, config, where)
     rate = config.metrics.peak_tflops
     return Setup(
@@ -182,7 +182,8 @@ def make_plan(model: nn.Module, config: Config, where: Locations) -> lt.Plan | N
     if config.memory.budget is not None:
         try:
             tokens, tiers = config.data.seq_len, config.memory.tiers()
-            return lt.plan(model, seq_len=tokens, budget=config.memory.budget, tiers=tiers, steps=step_count(config))
+            here = config.memory.optimizer == "device" or next(model.parameters()).device.type == "cpu"  # 8: AdamW's moments
+            return lt.plan(model, seq_len=tokens, budget=config.memory.budget, tiers=tiers, steps=step_count(config), optimizer_bytes_per_parameter=8 * here)
         except ValueError as error:  # nothing fits, or a layer cannot be streamed
             raise where.error("memory.budget", str(error)) from None
     settings = config.memory.plan_settings()
