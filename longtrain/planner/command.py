@@ -108,11 +108,11 @@ def wanted_for(
 
 
 def footprint_of(config: Config, where: Locations, device: torch.device) -> ModelFootprint:
-    """Of a config's model as it trains: longtrain's own from its shape alone, one of transformers probed."""
+    """Of a config's model as it trains: longtrain's own from its shape alone, others probed."""
     dtype = getattr(torch, config.train.dtype)
     try:
-        if not isinstance(config.model, HfModelConfig):
-            return measure_model(on_meta(config.model, dtype))
+        if not isinstance(config.model, HfModelConfig) and config.model.layers is None:
+            return measure_model(on_meta(config.model, dtype))  # other mixers than attention cannot run on shapes alone
         model, *_ = build_model(config, where, read_weights=False)
         return measure_model(with_wide_gradients(model.to(dtype)))
     except ValueError as error:

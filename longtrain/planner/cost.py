@@ -132,7 +132,8 @@ def _probe_alike(layers: Sequence[nn.Module]) -> list[LayerFootprint]:
     found = []
     for layer in layers:
         parameters = tuple((p.shape, p.dtype, p.requires_grad, gradient_bytes(p)) for p in layer.parameters())
-        key = (type(layer), repr(layer), parameters, repr(layer.mixers(**layer.example(2)[1])))
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            key = (type(layer), repr(layer), parameters, repr(layer.mixers(**layer.example(2)[1])))
         if key not in known:
             known[key] = probe_layer(layer)
         found.append(known[key])
@@ -142,7 +143,8 @@ def _probe_alike(layers: Sequence[nn.Module]) -> list[LayerFootprint]:
 def step_memory(model: ModelFootprint, plan: Plan, tokens: int, batch: int = 1) -> list[Phase]:
     """Bytes alive on the device at the turning points of a step: the loss, the backward pass of each segment and of the embedding.
 
-    At segment j's backward: the inputs of segments 0..j, what layers 0..j store and what restoring adds to it, the gradient that comes in;
+    At segment j's backward, at its second chunk, when sums are there and the first chunk's outputs are done with: the inputs of segments
+    0..j, what layers 0..j store and what restoring adds to it, the gradient that comes in;
     what the carries of its k layers hold and their accumulators; the graph of one chunk through k layers, with that chunk's parameter
     gradients; gradients of the head and of later segments as they were delivered, its own as they are added up. Of what the plan sends to
     other tiers only the share that stays counts, and what is on its way.
@@ -166,7 +168,7 @@ def step_memory(model: ModelFootprint, plan: Plan, tokens: int, batch: int = 1) 
     fixed["workspace"] = CPU_WORKSPACE if model.device.type == "cpu" else GPU_WORKSPACE
     segments = [range(a, min(a + k, len(layers))) for a in range(0, len(layers), k)]
     inputs = [layers[s[0]].x * n * stays("inputs", s[0]) for s in segments]
-    end, phases = len(layers), []
+    end, phases, several = len(layers), [], tokens > chunk
 
     def staging(fetched: float, written: float) -> dict[str, float]:
         """What is on its way: the disk's slab, and up to half of the rest each way (`longtrain.offload.traffic`)."""
@@ -199,12 +201,14 @@ def step_memory(model: ModelFootprint, plan: Plan, tokens: int, batch: int = 1) 
         carries, keeps = 0.0, sum(stored[: s[0]])
         restored = restored_outputs(layers, plan, s, tokens)
         for i in s:
-            keeps += outputs[i] + states[i] + layers[i].output * batch * len(restored.get(i, ())) * stays("outputs", i)
+            kept = len(kept_outputs[i]) + len(restored.get(i, ())) - (chunk if several and kept_outputs[i].stop - kept_outputs[i].start >= chunk else 0)
+            keeps += states[i] + layers[i].output * batch * kept * stays("outputs", i)
             if blocked[i]:  # the block that is worked on, and the chunk's own; of the others' sums what the plan leaves on the device
                 carries += layers[i].carry_bytes() * min(tokens, 2 * plan.kv_block_tokens) * batch + layers[i].adjoint * n * stays("kv", i)
                 keeps += kept_kv[i]
                 continue
-            carries += layers[i].carry_bytes() * layers[i].carry_tokens(tokens, chunk) * batch
+            held = layers[i].carry_tokens(tokens, chunk) * batch
+            carries += (layers[i].carry_bytes() - (0 if several else layers[i].adjoint)) * held
             if slides[i]:  # the store has all of it
                 keeps += layers[i].carry * n * stays("kv", i)
         away = sum(layers[i].output * n * (1 - stays("outputs", i)) for i in s) + own[0].x * n * (1 - stays("inputs", s[0]))
@@ -213,8 +217,8 @@ def step_memory(model: ModelFootprint, plan: Plan, tokens: int, batch: int = 1) 
             "stored outputs and K/V": keeps,
             "gradient of the hidden states": own[-1].x * n * gradient,
             "K/V and their gradients": carries,
-            "graph of a chunk": chunk_graph(own, chunk, batch, [len(kept_outputs[i]) < tokens for i in s]),
-            "gradients": delivered + sum(f.parameter_gradients for f in own),
+            "graph of a chunk": chunk_graph(own, chunk, batch, [len(kept_outputs[i]) + len(restored.get(i, ())) < min(2 * chunk, tokens) for i in s], several),
+            "gradients": delivered + sum(f.parameter_gradients for f in own) * several,
             **staging(away + own[-1].x * n * (1 - stays("gradients", s[-1] + 1)), own[0].x * n * (1 - stays("gradients", s[0]))),
         }
         phases.append(Phase(f"backward of layers {s[0]} to {s[-1]}", _whole({**fixed, **items})))
@@ -225,16 +229,17 @@ def step_memory(model: ModelFootprint, plan: Plan, tokens: int, batch: int = 1) 
     return phases
 
 
-def chunk_graph(layers: Sequence[LayerFootprint], chunk: int, batch: int, mixes: Sequence[bool]) -> float:
+def chunk_graph(layers: Sequence[LayerFootprint], chunk: int, batch: int, mixes: Sequence[bool], several: bool) -> float:
     """Most that replay and backward pass of one chunk through consecutive layers hold: the graphs of the layers before one, the highest
-    moment of its own, parameter gradients of those after it. `mixes`: whose outputs are computed again, and so are new."""
+    moment of its own, parameter gradients of those after it. `mixes`: whose outputs are computed again, and so are new. Where there are not
+    `several` chunks, gradients of keys and values begin only when the mixer is differentiated."""
     tokens = chunk * batch
     before, most = 0.0, 0.0
     after = sum(f.chunk_gradients for f in layers)
     for layer, new in zip(layers, mixes, strict=True):
         out = layer.output * tokens * new
         after -= layer.chunk_gradients
-        mixing = layer.saved_bytes(tokens) + max((w(chunk) * batch for w in layer.workspaces), default=0)
+        mixing = layer.mixing_bytes(tokens) + (0 if several else layer.adjoint * tokens)
         most = max(most, before + out + max(layer.graph_bytes(tokens), mixing) + after)
         before += layer.saved_bytes(tokens) + out
     return most

@@ -152,7 +152,7 @@ def longest_tokens(wanted: Wanted) -> int:
         return any(one is not None and one.peak.total <= wanted.room and _within_tiers(longer, one) for one in small)
 
     low, high = 0, wanted.tokens
-    while fits(high) and high < 1 << 28:
+    while high < 1 << 27 and fits(high):
         low, high = high, 2 * high
     while high - low > max(64, high // 64):
         middle = (low + high) // 2

@@ -28,6 +28,8 @@ CHUNKS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 SEGMENTS = (1, 2, 4, 8)
 MOST_CHUNKS = 4096
 """Of a sequence: more cost more in launches than their size saves."""
+SMALL_CHUNKS = 4
+"""The smallest plan has one of so many smallest chunks."""
 FRACTIONS = tuple(i / 20 for i in range(21))
 SHARES = (0.75, 0.5, 0.25, 0.0)
 """Of a tensor's tokens, that stay on the device where the others leave."""
@@ -287,7 +289,9 @@ def _least(asked: Asked, candidate: Plan) -> Plan:
 
 def smallest_plan(asked: Asked) -> tuple[Plan, int]:
     """The plan with the lowest peak: nothing stored that can be computed, everything that the tiers hold off the device."""
-    plans = [_least(asked, candidate) for candidate in _candidates(asked.model, asked.tokens) if candidate.store_kv == 0]
+    candidates = [candidate for candidate in _candidates(asked.model, asked.tokens) if candidate.store_kv == 0]
+    chunks = sorted({candidate.chunk_tokens for candidate in candidates})[:SMALL_CHUNKS]
+    plans = [_least(asked, candidate) for candidate in candidates if candidate.chunk_tokens in chunks]
     peaks = [asked.peak(plan) for plan in plans]
     least = min(range(len(plans)), key=peaks.__getitem__)
     return plans[least], peaks[least]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,25 +35,32 @@ def tier_use(model: ModelFootprint, plan: Plan, tokens: int, batch: int = 1) -> 
     chunk = min(plan.chunk_tokens, tokens)
     spans = chunk_spans(tokens, chunk)
 
+    def placed(what: str, layer: int, starts: range) -> Counter:
+        """How many of the extents that begin at `starts` (rising) go to each slower tier: where one goes is decided by its first token."""
+        split = plan.offload.split(what, layer)
+        stay, host = (bisect_left(starts, round(share * tokens)) for share in (1 - split.device, split.disk))
+        return Counter(host=max(0, stay - host), disk=min(host, stay))
+
     def extents(what: str, layer: int, token_bytes: Sequence[int], kept: Span, *, exact: Sequence[int] = ()) -> Counter:
-        """Bytes by tier of tensors with `token_bytes` each (`exact`: never compressed), extent by extent."""
-        split, sizes = plan.offload.split(what, layer), Counter()
-        for span in spans:
-            for part in span.split(kept.start or kept.stop):
-                place = split.place(part, tokens)
-                if kept.start <= part.start < kept.stop and place.tier != "device":
-                    factor = FP8_SHARE[model.dtype.itemsize] if place.compress else 1
-                    sizes[place.tier] += sum(room(round(b * factor) * len(part) * batch) for b in token_bytes)
-                    sizes[place.tier] += sum(room(b * len(part) * batch) for b in exact if b)
+        """Bytes by tier of tensors with `token_bytes` each (`exact`: never compressed), extent by extent: whole chunks, and what `kept` cuts."""
+        factor = FP8_SHARE[model.dtype.itemsize] if plan.offload.split(what, layer).compress else 1
+        first, last = -(-kept.start // chunk), kept.stop // chunk
+        if not len(kept):
+            return Counter()
+        cut = [Span(kept.start, min(first * chunk, kept.stop)), Span(max(last * chunk, kept.start), kept.stop)] if first <= last else [kept]
+        sizes = Counter()
+        for starts, length in [(range(first * chunk, last * chunk, chunk), chunk), *((range(c.start, c.stop, tokens), len(c)) for c in cut if len(c))]:
+            size = sum(room(round(b * factor) * length * batch) for b in token_bytes) + sum(room(b * length * batch) for b in exact if b)
+            for tier, count in placed(what, layer, starts).items():
+                sizes[tier] += size * count
         return sizes
 
     def states(layer: int) -> Counter:
         """Bytes by tier of the entry states, one for every chunk but the first."""
-        split, sizes = plan.offload.split("kv", layer), Counter()
-        for span in spans[1:] if layers[layer].state else []:
-            if (tier := split.place(span, tokens).tier) != "device":
-                sizes[tier] += room(layers[layer].state * batch)
-        return sizes
+        if not layers[layer].state:
+            return Counter()
+        size = room(layers[layer].state * batch)
+        return Counter({tier: size * count for tier, count in placed("kv", layer, range(chunk, tokens, chunk)).items()})
 
     def block_sums(layer: int) -> tuple[Counter, Counter]:
         """Bytes by tier of the gradient sums of K/V in blocks: held at most, and written, once for every later block's chunk."""

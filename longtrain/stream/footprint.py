@@ -43,6 +43,8 @@ class LayerFootprint:
     outputs and what the carry holds are not."""
     saved: Line
     """When the replay ends and the backward pass begins."""
+    mixing: Line
+    """When the mixer is differentiated."""
     forward: Work
     """Of the layer without its mixers."""
     to_mix: Work
@@ -80,6 +82,10 @@ class LayerFootprint:
     def saved_bytes(self, chunk: int) -> float:
         return highest([self.saved], chunk)
 
+    def mixing_bytes(self, chunk: int) -> float:
+        """With the workspace of `mix_vjp`."""
+        return highest([self.mixing], chunk) + max((workspace(chunk) for workspace in self.workspaces), default=0)
+
     def kept_outputs(self, kept: Span, chunk: int) -> Span:
         """The tokens whose outputs are stored where a plan says `kept`: a state carry stores those of whole chunks."""
         return whole_chunks(kept, chunk) if self.state and not self.carry else kept
@@ -108,7 +114,7 @@ def _probe(layer: nn.Module, chunk_tokens: int) -> LayerFootprint:
     counted = [observed.pop("counting") for observed in seen]
     small, large = seen
     fixed = {key: large.pop(key) for key in ("mixers", "state", "workspaces", "causal")}
-    moments = {key: (small.pop(key), large.pop(key)) for key in ("begun", "mixed", "ended", "differentiated", "forward_operations")}
+    moments = {key: (small.pop(key), large.pop(key)) for key in ("begun", "mixed", "ended", "differentiated", "forward_operations", "at_mixers")}
     slopes = {key: (large[key] - small[key]) // (PROBE_TOKENS[1] - PROBE_TOKENS[0]) for key in large}
     trainable = [p for p in layer.parameters() if p.requires_grad]
     of = lambda first, last: work_between(moments[first], moments[last], PROBE_TOKENS)
@@ -122,6 +128,7 @@ def _probe(layer: nn.Module, chunk_tokens: int) -> LayerFootprint:
         adjoint=slopes["adjoint"],
         graph_lines=lines([c.levels for c in counted], PROBE_TOKENS),
         saved=lines(before, PROBE_TOKENS)[0],
+        mixing=lines(moments["at_mixers"], PROBE_TOKENS)[0],
         forward=of("begun", "ended"),
         to_mix=of("begun", "mixed"),
         backward=of("ended", "differentiated"),
@@ -147,7 +154,7 @@ def _observe(layer: nn.Module, tokens: int, chunk_tokens: int) -> dict[str, Any]
         x, arguments = layer.example(tokens)
         given = sum({id(t): t.nbytes for t in tree_leaves(arguments) if isinstance(t, Tensor)}.values())
         seen = {"x": x.nbytes // x.shape[0], "arguments": given, **dict.fromkeys(("output", "lse", "carry", "adjoint", "state"), 0), "workspaces": ()}
-        counting = seen["counting"] = Counting()
+        counting = seen["counting"] = Counting(tokens)
 
         def observed(mixer, *inputs: Tensor) -> Tensor:
             if causal and hasattr(mixer, "carried"):
@@ -176,18 +183,21 @@ def _observe(layer: nn.Module, tokens: int, chunk_tokens: int) -> dict[str, Any]
                     seen["adjoint"] += sum(t.nbytes for t in inputs)
             return _Node.apply(counting, out, is_state, *inputs)
 
-        parameters = [p for p in layer.parameters() if p.requires_grad]
+        bare = BareLayer(layer)
+        aliases = {name: p.detach().requires_grad_(p.requires_grad) for name, p in bare.named_parameters()}  # as replays have them
+        parameters = [p for p in aliases.values() if p.requires_grad]
         x.requires_grad_()
         with counting:
             seen["begun"] = seen["mixed"] = counting.so_far()
             mixers = layer.mixers(**arguments)
             causal = all(is_causal(mixer, chunk_tokens) for mixer in mixers)
-            y = call_layer(BareLayer(layer), x, arguments, Mix([partial(observed, mixer) for mixer in mixers]), None)
+            y = call_layer(bare, x, arguments, Mix([partial(observed, mixer) for mixer in mixers]), aliases)
             seen["ended"], seen["forward_operations"] = counting.so_far(), len(counting.levels)
             with counting.paused():
                 dy = torch.ones_like(y)
             grads = torch.autograd.grad(y, [x, *parameters], dy, allow_unused=True)
             seen["differentiated"] = counting.so_far()
+            seen["at_mixers"] = [max(counting.noted, default=0)]
             del grads, y
     return {**seen, "mixers": tuple(mixers), "causal": causal}
 
@@ -205,6 +215,7 @@ class _Node(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout: Tensor):
+        ctx.counting.noted.append(ctx.counting.now)
         grads = []
         for place, (shape, dtype) in enumerate(ctx.like):
             if place and dtype.itemsize >= 4 and not ctx.is_state:

@@ -181,11 +181,11 @@ def loss_lines(norm: nn.Module, head: nn.Linear, options: LossOptions = LossOpti
         work = _Head(
             norm=norm, names=tuple(parameters), boundary=None, targets_BT=torch.zeros(1, tokens, dtype=torch.int64, device=weight_VE.device),
             weights_BT=None, options=options, spans=[Span(0, tokens)], logits_tokens=tokens,
-            surroundings=Surroundings.capture(weight_VE.device),
+            surroundings=Surroundings.capture(torch.device("cpu")),
         )  # fmt: skip
         inputs = (hidden_BTE, weight_VE, head.bias, *parameters.values())
         wanted = [True, *(p is not None and p.requires_grad for p in inputs[1:])]
-        with Counting() as counting, torch.no_grad():
+        with Counting(tokens) as counting, torch.no_grad():
             work.run(inputs, wanted, None, torch.ones((), dtype=torch.promote_types(weight_VE.dtype, torch.float32), device=weight_VE.device))
         levels.append([level - sums for level in counting.levels])
     return lines(levels, PROBE_TOKENS)

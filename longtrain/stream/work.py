@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -40,11 +41,15 @@ class Work:
 
 
 class Counting(TorchDispatchMode):
-    def __init__(self) -> None:
+    def __init__(self, tokens: int) -> None:
+        """`tokens`: of the example, by which the side of a product that runs along them is known."""
         super().__init__()
+        self._tokens = tokens
         self.products: Counter[int] = Counter()
         self.moved = self.calls = self.now = 0
         self.levels: list[int] = []
+        self.noted: list[int] = []
+        """Levels at moments that somebody else wants to know of."""
         self._alive: set[int] = set()
         self._paused = False
 
@@ -70,8 +75,10 @@ class Counting(TorchDispatchMode):
         self.levels.append(self.now)
         if func._schema.name in PRODUCTS:
             a, b = given[-2:]
-            rows, inner, columns = a.shape[-2], a.shape[-1], b.shape[-1]
-            self.products[sorted((rows, inner, columns))[1]] += 2 * a.shape[:-2].numel() * rows * inner * columns
+            sides = [a.shape[-2], a.shape[-1], b.shape[-1]]
+            flops = 2 * a.shape[:-2].numel() * prod(sides)
+            sides.remove(self._tokens if self._tokens in sides else min(sides))
+            self.products[min(sides)] += flops
         elif fresh or func._schema.is_mutable:
             self.moved += sum(map(_bytes, (*given, *fresh)))
         else:  # a view

@@ -58,7 +58,7 @@ def test_several_devices(shape, capsys):
 def test_the_plan_that_is_written_is_taken(run_file, tmp_path, capsys):
     out = tmp_path / "plan"
     disk = f"memory.disk={{path: {tmp_path}, budget: 64MiB}}"
-    assert cli.main(["plan", run_file, "--budget", "2GiB", disk, "--out", str(out), "--quick"]) == 0
+    assert cli.main(["plan", run_file, disk, "--budget", "2GiB", "--out", str(out), "--quick"]) == 0
     settings = yaml.safe_load((out / "plan.yaml").read_text())
     (tmp_path / "planned.yaml").write_text(yaml.safe_dump({**yaml.safe_load(open(run_file)), **settings}))
     config, _ = load_config(tmp_path / "planned.yaml")
@@ -77,7 +77,7 @@ def test_what_leaves_the_device_may_differ_by_layer(run_file, tmp_path):
 
 @pytest.mark.parametrize("options, problem", [
     (["--seq-len", "0"], "--seq-len: must be at least 1"), (["--gpus", "0", "--seq-len", "8"], "--gpus: must be at least 1"), ([], "--seq-len is missing"),
-    (["--seq-len", "8192", "--budget", "-3GiB"], "--budget"), (["--seq-len", "8192", "--budget", "200GiB", "--device", "h100"], "more than the"),
+    (["--seq-len", "8192", "--budget=-3GiB"], "--budget"), (["--seq-len", "8192", "--budget", "200GiB", "--device", "h100"], "more than the"),
     (["--seq-len", "8192", "--device", "h101"], "no machine that is known"), (["model.num_layers=2", "--seq-len", "8"], "settings are of a YAML file"),
     (["--seq-len", "8192", "--batch", "0"], "--batch: must be at least 1"),
 ])  # fmt: skip

@@ -84,7 +84,7 @@ def test_as_little_leaves_as_the_budget_asks(tiers):
     assert loose.offload is None
     used = tier_use(footprint, tight, TOKENS)
     assert 0 < used["host"].held <= tiers.host_bytes and used["disk"].held <= tiers.disk.budget
-    assert peak(step_memory(footprint, tight, TOKENS)).total <= tight.predicted_peak <= least + (without - least) // 8 + taken
+    assert peak(step_memory(footprint, tight, TOKENS)).total <= tight.predicted_peak <= smallest + (without - smallest) // 8 + taken
 
 
 def test_a_budget_that_a_disk_would_fit_says_so():

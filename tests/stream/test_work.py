@@ -34,7 +34,7 @@ def test_a_decoder_layer_computes_two_flops_a_weight_and_token_and_four_backward
     assert found.forward.moved > 0 and found.forward.calls > 10
 
 
-@pytest.mark.parametrize("changes", [{}, {"window": (100, None)}, {"layers": ("linear", "attention")}, {"layers": ("conv", "lact")}])
+@pytest.mark.parametrize("changes", [{}, {"window": (100, None)}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_shapes_alone_say_the_same(changes, dtype):
     config = ModelConfig(**{**SHAPE, **changes})
