@@ -44,6 +44,8 @@ class Setting:
     """Share of the layer inputs that is on the host."""
     resident: bool = False
     """Whether float32 masters and moments are on the devices, sharded."""
+    tile: int | None = None
+    """Tokens of the MLP at a time; all of a device's where nothing is told of tiles."""
     known: str = ""
     """What of the setting is not published, where that is much."""
 
@@ -52,8 +54,8 @@ SETTINGS = (
     Setting("UPipe", "arXiv:2602.21196", "llama3-8b", "h100", 8, 131_072, "tokens/s", 2281),
     Setting("UPipe", "the same", "llama3-8b", "h100", 8, 1_048_576, "tokens/s", 473),
     Setting("MEMO", "arXiv:2407.12117, section 5", "gpt-7b", "a800", 8, 1_048_576, "MFU", 0.523, forwards=1.0),
-    Setting("FPDT", "arXiv:2408.16978: 2M on 4 GPUs, 4M on 8 at 56% MFU", "llama3-8b", "a100", 8, 4_194_304, "MFU", 0.56, known="80 GB A100 assumed"),
-    Setting("TRL (ALST)", "TRL 1.13, guide to long contexts (huggingface.co/docs/trl)", "qwen3-8b", "h100", 8, 1_048_576, "s", 380, known="attention kernel and loss not told; 8 x H100"),
+    Setting("FPDT", "arXiv:2408.16978: 2M on 4 GPUs, 4M on 8 at 56% MFU", "llama3-8b", "a100", 8, 4_194_304, "MFU", 0.56, known="kind of A100 and what is recomputed are not told"),
+    Setting("TRL (ALST)", "TRL 1.13, guide to long contexts (huggingface.co/docs/trl)", "qwen3-8b", "h100", 8, 1_048_576, "s", 380, known="attention kernel not told"),
     Setting("TRL (ALST)", "the same", "qwen3-8b", "h100", 8, 1_048_576, "GB", 56.2, resident=True),
 )  # fmt: skip
 
@@ -78,7 +80,7 @@ def predict(s: Setting) -> dict[str, float]:
     f = own.layers[0]
     peak = (
         own.parameters + own.gathered + own.optimizer + L * f.delivered_gradients + own.other_gradients + (1 - s.away) * L * f.x * n
-        + 3 * f.x * n + (f.carry + 2 * f.output) * n + min(n, 8192) * f.graph + GPU_WORKSPACE
+        + 3 * f.x * n + (f.carry + 2 * f.output) * n + min(n, s.tile or n) * f.graph + GPU_WORKSPACE
     )  # fmt: skip
     return {"s": seconds, "tokens/s": n / seconds, "MFU": flops / seconds / machine.peak_flops, "GB": peak / 1e9}
 

@@ -67,9 +67,8 @@ def read_config(args: argparse.Namespace, machine: Machine | None) -> tuple[Want
     overrides = list(args.overrides)
     if args.seq_len is not None:
         overrides += [f"data.seq_len={args.seq_len}", f"train.length_schedule=[{{from_step: 0, seq_len: {args.seq_len}}}]"]
+    overrides += [f"memory.budget={args.budget}"] if args.budget else []
     config, where = load_config(args.config, overrides)
-    if args.budget and config.memory.plan_settings():
-        raise ValueError("--budget: the config says by hand how the step is streamed (memory.chunk_tokens); use one of the two")
     settings = config.memory.plan_settings()
     if not settings and not (args.budget or config.memory.budget or machine):
         raise where.error("memory", "neither memory.budget nor memory.chunk_tokens is set, so nothing is streamed; set one of them")

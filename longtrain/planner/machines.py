@@ -45,10 +45,10 @@ class Machine:
 
 def _gpu(name: str, gb: float, tflops: float, memory_tbs: float, pcie_gbs: float, link_gbs: float, forward: float, backward: float,
          source: str, *, products_share: float = PRODUCTS_SHARE) -> Machine:  # fmt: skip
-    """`forward` and `backward`: TFLOP/s of attention at head dim 128. `link_gbs`: to another device, one direction."""
+    """`gb` as vendors say it: GiB, of which the driver keeps a hundredth. `forward` and `backward`: TFLOP/s of attention at head dim 128. `link_gbs`: to another device, one direction."""
     products = products_share * tflops * 1e12
     return Machine(
-        name=name, device="cuda", memory=int(gb * 1e9), peak_flops=tflops * 1e12, source=source,
+        name=name, device="cuda", memory=int(0.99 * gb * 2**30), peak_flops=tflops * 1e12, source=source,
         rates=Rates(
             flops=products, products=((512, 0.4 * products), (1024, 0.65 * products), (4096, products)),
             attention=((64, 0.75e12 * forward), (128, 1e12 * forward)), attention_backward=((64, 0.75e12 * backward), (128, 1e12 * backward)),
