@@ -30,11 +30,13 @@ class ConvShape:
         away = shards.tokens / ranks * (ranks - 1) / ranks * a_token
         return Received(forward=2 * away, backward=(3 + self.gate_out) * away)
 
-    def choose(self, shards: Shards, *, segment_layers: int, way: str) -> Choice:
-        """Raises ValueError where what is asked for cannot be."""
+    def choose(self, shards: Shards, *, segment_layers: int, two_passes: bool, way: str) -> Choice:
+        """`two_passes`: whether another mixer of the layer needs them. Raises ValueError where what is asked for cannot be."""
         refused = {}
         if not self.causal:
             refused["halo"] = "its filter sees what comes after a chunk"
+        elif two_passes:
+            refused["halo"] = "it goes chunk by chunk, and another mixer of the layer needs two passes over the sequence"
         if self.filters < shards.ranks:
             refused["channels"] = f"its {self.filters} filters cannot be dealt to {shards.ranks} ranks"
         elif segment_layers > 1:
@@ -55,6 +57,7 @@ class StateShape:
     """Bytes of the state."""
     affine: bool
     """Whether the state before a chunk changes that behind it by an affine function, so that ranks need not wait for each other."""
+    causal = True
 
     def received(self, way: str, shards: Shards, *, heads: int) -> Received:
         """`heads`: ranks that exchange heads, where that is the way, in groups from one to the next of which the states go."""

@@ -44,8 +44,8 @@ class Mesh:
             )
         if machine is not None and (everyone.size % machine or machine % heads):
             raise ValueError(
-                f"parallel: {everyone.size} ranks, of which {heads} exchange heads, do not make up machines of {machine}; give a divisor of "
-                "the one and a multiple of the other"
+                f"parallel: {everyone.size} ranks, of which {heads} exchange heads, do not make up machines of {machine}; "
+                "give a divisor of the one and a multiple of the other"
             )
         if heads == everyone.size:
             return cls(everyone, everyone, Ranks.alone(traffic))

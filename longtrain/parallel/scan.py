@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,6 +76,9 @@ def hand_overs(shards: Shards) -> int:
     return sum(a != b for a, b in zip(owners, owners[1:], strict=False))
 
 
+Step = Callable[[int, int, Tensor], Tensor]
+
+
 class Relay:
     """States, or their adjoints, on their way along the legs of one rank. All that is sent in a chunk is received in it."""
 
@@ -85,17 +89,17 @@ class Relay:
         self._inherited: list[Pending] = []
         """Those with which the chunk begins."""
 
-    def run(self, stage: Stage, shapes: Sequence[torch.Size], like: Tensor, step: Callable[[int, int, Tensor], Tensor]) -> None:
-        """``behind = step(leg, block, before)`` for every block of every leg, in this order.
+    def run(self, stage: Stage, blocks: Sequence[Any], like: Tensor, step: Step) -> None:
+        """``behind = step(leg, block, before)`` for every block of every leg, in this order; `blocks` are indices into a state like `like`.
 
         At the end of the sequence, where there is nothing before, that is a state of zeros.
         """
-        sent = []
+        sent, like = [], [like[block] for block in blocks]
         for i, leg in enumerate(stage.legs):
-            coming, own, self._own = self._coming(leg, shapes, like), self._own, []
-            for b, shape in enumerate(shapes):
+            coming, own, self._own = self._coming(leg, like), self._own, []
+            for b in range(len(blocks)):
                 if leg.source is None:
-                    before = like.new_zeros(shape)
+                    before = torch.zeros_like(like[b])
                 else:
                     before = own[b] if leg.source == self._ranks.rank else next(coming)
                 behind = step(i, b, before).contiguous()
@@ -104,22 +108,34 @@ class Relay:
                 elif leg.target is not None:
                     sent.append(self._ranks.exchange([Message(self._what, leg.target, (behind,))], []))
         if stage.heir_of is not None:
-            self._inherited = [self._receive(stage.heir_of, shape, like) for shape in shapes]
+            self._inherited = [self._receive(stage.heir_of, block) for block in like]
         for pending in sent:
             pending.wait()
 
-    def _coming(self, leg: Leg, shapes: Sequence[torch.Size], like: Tensor) -> Iterator[Tensor]:
+    def _coming(self, leg: Leg, like: Sequence[Tensor]) -> Iterator[Tensor]:
         """The blocks from another rank; while one is worked on the next is received."""
         inherited, self._inherited = iter(self._inherited), []
-        receive = lambda shape: next(inherited, None) or self._receive(leg.source, shape, like)
-        arriving = receive(shapes[0])
-        for following in (*shapes[1:], None):
+        receive = lambda block: next(inherited, None) or self._receive(leg.source, block)
+        arriving = receive(like[0])
+        for following in (*like[1:], None):
             (block,) = arriving.wait()[self._what]
             arriving = None if following is None else receive(following)
             yield block
 
-    def _receive(self, source: int, shape: torch.Size, like: Tensor) -> Pending:
-        return self._ranks.exchange([], [Message(self._what, source, (like.new_empty(shape),))])
+    def _receive(self, source: int, like: Tensor) -> Pending:
+        return self._ranks.exchange([], [Message(self._what, source, (like.new_empty(like.shape),))])
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """In place of a relay, where the states before a rank's legs are known: the same steps on the same numbers."""
+
+    entries: Sequence[Tensor]
+
+    def run(self, stage: Stage, blocks: Sequence[Any], like: Tensor, step: Step) -> None:
+        for i, entry in enumerate(self.entries):
+            for b, block in enumerate(blocks):
+                step(i, b, entry[block])
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,19 +194,19 @@ Each = Sequence[Sequence[Tensor]]
 """The inputs of each leg."""
 
 
-def affine_forward(relay: Relay, stage: Stage, mixer, inputs: Each) -> tuple[list[Tensor], list[Tensor]]:
+def affine_forward(relay: Relay | Known, stage: Stage, mixer, inputs: Each) -> tuple[list[Tensor], list[Tensor]]:
     """Outputs of a rank's legs in a chunk, and the states before them."""
     (q, k, v, *_), wide = inputs[0], _wide(inputs[0])
     of_zero = [mixer.step(leg.span, None, x[0].to(wide), *x[1:]) for leg, x in zip(stage.legs, inputs, strict=True)]
     affine = [Affine.of(mixer, leg.span, x) for leg, x in zip(stage.legs, inputs, strict=True)]
     entries = [v.new_empty(k.shape[0], *k.shape[2:], v.shape[3], dtype=wide) for _ in stage.legs]
-    columns = _columns(v.shape[3])
+    blocks = _columns(v.shape[3])
 
     def step(i: int, b: int, before: Tensor) -> Tensor:
-        entries[i][..., columns[b]] = before
-        return of_zero[i][1][..., columns[b]] + affine[i].apply(before)
+        entries[i][blocks[b]] = before
+        return of_zero[i][1][blocks[b]] + affine[i].apply(before)
 
-    relay.run(stage, [entries[0][..., c].shape for c in columns], entries[0], step)
+    relay.run(stage, blocks, entries[0], step)
     outs = [(out + part.read(entry)).to(q.dtype) for (out, _), part, entry in zip(of_zero, affine, entries, strict=True)]
     return outs, entries
 
@@ -201,18 +217,18 @@ def affine_backward(
     """Gradients of the inputs of each leg, and of the mixer's shared tensors: there are none."""
     affine = [Affine.of(mixer, leg.span, x) for leg, x in zip(stage.legs, inputs, strict=True)]
     made = [part.read_vjp(dout) for part, dout in zip(affine, douts, strict=True)]
-    behind, columns = [torch.empty_like(entry) for entry in entries], _columns(entries[0].shape[3])
+    behind, blocks = [torch.empty_like(entry) for entry in entries], _columns(entries[0].shape[3])
 
     def step(i: int, b: int, dS: Tensor) -> Tensor:
-        behind[i][..., columns[b]] = dS
-        return made[i][..., columns[b]] + affine[i].transposed(dS)
+        behind[i][blocks[b]] = dS
+        return made[i][blocks[b]] + affine[i].transposed(dS)
 
-    relay.run(stage, [entries[0][..., c].shape for c in columns], entries[0], step)
+    relay.run(stage, blocks, entries[0], step)
     of_legs = zip(stage.legs, entries, inputs, douts, behind, strict=True)
     return [mixer.step_vjp(leg.span, entry, x, dout, dS)[0] for leg, entry, x, dout, dS in of_legs], []
 
 
-def stepwise_forward(relay: Relay, stage: Stage, mixer, inputs: Each) -> tuple[list[Tensor], list[Tensor]]:
+def stepwise_forward(relay: Relay | Known, stage: Stage, mixer, inputs: Each) -> tuple[list[Tensor], list[Tensor]]:
     """As `affine_forward`, of a mixer whose heads are handed on one by one."""
     q, *written = inputs[0]
     heads, *shape = mixer.state_shape(*written)
@@ -225,7 +241,7 @@ def stepwise_forward(relay: Relay, stage: Stage, mixer, inputs: Each) -> tuple[l
         outs[i][:, :, at], behind = of_heads(mixer, at).step(stage.legs[i].span, before, *(x[:, :, at] for x in inputs[i]))
         return behind
 
-    relay.run(stage, [entries[0][:, :1].shape] * heads, entries[0], step)
+    relay.run(stage, _heads(heads), entries[0], step)
     return outs, entries
 
 
@@ -246,7 +262,7 @@ def stepwise_backward(
             whole[at] += found
         return dentry
 
-    relay.run(stage, [entries[0][:, :1].shape] * entries[0].shape[1], entries[0], step)
+    relay.run(stage, _heads(entries[0].shape[1]), entries[0], step)
     return grads, dshared
 
 
@@ -255,9 +271,13 @@ def of_heads(mixer, heads: slice):
     return mixer.with_shared(*(t[heads] for t in mixer.shared))
 
 
-def _columns(features: int) -> list[slice]:
+def _columns(features: int) -> list[Any]:
     count = min(BLOCKS, features)
-    return [slice(features * b // count, features * (b + 1) // count) for b in range(count)]
+    return [(..., slice(features * b // count, features * (b + 1) // count)) for b in range(count)]
+
+
+def _heads(count: int) -> list[Any]:
+    return [(slice(None), slice(head, head + 1)) for head in range(count)]
 
 
 def _wide(tensors: Sequence[Tensor]) -> torch.dtype:

@@ -87,10 +87,12 @@ class Sharing:
             stripe = max(STRIPE, min(tokens, self.plan.chunk_tokens) // (size * ROUNDS))
         return spread(tokens, size, inside=self.inside, chunk_tokens=self.plan.chunk_tokens, stripe=stripe)
 
-    def choice(self, shape: AnyShape, shards: Shards) -> Choice:
+    def choice(self, shape: AnyShape, shards: Shards, beside: Sequence[AnyShape] = ()) -> Choice:
+        """`beside`: all mixers of its layer."""
         mesh, parallel, segment_layers = self.mesh, self.parallel, self.plan.segment_layers
         if isinstance(shape, ConvShape):
-            return shape.choose(shards, segment_layers=segment_layers, way=parallel.conv)
+            two_passes = any(not other.causal or self.choice(other, shards).way in ("ring", "channels") for other in beside)
+            return shape.choose(shards, segment_layers=segment_layers, two_passes=two_passes, way=parallel.conv)
         if isinstance(shape, StateShape):
             return shape.choose(shards, heads=mesh.heads.size, way=parallel.states)
         return choose(
@@ -105,7 +107,7 @@ class Sharing:
             return "one process has all tokens"
         for i, of_layer in enumerate(self.shapes):
             for shape in of_layer:
-                lines.setdefault(str(self.choice(shape, shards)), []).append(str(i))
+                lines.setdefault(str(self.choice(shape, shards, of_layer)), []).append(str(i))
         ranks = f"{mesh.all.size} ranks: heads over {mesh.heads.size}, {mesh.ring.size} groups"
         of_layers = [f"layers {', '.join(layers)}: {way}" for way, layers in lines.items()]
         return "\n".join([f"{tokens} tokens in {len(shards.chunks)} chunks over {ranks}", *of_layers])
@@ -191,7 +193,7 @@ class OnRank:
             mixer = mixer.with_documents(self.edges) if attends else replace(mixer, documents=Layout(self.shards.tokens, self.edges))
         if mesh.all.size == 1:
             return mixer
-        way = sharing.choice(shape, self.shards).way
+        way = sharing.choice(shape, self.shards, sharing.shapes[layer]).way
         if isinstance(shape, ConvShape):
             return (ConvByHalo if way == "halo" else ConvByChannels)(base=mixer, ranks=mesh.all, shards=self.shards)
         if isinstance(shape, StateShape):

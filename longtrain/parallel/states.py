@@ -23,7 +23,7 @@ from longtrain.parallel.exchange import Dealt, through
 from longtrain.parallel.layout import Shards
 from longtrain.parallel.mesh import Mesh
 from longtrain.parallel.ranks import Ranks
-from longtrain.parallel.scan import Relay, affine_backward, affine_forward, of_heads, stages, stepwise_backward, stepwise_forward
+from longtrain.parallel.scan import Known, Relay, affine_backward, affine_forward, of_heads, stages, stepwise_backward, stepwise_forward
 from longtrain.span import Span
 from longtrain.stream.protocol import CarrySpec, KVBlock
 from longtrain.stream.state_carry import StateCarry
@@ -53,6 +53,38 @@ class StatesOverRanks:
 
     def with_shared(self, *shared: Tensor) -> StatesOverRanks:
         return replace(self, base=self.base.with_shared(*shared))
+
+    # In a layer with a mixer that needs two passes over the sequence, it goes along all chunks in each of them.
+
+    def by_group(self, *inputs: Tensor) -> Iterator[tuple[slice, StatesOverRanks, tuple[Tensor, ...]]]:
+        """All heads at once."""
+        yield slice(None), self, inputs
+
+    def mix_into(self, out: Tensor, *inputs: Tensor) -> None:
+        for _, _, _ in self._mixed(inputs, out):
+            pass
+
+    def vjp_into(self, dout: Tensor, inputs: Sequence[Tensor], dinputs: Sequence[Tensor], dshared: Sequence[Tensor]) -> None:
+        """Writes the gradients of inputs and of `shared`."""
+        mixed = list(self._mixed(inputs, torch.empty_like(dout)))
+        for carry, span, entry in reversed(mixed):
+            q, *written = (x[:, span.slice()] for x in inputs)
+            carry.resume(span, entry, *written)
+            dq = carry.mix_vjp(span, q, None, None, dout[:, span.slice()])
+            for whole, part in zip(dinputs, (dq, *carry.take_grad(span)), strict=True):
+                whole[:, span.slice()] = part
+        for whole, part in zip(dshared, carry.shared_grads(), strict=True):
+            whole.copy_(part)
+
+    def _mixed(self, inputs: Sequence[Tensor], out: Tensor) -> Iterator[tuple[ScanCarry | StatesByHeads, Span, Tensor | None]]:
+        """Writes the output chunk by chunk, and gives the states before them."""
+        spans = self.shards.local_chunks(self.mesh.all.rank)
+        carry = self.make_carry(spans)
+        for span in spans:
+            q, *written = (x[:, span.slice()] for x in inputs)
+            carry.append(span, *written)
+            out[:, span.slice()] = carry.mix(span, q, None)[0]
+            yield carry, span, carry.entry
 
 
 class ScanCarry:
@@ -88,13 +120,10 @@ class ScanCarry:
             return stored
         stage = self._stages[self._chunk_of[span.stop]]
         inputs = stage.split(q, *self._written)
+        relay = self._there if self.entry is None else Known(self.entry.unbind(2))
         with torch.no_grad():
-            if self.entry is None:
-                outs, entries = self._forward(self._there, stage, self.mixer, inputs)
-                self.entry = torch.stack(entries, dim=2)
-            else:
-                of_legs = zip(stage.legs, self.entry.unbind(2), inputs, strict=True)
-                outs = [self.mixer.step(leg.span, entry, *x)[0] for leg, entry, x in of_legs]
+            outs, entries = self._forward(relay, stage, self.mixer, inputs)
+        self.entry = torch.stack(entries, dim=2)
         return torch.cat(outs, dim=1), None
 
     def mix_vjp(self, span: Span, q: Tensor, out: Tensor, lse: None, dout: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ from torch import nn
 
 import longtrain as lt
 from longtrain.nn import Hyena, LanguageModel, LongConv, ModelConfig, MonarchMixerBlock
+from longtrain.ops.mixers import AttentionMixer
+from longtrain.ops.state_mixers import LinearAttentionMixer
 from longtrain.parallel.layout import spread
 from longtrain.parallel.scan import hand_overs, stages
 from longtrain.span import Layout
@@ -125,6 +127,28 @@ class Stack(nn.Module):
         return x, layout
 
 
+class StateAndFuture(nn.Module):
+    """The delta rule and attention that looks ahead in one layer, which so needs two passes."""
+
+    token_args: dict[str, int] = {}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.beta, self.after = nn.Linear(12, 36), nn.Linear(12, 4), nn.Linear(12, 12)
+
+    def mixers(self, *, documents=None):
+        return LinearAttentionMixer(delta=True, documents=documents), AttentionMixer(causal=False, documents=documents)
+
+    def example(self, tokens: int):
+        return torch.randn(1, tokens, 12), {}
+
+    def forward(self, x, *, documents=None, mix=None):
+        first, second = self.mixers(documents=documents) if mix is None else (mix, mix)
+        q, k, v = self.before(x).unflatten(-1, (4, -1)).chunk(3, dim=-1)
+        x = x + self.after(first(q, nn.functional.normalize(k, dim=-1), v, self.beta(x).sigmoid()).flatten(-2)).tanh()
+        return x + self.after(second(q, k, v).flatten(-2))
+
+
 class OfLongConv(nn.Module):
     """A layer of one convolution, whatever it is."""
 
@@ -145,13 +169,14 @@ class OfLongConv(nn.Module):
 
 
 def filters_of_every_kind(rank: int, world: int, layout: str) -> None:
-    """Hyena, Monarch Mixer (which looks ahead), a learned butterfly; T = 37."""
+    """Hyena, Monarch Mixer (which looks ahead), a learned butterfly, a state in two passes; T = 37."""
     torch.manual_seed(0)
     butterfly = LongConv(12, 73, causal=False, butterfly=40)
     with torch.no_grad():
         for p in butterfly.butterfly.parameters():
             p += 0.1 * torch.randn_like(p)  # no DFT any more
-    model = Stack(Hyena(12, 40, order=3), MonarchMixerBlock(12, 40), OfLongConv(butterfly), OfLongConv(LongConv(12, 9, causal=False)))
+    layers = [Hyena(12, 40, order=3), MonarchMixerBlock(12, 40), OfLongConv(butterfly), OfLongConv(LongConv(12, 9, causal=False))]
+    model = Stack(*layers, StateAndFuture())
     x, weights = torch.randn(1, 37, 12), torch.randn(1, 37, 12)
 
     def run(model, **arguments):
@@ -164,7 +189,8 @@ def filters_of_every_kind(rank: int, world: int, layout: str) -> None:
     for arguments in ({}, {"cu_seqlens": [0, 5, 30, 37]}):
         expected = run(copy.deepcopy(model), **arguments)
         ours = copy.deepcopy(model)
-        lt.apply(ours, lt.Plan(chunk_tokens=7), parallel=lt.Parallel(layout=layout, gradients="sum", stripe=2))
+        states = "heads" if arguments else "scan"
+        lt.apply(ours, lt.Plan(chunk_tokens=7), parallel=lt.Parallel(layout=layout, gradients="sum", stripe=2, states=states))
         assert_same(summed(run(ours, **arguments)), expected)
 
 
