@@ -57,6 +57,10 @@ class TrainConfig:
     min_lr_ratio: float = 0.1
     """The last update's learning rate as a share of `lr`."""
 
+    filter_lr: float | None = None
+    """Learning rate of the filters of `conv` layers at the end of the warm-up, on the same schedule; `lr` when not given.
+    Example: 1e-3."""
+
     warmup_steps: int = 0
     """Updates over which the learning rate rises linearly to `lr`."""
 
@@ -74,7 +78,7 @@ class TrainConfig:
     """AdamW's epsilon."""
 
     weight_decay: float = 0.1
-    """AdamW's weight decay, on matrices and embeddings (not on norms)."""
+    """AdamW's weight decay, on matrices and embeddings (not on norms, nor on the filters of `conv` layers)."""
 
     grad_clip: float | None = 1.0
     """Gradients are scaled down to this norm where theirs is larger; null for no clipping."""
@@ -113,8 +117,9 @@ class TrainConfig:
                 at_least(f"train.{name}", getattr(self, name), 1)
         for name in ("lr", "eps"):
             above_zero(f"train.{name}", getattr(self, name))
-        if self.grad_clip is not None:
-            above_zero("train.grad_clip", self.grad_clip)
+        for name in ("grad_clip", "filter_lr"):
+            if getattr(self, name) is not None:
+                above_zero(f"train.{name}", getattr(self, name))
         for beta in self.betas:
             if not 0 <= beta < 1:
                 raise ValueError(f"train.betas: must be from 0 to below 1, found {beta:g}; 0.9 and 0.95 are usual")

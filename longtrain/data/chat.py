@@ -8,7 +8,6 @@ before a turn (with its generation prompt) and up to it, which must be the begin
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,10 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from longtrain.data.formats import LeftOut, Part, import_extra
+from longtrain.data.formats import LeftOut, Part, Ranges, import_extra, read_json_lines
 from longtrain.data.sources import DataError
 
-Ranges = list[tuple[int, int]]
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -90,25 +88,9 @@ def load_chat(tokenizer: Path, turns: str) -> Chat:
 
 
 def read_chat(path: Path, offset: int, number: int, options: dict) -> Iterator[Part | LeftOut]:
-    """A reader as in `formats`: a conversation a line, named `file:line`; `Part.learned` are character ranges of its text."""
-    chat, decode = options["chat"], json.JSONDecoder().decode
-    with open(path, "rb") as file:
-        file.seek(offset)
-        for line in file:
-            offset, number = offset + len(line), number + 1
-            if not line.strip():
-                continue
-            try:
-                text, learned = chat.document(*conversation(decode(line.decode("utf-8"))))
-                content = text.encode("utf-8")
-            except UnicodeError as error:
-                yield LeftOut(f"{path}:{number} is not UTF-8 ({error.reason}); correct the line", offset, number)
-            except json.JSONDecodeError as error:
-                yield LeftOut(f"{path}:{number} is not JSON ({error}); correct the line", offset, number)
-            except ValueError as error:
-                yield LeftOut(f"{path}:{number} {error}", offset, number)
-            else:
-                yield Part(f"{path}:{number}", content, True, offset, number, tuple(learned))
+    """A reader as in `formats`: a conversation a line; `Part.learned` are character ranges of its text."""
+    chat = options["chat"]
+    return read_json_lines(path, offset, number, lambda record: chat.document(*conversation(record)))
 
 
 def conversation(record: Any) -> tuple[list[dict], list | None, int]:

@@ -10,15 +10,17 @@ import codecs
 import importlib
 import json
 import wave
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from longtrain.data.sources import DataError
 
 BLOCK_BYTES = 2**20
+
+Ranges = Sequence[tuple[int, int]]
 
 
 class Part(NamedTuple):
@@ -31,7 +33,7 @@ class Part(NamedTuple):
     """How far into the file the reader is: bytes, ..."""
     number: int
     """... and records."""
-    learned: tuple[tuple[int, int], ...] | None = None
+    learned: Ranges | None = None
     """Ranges of the whole document's characters (then: of its tokens) that are targets; None: all of it."""
 
 
@@ -84,8 +86,24 @@ def read_bytes(path: Path, offset: int, number: int, options: dict) -> Iterator[
 
 
 def read_jsonl(path: Path, offset: int, number: int, options: dict) -> Iterator[Part | LeftOut]:
-    """A JSON object a line; its `field` is a document, named `file:line`."""
-    field, decode = options["field"], json.JSONDecoder().decode
+    """A JSON object a line; its `field` is a document."""
+    field = options["field"]
+
+    def text_of(record: Any) -> tuple[str, None]:
+        found = record.get(field) if isinstance(record, dict) else None
+        if isinstance(found, str):
+            return found, None
+        if isinstance(record, dict) and field not in record:
+            held = ", ".join(sorted(record)[:6]) or "nothing"
+            raise ValueError(f"has no field {field!r} (it has {held}); correct the line, or name the field with --field")
+        raise ValueError(f"is no object whose {field!r} is text; correct the line, or name the field with --field")
+
+    return read_json_lines(path, offset, number, text_of)
+
+
+def read_json_lines(path: Path, offset: int, number: int, text_of: Callable[[Any], tuple[str, Ranges | None]]) -> Iterator[Part | LeftOut]:
+    """A document a line, named `file:line`: `text_of` gives its text and `Part.learned`, or raises ValueError with what is wrong."""
+    decode = json.JSONDecoder().decode
     with open(path, "rb") as file:
         file.seek(offset)
         for line in file:
@@ -93,22 +111,16 @@ def read_jsonl(path: Path, offset: int, number: int, options: dict) -> Iterator[
             if not line.strip():
                 continue
             try:
-                record = decode(line.decode("utf-8"))
-                text = record[field] if isinstance(record, dict) else None
-                if not isinstance(text, str):
-                    raise TypeError
-                content = text.encode("utf-8")
-            except KeyError:
-                held = ", ".join(sorted(record)[:6]) or "nothing"
-                why = f"has no field {field!r} (it has {held}); correct the line, or name the field with --field"
-            except TypeError:
-                why = f"is no object whose {field!r} is text; correct the line, or name the field with --field"
+                text, learned = text_of(decode(line.decode("utf-8")))
+                part = Part(f"{path}:{number}", text.encode("utf-8"), True, offset, number, learned)
             except UnicodeError as error:
                 why = f"is not UTF-8 ({error.reason}); correct the line"
-            except (ValueError, RecursionError) as error:
+            except (json.JSONDecodeError, RecursionError) as error:
                 why = f"is not JSON ({error}); correct the line"
+            except ValueError as error:
+                why = str(error)
             else:
-                yield Part(f"{path}:{number}", content, True, offset, number)
+                yield part
                 continue
             if number == 1 and b"\0" in line:
                 yield LeftOut(f"{path} is binary, not JSONL; leave it out", offset, number)

@@ -144,52 +144,23 @@ function drawTimeline(figure) {
     element("text", { x: x(tick), y: bottom + 18, "text-anchor": "middle" }, svg, said(tick, digits));
   }
   element("text", { x: (left + right) / 2, y: bottom + 34, "text-anchor": "middle" }, svg, "seconds");
-  readOff(figure, plot, svg, x, xs, names, bottom);
+  const tip = html("div", "tip memory", figure);
+  readOff(figure, plot, svg, tip, x, xs, 40, bottom, 66, index => momentOf(tip, xs, names, index));
 }
 
 const SAID = { used: profile.device === "CPU" ? "resident" : "used" };
 
-function readOff(figure, plot, svg, x, xs, names, bottom) {
-  const line = profile.timeline, rule = element("line", { y1: 40, y2: bottom, class: "hover", visibility: "hidden" }, svg);
-  const tip = html("div", "tip memory", figure);
-  tip.hidden = true;
-  let shown = -1;
-  function show(index) {
-    shown = index;
-    tip.hidden = index < 0;
-    rule.setAttribute("visibility", index < 0 ? "hidden" : "visible");
-    if (index < 0) return;
-    const at = xs[index], band = line.bands.find(b => at >= b.start && at <= b.stop);
-    rule.setAttribute("x1", x(at));
-    rule.setAttribute("x2", x(at));
-    tip.replaceChildren();
-    html("div", "", tip, `${stamp(at)}${band ? `, ${band.phase}${band.part ? ` of ${band.part}` : ""}` : ""}`);
-    html("b", "", html("div", "", tip), `${gib(line.level[index])} GiB`);
-    const parts = names.map(n => [n, line.series[n][index]]).filter(p => p[1]).sort((a, b) => b[1] - a[1]);
-    html("div", "", tip, parts.slice(0, 6).map(([n, v]) => `${n} ${gib(v)}`).join(", "));
-    for (const [number, bytes] of line.tops[index]) {
-      const item = line.items[number];
-      const where = [item.shape && ` ${item.shape}`, item.module && ` in ${item.module}`, item.line && `, ${item.line}`];
-      html("div", "item", tip, `${gib(bytes)} GiB ${item.name}${where.join("")}`);
-    }
-    const from = plot.offsetLeft + x(at) + 12, wide = tip.offsetWidth;
-    tip.style.top = `${plot.offsetTop + 66}px`;
-    tip.style.left = `${Math.max(4, from + wide > figure.clientWidth - 4 ? from - 24 - wide : from)}px`;
+function momentOf(tip, xs, names, index) {
+  const line = profile.timeline, at = xs[index], band = line.bands.find(b => at >= b.start && at <= b.stop);
+  html("div", "", tip, `${stamp(at)}${band ? `, ${band.phase}${band.part ? ` of ${band.part}` : ""}` : ""}`);
+  html("b", "", html("div", "", tip), `${gib(line.level[index])} GiB`);
+  const parts = names.map(n => [n, line.series[n][index]]).filter(p => p[1]).sort((a, b) => b[1] - a[1]);
+  html("div", "", tip, parts.slice(0, 6).map(([n, v]) => `${n} ${gib(v)}`).join(", "));
+  for (const [number, bytes] of line.tops[index]) {
+    const item = line.items[number];
+    const where = [item.shape && ` ${item.shape}`, item.module && ` in ${item.module}`, item.line && `, ${item.line}`];
+    html("div", "item", tip, `${gib(bytes)} GiB ${item.name}${where.join("")}`);
   }
-  function reach(event) {
-    const at = event.clientX - svg.getBoundingClientRect().left;
-    show(xs.reduce((best, place, i) => (Math.abs(x(place) - at) < Math.abs(x(xs[best]) - at) ? i : best), 0));
-  }
-  svg.addEventListener("pointermove", reach);
-  svg.addEventListener("pointerdown", reach);
-  svg.addEventListener("pointerleave", () => show(-1));
-  svg.addEventListener("blur", () => show(-1));
-  svg.addEventListener("keydown", event => {
-    const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-    if (!step) return;
-    event.preventDefault();
-    show(Math.min(xs.length - 1, Math.max(0, shown + step)));
-  });
 }
 
 let widthThen = 0;

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-WORD = 8
-"""Bytes of a block come padded with zeros to whole words."""
-
 _EXTENT, _OFFSET = 0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F
 
 
 def checksum(data: np.ndarray, extent: int, offset: int) -> int:
-    """Sum of the int64 words of `data` (uint8) modulo 2^64, seeded with the extent's number and the offset in its tier."""
-    return (int(np.add.reduce(data.view(np.int64))) + extent * _EXTENT + offset * _OFFSET) % 2**64
+    """Sum modulo 2^64 of the int64 words of `data` (uint8), and of a shorter last one, with the extent's number and the offset in its tier."""
+    whole = data.nbytes // 8 * 8
+    words = int(np.add.reduce(data[:whole].view(np.int64))) + int.from_bytes(data[whole:].tobytes(), "little")
+    return (words + extent * _EXTENT + offset * _OFFSET) % 2**64
 
 
 def check(data: np.ndarray, extent: int, offset: int, expected: int | None) -> None:

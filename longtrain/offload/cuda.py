@@ -30,11 +30,14 @@ class CudaCopies:
         if status:
             raise RuntimeError(f"cudaHostUnregister: CUDA error {status}")
 
-    def buffer(self, nbytes: int) -> Tensor:
+    def lead(self, payload: Tensor) -> int:
+        return 0
+
+    def buffer(self, nbytes: int, lead: int) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
 
-    def reach(self, target: Tensor, nbytes: int) -> None:
-        """Never: a disk writes to the host's memory."""
+    def reach(self, block: Tensor, before: int, *, write: bool) -> None:
+        """Never: a disk takes the host's memory."""
 
     def mark(self) -> torch.cuda.Event:
         event = torch.cuda.Event()

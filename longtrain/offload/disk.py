@@ -45,13 +45,18 @@ def check_disk(settings: DiskSettings, system: System | None = None) -> None:
         )
 
 
+def room(nbytes: int) -> int:
+    """At most what `nbytes` take in the file: whole pages, and one more for a tensor that the disk takes from where it is."""
+    return padded(nbytes) + (ALIGNMENT if nbytes >= System.least_in_place else 0)
+
+
 class DiskTier:
     """A file of `settings.budget` bytes; its space is taken at once, so that only the disk itself can refuse a write later."""
 
     name = "disk"
     setting = "memory.disk.budget"
 
-    def __init__(self, settings: DiskSettings, block_bytes: int, system: System, copies: Copies) -> None:
+    def __init__(self, settings: DiskSettings, slot_bytes: int, system: System, copies: Copies) -> None:
         check_disk(settings, system)
         self.regions = Regions(settings.budget, ALIGNMENT)
         self._system, self._copies = system, copies
@@ -64,39 +69,46 @@ class DiskTier:
             ) from error
         self.direct = True
         self._switch(True)
-        self._slab = system.allocate(system.threads * block_bytes)
+        self._slab = system.allocate(system.threads * slot_bytes)
         copies.pin(self._slab)
         self._slots: queue.SimpleQueue[np.ndarray] = queue.SimpleQueue()  # one for each thread, so that none ever waits for one
-        for slot in self._slab.reshape(system.threads, block_bytes):
+        for slot in self._slab.reshape(system.threads, slot_bytes):
             self._slots.put(slot)
         self.close = weakref.finalize(self, _close, self._file, copies, self._slab)
         """At the latest when the tier, and the last transfer that holds it, are gone."""
 
     def write(self, offset: int, source: Tensor, mark: Any, extent: int) -> int:
-        """One block; the checksum of what was handed to the disk. Raises OSError."""
+        """One block, through the slab where the disk cannot take `source` itself; the checksum of what was handed to the disk. Raises OSError."""
+        before = offset % ALIGNMENT
+        if (pages := self._copies.reach(source, before, write=True)) is not None:
+            written = checksum(source.numpy(), extent, offset)
+            self._move(self._system.pwrite, memoryview(pages), offset - before)
+            return written
         slot = self._slots.get()
         try:
-            data = slot[: padded(source.nbytes)]
-            data[source.nbytes :] = 0
-            self._copies.down(data[: source.nbytes], source, mark)
+            pages = slot[: padded(before + source.nbytes)]
+            data = pages[before:][: source.nbytes]
+            self._copies.down(data, source, mark)
             written = checksum(data, extent, offset)
-            self._move(self._system.pwrite, memoryview(data), offset)
+            self._move(self._system.pwrite, memoryview(pages), offset - before)
             return written
         finally:
             self._slots.put(slot)
 
     def read(self, offset: int, target: Tensor, mark: Any, extent: int, expected: int | None) -> None:
         """One block, through the slab where the disk cannot write to `target` itself. Raises OSError, ChecksumError."""
-        if (data := self._copies.reach(target, padded(target.nbytes))) is not None:
-            self._move(self._system.pread, memoryview(data), offset)
-            check(data, extent, offset, expected)
+        before = offset % ALIGNMENT
+        if (pages := self._copies.reach(target, before, write=False)) is not None:
+            self._move(self._system.pread, memoryview(pages), offset - before)
+            check(target.numpy(), extent, offset, expected)
             return
         slot = self._slots.get()
         try:
-            data = slot[: padded(target.nbytes)]
-            self._move(self._system.pread, memoryview(data), offset)
+            pages = slot[: padded(before + target.nbytes)]
+            data = pages[before:][: target.nbytes]
+            self._move(self._system.pread, memoryview(pages), offset - before)
             check(data, extent, offset, expected)
-            self._copies.up(target, data[: target.nbytes], mark)
+            self._copies.up(target, data, mark)
         finally:
             self._slots.put(slot)
 

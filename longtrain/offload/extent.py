@@ -62,6 +62,8 @@ class Extent:
     nbytes: int
     tier: Tier | None = None
     offset: int = 0
+    lead: int = 0
+    """Bytes of its region before its first: where its payload begins in a page of memory, so that the disk takes the pages themselves."""
     state: State | None = None
     holders: int = 1
     """Names that it was put under."""
@@ -76,6 +78,11 @@ class Extent:
     error: Exception | None = None
     key: tuple | None = None
     """What equal bytes would be put as."""
+
+    @property
+    def room(self) -> int:
+        """Bytes of its region."""
+        return self.lead + self.nbytes
 
 
 @dataclass(frozen=True, slots=True)

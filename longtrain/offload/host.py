@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import queue
 import weakref
 from typing import Any, Protocol
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longtrain.offload.checksum import WORD, check, checksum
+from longtrain.offload.checksum import check, checksum
 from longtrain.offload.regions import ALIGNMENT, Regions, padded
 from longtrain.offload.system import System
 
@@ -23,11 +24,14 @@ class Copies(Protocol):
 
     def unpin(self, memory: np.ndarray) -> None: ...
 
-    def buffer(self, nbytes: int) -> Tensor:
-        """``[nbytes]`` uint8 on the device, for what is fetched."""
+    def lead(self, payload: Tensor) -> int:
+        """How far into a page of memory `payload` begins, where a disk is to take the pages themselves; else 0."""
 
-    def reach(self, target: Tensor, nbytes: int) -> np.ndarray | None:
-        """`target` and what is behind it, `nbytes` in all, where the disk can write there; None where it cannot."""
+    def buffer(self, nbytes: int, lead: int) -> Tensor:
+        """``[nbytes]`` uint8 on the device, for what is fetched; what has a lead begins as far into a page as its source did."""
+
+    def reach(self, block: Tensor, before: int, *, write: bool) -> np.ndarray | None:
+        """The pages of memory that hold `block`, `before` bytes into the first, for a disk to write (else to fill); None: it cannot."""
 
     def mark(self) -> Any:
         """Called where a transfer is asked for: what must have happened on the device before its copies start."""
@@ -51,8 +55,13 @@ class CpuCopies:
 
     def unpin(self, memory: np.ndarray) -> None: ...
 
-    def buffer(self, nbytes: int) -> Tensor:
-        size = padded(nbytes)
+    def lead(self, payload: Tensor) -> int:
+        address = payload.data_ptr()
+        wanted = self._system.device_memory and payload.nbytes >= self._system.least_in_place and address % 8 == 0
+        return address % ALIGNMENT if wanted else 0
+
+    def buffer(self, nbytes: int, lead: int) -> Tensor:
+        size = padded(lead + nbytes)
         while not self._returned.empty():
             self._idle.append(self._returned.get())
         at = next((i for i, memory in enumerate(self._idle) if memory.nbytes == size), None)
@@ -65,18 +74,22 @@ class CpuCopies:
             self._idle.pop(0)
         lent = memory[:]
         weakref.finalize(lent, self._back, memory).atexit = False
-        return torch.from_numpy(lent)[:nbytes]
+        return torch.from_numpy(lent)[lead : lead + nbytes]
 
     def _back(self, memory: np.ndarray) -> None:
         """The last tensor that used it is gone."""
         if (self._returned.qsize() + 1) * memory.nbytes <= self._keep:
             self._returned.put(memory)
 
-    def reach(self, target: Tensor, nbytes: int) -> np.ndarray | None:
-        room = target.untyped_storage().nbytes() - target.storage_offset()
-        if not self._system.device_memory or target.data_ptr() % ALIGNMENT or room < nbytes:
+    def reach(self, block: Tensor, before: int, *, write: bool) -> np.ndarray | None:
+        start, size = block.data_ptr() - before, padded(before + block.nbytes)
+        if not self._system.device_memory or start % ALIGNMENT:
             return None
-        return target.as_strided((nbytes,), (1,)).numpy()
+        first = block.untyped_storage().data_ptr()
+        if not write and (start < first or start + size > first + block.untyped_storage().nbytes()):
+            return None
+        # Of a source, the neighbours' bytes in its first and last page go to the disk too: that memory is there, and nobody reads them back.
+        return np.frombuffer((ctypes.c_char * size).from_address(start), np.uint8)
 
     def mark(self) -> None: ...
 
@@ -116,13 +129,12 @@ class HostTier:
 
     def write(self, offset: int, source: Tensor, mark: Any, extent: int) -> int:
         """One block; the checksum of what arrived."""
-        data = self._arena[offset : offset + padded(source.nbytes, WORD)]
-        data[source.nbytes :] = 0
-        self._copies.down(data[: source.nbytes], source, mark)
+        data = self._arena[offset : offset + source.nbytes]
+        self._copies.down(data, source, mark)
         return checksum(data, extent, offset)
 
     def read(self, offset: int, target: Tensor, mark: Any, extent: int, expected: int | None) -> None:
         """One block. Raises ChecksumError."""
-        data = self._arena[offset : offset + padded(target.nbytes, WORD)]
+        data = self._arena[offset : offset + target.nbytes]
         check(data, extent, offset, expected)
-        self._copies.up(target, data[: target.nbytes], mark)
+        self._copies.up(target, data, mark)

@@ -43,7 +43,10 @@ class System:
     """A wait for n bytes ends in an error after ``grace_seconds + n / least_bandwidth``, in bytes a second: a dead disk is no hang."""
 
     device_memory = True
-    """Whether a disk may write to a CPU's tensors directly; a test says no, and goes the way of a GPU."""
+    """Whether a disk may take a CPU's tensors, and fill them, directly; a test says no, and goes the way of a GPU."""
+
+    least_in_place = 256 << 10
+    """Bytes of a tensor that are worth up to a page more on the disk, to be spared the copy to memory that begins where a page does."""
 
     def __init__(self, threads: int = 8) -> None:
         self.threads = threads

@@ -196,7 +196,7 @@ class TieredStore:
         if extent.state is State.READY and version_of(extent.payload) != extent.version:
             self._drop(extent)  # who was handed it before has edited it
         if extent.state is State.STORED:
-            extent.payload = self._traffic.copies.buffer(extent.nbytes)
+            extent.payload = self._traffic.copies.buffer(extent.nbytes, extent.lead)
             self._fetched += extent.nbytes
             self.stats.most_fetched = max(self.stats.most_fetched, self._fetched)
             self._move(extent, State.READING)

@@ -9,6 +9,7 @@ import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -92,11 +93,11 @@ class Traffic:
         block = min(LARGEST_BLOCK, staging_bytes // (4 * system.threads)) // ALIGNMENT * ALIGNMENT
         if block < ALIGNMENT:
             raise ValueError(f"staging_bytes: {staging_bytes:,} leaves {system.threads} threads less than a page; give 1 MiB or more")
-        self.block_bytes = block
-        self.staging = (staging_bytes - (system.threads * block if disk else 0)) // 2
+        self.block_bytes, slot = block, block + ALIGNMENT  # the last block of an extent may be longer, by its lead
+        self.staging = (staging_bytes - (system.threads * slot if disk else 0)) // 2
         self.tiers: dict[str, Tier] = {}
         if disk:
-            self.tiers["disk"] = DiskTier(disk, block, system, self.copies)
+            self.tiers["disk"] = DiskTier(disk, slot, system, self.copies)
         if host_bytes:
             self.tiers["host"] = HostTier(host_bytes, system, self.copies)
         self._may_write = disk.max_written if disk and disk.max_written is not None else float("inf")
@@ -110,15 +111,17 @@ class Traffic:
 
     def take_room(self, tier: Tier, extent: Extent) -> str | None:
         """None where `tier` has taken it, else why not."""
-        disk, padded = tier.name == "disk", tier.regions.padded(extent.nbytes)
+        disk = tier.name == "disk"
+        extent.lead = self.copies.lead(extent.payload) if disk else 0
+        padded = tier.regions.padded(extent.room)
         if disk and self.failure:
             return f"writing to memory.disk.path failed ({self.failure})"
         if disk and self.stats.disk_written + padded > self._may_write:
             return f"memory.disk.max_written ({format_bytes(self._may_write)}) is reached"
-        offset = tier.regions.take(extent.nbytes)
+        offset = tier.regions.take(extent.room)
         if offset is None and self.leaving:
             self.wait("idle", lambda: not self.leaving)
-            offset = tier.regions.take(extent.nbytes)
+            offset = tier.regions.take(extent.room)
         if offset is None:
             return f"{tier.setting} ({format_bytes(tier.regions.nbytes)}) has no {format_bytes(extent.nbytes)} in one piece left"
         extent.tier, extent.offset = tier, offset
@@ -127,7 +130,7 @@ class Traffic:
 
     def give_back(self, extent: Extent) -> None:
         if extent.tier:
-            extent.tier.regions.give(extent.offset, extent.nbytes)
+            extent.tier.regions.give(extent.offset, extent.room)
             extent.tier = None
 
     def leave(self, extent: Extent) -> None:
@@ -137,13 +140,15 @@ class Traffic:
             self.give_back(extent)
 
     def begin(self, extent: Extent, *, write: bool) -> None:
-        mark = self.copies.mark()
-        for start in range(0, extent.nbytes, self.block_bytes):
-            block = extent.payload[start : start + self.block_bytes]
+        mark, at = self.copies.mark(), extent.offset + extent.lead
+        # All but the first begin where a page of memory does.
+        cuts = [0, *range(self.block_bytes - extent.lead, extent.nbytes - extent.lead, self.block_bytes), extent.nbytes]
+        for start, stop in pairwise(cuts):
+            block = extent.payload[start:stop]
             checksum = None if write else extent.checksums.get(start)
             extent.pending += 1
             self.moving += block.nbytes
-            self.system.submit(Transfer(extent, extent.tier, extent.offset + start, start, block, mark, write, checksum), urgent=not write)
+            self.system.submit(Transfer(extent, extent.tier, at + start, start, block, mark, write, checksum), urgent=not write)
 
     def poll(self) -> None:
         """Absorb what is done."""
@@ -183,7 +188,7 @@ class Traffic:
             moved = self.stats.written if done.write else self.stats.read
             moved[done.tier.name] = moved.get(done.tier.name, 0) + done.block.nbytes
         elif done.write and done.tier.name == "disk":
-            self.stats.disk_written -= done.tier.regions.padded(done.block.nbytes)
+            self.stats.disk_written -= done.tier.regions.padded(done.offset % ALIGNMENT + done.block.nbytes)
         if extent.pending and self.system.honours("blocks"):
             return
         if extent.state is State.RELEASED:

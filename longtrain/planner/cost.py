@@ -40,6 +40,10 @@ class ModelFootprint:
     alike: bool = True
     """Whether all layers are given the same arguments, as those of one segment must be."""
 
+    def at(self, chunk_tokens: int) -> tuple[LayerFootprint, ...]:
+        """The layers in chunks of so many tokens."""
+        return tuple(layer.at(chunk_tokens) for layer in self.layers)
+
 
 @dataclass(frozen=True, slots=True)
 class Phase:
@@ -96,7 +100,7 @@ def step_memory(model: ModelFootprint, plan: Plan, tokens: int, batch: int = 1) 
     layers hold and their accumulators; the graph of one chunk through k layers; gradients of the head and of segments j.. (its own
     twice: the sums, and one chunk's). Of what the plan sends to other tiers only the share that stays counts, and the staging.
     """
-    layers, k, n = model.layers, plan.segment_layers, tokens * batch
+    layers, k, n = model.at(plan.chunk_tokens), plan.segment_layers, tokens * batch
     chunk = min(plan.chunk_tokens, tokens)
 
     def stays(what: str, layer: int) -> float:

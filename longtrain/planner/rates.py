@@ -68,7 +68,7 @@ def layer_seconds(model: ModelFootprint, tokens: int, batch: int, chunk: int, ra
     and N = 2 FLOP a parameter and token: A + N, 2.5 A + 3 N (and 0.1 N for keys and values), A."""
     overhead = 1 + CHUNK_OVERHEAD_TOKENS / min(chunk, tokens)
     seconds, known = [], {}
-    for layer in model.layers:
+    for layer in model.at(chunk):
         if (key := (layer.output, layer.lse, layer.causal, tuple(map(repr, layer.mixers)))) not in known:
             known[key] = attention_flops(layer, model, tokens, chunk)
         attention = known[key] * batch * overhead / rates.flops

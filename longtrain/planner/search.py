@@ -103,9 +103,10 @@ class Asked:
 
 def _candidates(model: ModelFootprint, tokens: int) -> list[Plan]:
     # A segment of several layers stores fewer inputs; its layers must all be causal, and be given the same.
-    segments = [k for k in SEGMENTS if k <= len(model.layers)] if model.alike and all(f.causal for f in model.layers) else [1]
     chunks = [c for c in CHUNKS if c < tokens] or [tokens]
-    return [Plan(chunk_tokens=chunk, store_outputs=0.0, segment_layers=k) for k in segments for chunk in chunks]
+    alone = {chunk: not (model.alike and all(f.causal for f in model.at(chunk))) for chunk in chunks}
+    segments = [k for k in SEGMENTS if k <= len(model.layers)]
+    return [Plan(chunk_tokens=c, store_outputs=0.0, segment_layers=k) for k in segments for c in chunks if k == 1 or not alone[c]]
 
 
 def _fastest(asked: Asked, room: int) -> Plan | None:
@@ -144,7 +145,7 @@ def _within(asked: Asked, candidate: Plan, room: int) -> tuple[float, Plan] | No
 def _problem(asked: Asked, candidate: Plan, room: int) -> Problem:
     """The choice of what is stored where, for one chunk and segment length, layer by layer."""
     model, tokens, batch, rates = asked.model, asked.tokens, asked.batch, asked.rates
-    layers, k, n = model.layers, candidate.segment_layers, tokens * batch
+    layers, k, n = model.at(candidate.chunk_tokens), candidate.segment_layers, tokens * batch
     chunk = min(candidate.chunk_tokens, tokens)
     segments = [range(a, min(a + k, len(layers))) for a in range(0, len(layers), k)]
     S = len(segments)  # moments: the loss, then the backward pass of each segment; stretches: forward of each, then backward of each

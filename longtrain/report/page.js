@@ -143,19 +143,9 @@ function nearest(points, at) {
 
 function hover(chart, series, figure, plot, svg, x, box) {
   const places = [...new Set(series.flatMap(s => s.points.filter(p => p[1] !== null).map(p => p[0])))].sort((a, b) => a - b);
-  const rule = element("line", { y1: box.top, y2: box.bottom, class: "hover", visibility: "hidden" }, svg);
   const tip = html("div", "tip", figure);
-  tip.hidden = true;
-  let shown = -1;
-  function show(index) {
-    shown = index;
-    tip.hidden = index < 0;
-    rule.setAttribute("visibility", index < 0 ? "hidden" : "visible");
-    if (index < 0) return;
+  readOff(figure, plot, svg, tip, x, places, box.top, box.bottom, box.top, index => {
     const at = places[index], here = nearest(series[0].points, at) || nearest(series.at(-1).points, at);
-    rule.setAttribute("x1", x(at));
-    rule.setAttribute("x2", x(at));
-    tip.replaceChildren();
     html("div", "", tip, `${chart.x} ${(here[0] === at && here[3]) || said(at, 0)}`);
     for (const s of series) {
       const p = nearest(s.points, at);
@@ -163,14 +153,33 @@ function hover(chart, series, figure, plot, svg, x, box) {
       const error = p[2] ? ` ± ${said(p[2], chart.digits)}` : "";
       html("div", "", tip, `${s.name} ${said(p[1], chart.digits)}${error} ${chart.y}${p[4] ? `, ${p[4]}` : ""}`);
     }
-    const left = plot.offsetLeft + x(at) + 12;
-    tip.style.top = `${plot.offsetTop + box.top}px`;
-    tip.style.left = `${Math.max(4, left + tip.offsetWidth > figure.clientWidth ? left - 24 - tip.offsetWidth : left)}px`;
+  });
+}
+
+/* A line that follows the pointer, the finger or the arrow keys to the nearest of `places`, and a tip beside it that `fill` writes. */
+function readOff(figure, plot, svg, tip, x, places, top, bottom, tipTop, fill) {
+  const rule = element("line", { y1: top, y2: bottom, class: "hover", visibility: "hidden" }, svg);
+  tip.hidden = true;
+  let shown = -1;
+  function show(index) {
+    shown = index;
+    tip.hidden = index < 0;
+    rule.setAttribute("visibility", index < 0 ? "hidden" : "visible");
+    if (index < 0) return;
+    const at = x(places[index]), from = plot.offsetLeft + at + 12;
+    rule.setAttribute("x1", at);
+    rule.setAttribute("x2", at);
+    tip.replaceChildren();
+    fill(index);
+    tip.style.top = `${plot.offsetTop + tipTop}px`;
+    tip.style.left = `${Math.max(4, from + tip.offsetWidth > figure.clientWidth - 4 ? from - 24 - tip.offsetWidth : from)}px`;
   }
-  svg.addEventListener("pointermove", event => {
+  function reach(event) {
     const at = event.clientX - svg.getBoundingClientRect().left;
     show(places.reduce((best, place, i) => (Math.abs(x(place) - at) < Math.abs(x(places[best]) - at) ? i : best), 0));
-  });
+  }
+  svg.addEventListener("pointermove", reach);
+  svg.addEventListener("pointerdown", reach);
   svg.addEventListener("pointerleave", () => show(-1));
   svg.addEventListener("blur", () => show(-1));
   svg.addEventListener("keydown", event => {

@@ -9,7 +9,7 @@ sums until their own turn; the filter and the skip gather theirs from all chunks
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -42,6 +42,7 @@ class ConvCarry:
             bytes_per_token=v_BSE.shape[2] * v_BSE.itemsize,
             adjoint_bytes_per_token=v_BSE.shape[2] * _wide(v_BSE.dtype).itemsize,
             adjoint_dtype=_wide(v_BSE.dtype),
+            workspace=partial(_workspace, v_BSE.shape[2], *self.mixer.filter.shape, _wide(v_BSE.dtype).itemsize),
         )
 
     def append(self, span: Span, v_BCE: Tensor) -> None:
@@ -95,6 +96,11 @@ class ConvCarry:
         documents = self.mixer.documents
         cu_seqlens = None if documents is None else torch.tensor(documents.edges_within(keys)[0], dtype=torch.int32)
         return {"cu_seqlens": cu_seqlens, "backend": self.mixer.backend}
+
+
+def _workspace(channels: int, filters: int, taps: int, itemsize: int, tokens: int) -> int:
+    """Of `mix_vjp`: inputs and gradients of outputs and inputs as far as the filter reaches back, the filter's gradient."""
+    return (3 * (tokens + taps - 1) * channels + filters * taps) * itemsize
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

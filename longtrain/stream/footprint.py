@@ -10,8 +10,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from sys import maxsize
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +23,6 @@ from longtrain.stream.replay import BareLayer, Mix, call_layer
 from longtrain.stream.sliding import capacity
 
 PROBE_TOKENS = (24, 56)
-PROBE_CHUNK = 128
-"""A plan is not known yet: a filter that is short against the planner's smallest chunk counts as streamed by span, others by channel group."""
 GRADIENTS_AT_ONCE = 3
 """Gradients of the widest activation that are alive at one time in a chunk's backward (SwiGLU: of product, gate and up)."""
 
@@ -45,6 +44,13 @@ class LayerFootprint:
     state: int = 0
     workspaces: tuple[Callable[[int], int], ...] = ()
     """What `mix_vjp` holds of a chunk of so many tokens, mixer by mixer."""
+    in_passes: LayerFootprint | None = None
+    """The same in chunks that a filter reaches back further than, where that makes a difference."""
+
+    def at(self, chunk_tokens: int) -> LayerFootprint:
+        """What it costs under a plan of such chunks: a convolution with more taps runs in two passes, by channel group."""
+        by_span = self.in_passes is None or all(is_causal(mixer, chunk_tokens) for mixer in self.mixers)
+        return self if by_span else self.in_passes
 
     def kept_outputs(self, kept: Span, chunk: int) -> Span:
         """The tokens whose outputs are stored where a plan says `kept`: a state carry stores those of whole chunks."""
@@ -64,8 +70,14 @@ class LayerFootprint:
 
 def probe_layer(layer: nn.Module) -> LayerFootprint:
     """Run `layer` on two tiny examples and read off the slope of what is saved and passed. `.grad` is not touched."""
-    small, large = (_observe(layer, tokens) for tokens in PROBE_TOKENS)
-    fixed = {key: large.pop(key) for key in ("mixers", "state", "workspaces")}
+    by_span = _probe(layer, maxsize)
+    needs_long_chunks = by_span.causal and not all(is_causal(mixer, 0) for mixer in by_span.mixers)
+    return replace(by_span, in_passes=_probe(layer, 0)) if needs_long_chunks else by_span
+
+
+def _probe(layer: nn.Module, chunk_tokens: int) -> LayerFootprint:
+    small, large = (_observe(layer, tokens, chunk_tokens) for tokens in PROBE_TOKENS)
+    fixed = {key: large.pop(key) for key in ("mixers", "state", "workspaces", "causal")}
     slopes = {key: (large[key] - small[key]) // (PROBE_TOKENS[1] - PROBE_TOKENS[0]) for key in large}
     trainable = [p for p in layer.parameters() if p.requires_grad]
     return LayerFootprint(
@@ -77,12 +89,11 @@ def probe_layer(layer: nn.Module) -> LayerFootprint:
         graph=slopes["saved"] + GRADIENTS_AT_ONCE * slopes["widest"],
         parameters=sum(p.nbytes for p in layer.parameters()),
         parameter_gradients=sum(p.numel() * max(p.element_size(), 4) for p in trainable),
-        causal=all(is_causal(mixer, PROBE_CHUNK) for mixer in fixed["mixers"]),
         **fixed,
     )
 
 
-def _observe(layer: nn.Module, tokens: int) -> dict[str, int]:
+def _observe(layer: nn.Module, tokens: int, chunk_tokens: int) -> dict[str, int]:
     device = next(layer.parameters()).device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad():
         x, arguments = layer.example(tokens)
@@ -98,7 +109,7 @@ def _observe(layer: nn.Module, tokens: int) -> dict[str, int]:
             return tensor
 
         def observed(mixer, *inputs: Tensor) -> Tensor:
-            if is_causal(mixer, PROBE_CHUNK) and hasattr(mixer, "carried"):
+            if causal and hasattr(mixer, "carried"):
                 return mixer.carried(lambda q, *written: noted(mixer, written, q, *written), *inputs)
             return noted(mixer, inputs, *inputs)
 
@@ -106,7 +117,7 @@ def _observe(layer: nn.Module, tokens: int) -> dict[str, int]:
             with torch.no_grad():
                 out = mixer(*mixed)
             carry = None
-            if is_causal(mixer, PROBE_CHUNK):
+            if causal:
                 carry = make_carry(mixer, [Span(0, tokens)])
                 carry.append(Span(0, tokens), *inputs[1:])
             is_state = carry is not None and carry.spec.kind == "state"
@@ -126,10 +137,11 @@ def _observe(layer: nn.Module, tokens: int) -> dict[str, int]:
         # Everything saved stays alive until the graph goes, so that no address is counted for two tensors.
         with torch.autograd.graph.saved_tensors_hooks(saved, lambda t: t):
             mixers = layer.mixers(**arguments)
+            causal = all(is_causal(mixer, chunk_tokens) for mixer in mixers)
             mix = Mix([partial(observed, mixer) for mixer in mixers])
             y = call_layer(BareLayer(layer), x.requires_grad_(), arguments, mix, None)
         del y
-    return {**seen, "saved": sum(storages.values()), "mixers": tuple(mixers)}
+    return {**seen, "saved": sum(storages.values()), "mixers": tuple(mixers), "causal": causal}
 
 
 class _Node(torch.autograd.Function):

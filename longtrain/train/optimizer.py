@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from longtrain.config.run import TrainConfig
+from longtrain.nn import parameter_groups
 from longtrain.train.weights import cast
 
 
@@ -30,15 +31,11 @@ class Optimizer:
             if self.wide_gradients:
                 for parameter in self.parameters:
                     parameter.grad_dtype = torch.float32
-        matrices = [m for m in self.masters if m.ndim > 1]
-        others = [m for m in self.masters if m.ndim <= 1]
-        self.adamw = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
-            lr=config.lr,
-            betas=config.betas,
-            eps=config.eps,
-            fused=True,
-        )
+        groups = parameter_groups(model, lr=config.lr, weight_decay=config.weight_decay, filter_lr=config.filter_lr)
+        master_of = {id(p): m for p, m in zip(self.parameters, self.masters, strict=True)}
+        for group in groups:
+            group |= {"params": [master_of[id(p)] for p in group["params"]], "share": group["lr"] / config.lr}
+        self.adamw = torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, fused=True)
 
     def collect(self) -> None:
         """After every backward pass: add bfloat16 gradients to the masters' float32 ones, where autograd cannot."""
@@ -59,11 +56,11 @@ class Optimizer:
 
     @torch.no_grad()
     def update(self, lr: float, grad_norm: torch.Tensor) -> None:
-        """One step with gradients clipped by `grad_norm`; then the gradients are gone."""
+        """One step with gradients clipped by `grad_norm`; then the gradients are gone. Filters keep their share of `lr`."""
         if self.grad_clip is not None:
             clip_grads_with_norm_(self.masters, self.grad_clip, grad_norm)
         for group in self.adamw.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["share"]
         self.adamw.step()
         self.discard()
         self.copy_to_model()

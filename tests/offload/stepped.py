@@ -62,6 +62,7 @@ class Stepped(System):
         super().__init__(threads)
         self.random, self.leave_out, self.faults = random.Random(seed), leave_out, faults
         self.device_memory = seed % 2 == 0
+        self.least_in_place = self.random.choice((0, 100, System.least_in_place))
         self.noise = np.random.default_rng(seed)
         self.waiting: list[tuple[float, Job]] = []
         self.under_way: list[tuple[float, _Worker]] = []

@@ -80,6 +80,34 @@ def test_large_extents_of_many_blocks(tmp_path):
     store.close()
 
 
+@pytest.mark.parametrize("first, count", [(0, 1 << 19), (1, 300_001), (16, 65_536), (1000, 200_003)])
+def test_the_disk_takes_a_large_tensor_from_where_it_is_and_fills_one(tmp_path, first, count):
+    """Wherever in a page of memory it begins and ends, its neighbours are left as they are, and no copy is made."""
+
+    class Counting(Here):
+        copies = 0
+
+        def copy(self, target, source):
+            self.copies += 1
+            super().copy(target, source)
+
+    system = Counting()
+    store = TieredStore("cpu", disk=DiskSettings(path=str(tmp_path), budget=1 << 24), staging_bytes=1 << 22, system=system)
+    whole = torch.arange(1 << 20, dtype=torch.int32)
+    x = whole[first : first + count][None]
+    for name in ("a", "b"):  # the second finds the memory that the first gave back
+        store.put(name, Span(0, count), x, DISK)
+        store.settle()
+        before = system.copies
+        assert torch.equal(store.get(name, Span(0, count)), x)
+    assert torch.equal(whole, torch.arange(1 << 20, dtype=torch.int32))
+    assert system.copies == 0 if x.data_ptr() % 8 == 0 else before == system.copies > 0
+    store.release("a"), store.release("b")
+    store.settle()
+    assert store.regions["disk"].used == 0
+    store.close()
+
+
 def test_staging_is_kept_to_in_what_is_fetched_ahead(tmp_path):
     store = TieredStore("cpu", disk=DiskSettings(path=str(tmp_path), budget=1 << 24), staging_bytes=1 << 18, system=Here())
     for i in range(20):

@@ -153,7 +153,8 @@ def test_a_flipped_byte_is_named_with_its_place(place):
     store.settle()
     extent = store._extents["layer 3 input"][Span(0, 16)].extent
     file, _, arena = system.at_rest  # in between: the slab
-    system.flip(file if place is DISK else arena, extent.offset, extent.offset + 4096)
+    first = extent.offset + extent.lead
+    system.flip(file if place is DISK else arena, first, first + extent.nbytes)
     for _ in range(2):
         with pytest.raises(RuntimeError, match=f"layer 3 input at .*offset {extent.offset:,} of the {place.tier} tier .*checksum"):
             store.get("layer 3 input", Span(0, 16))

@@ -10,7 +10,9 @@ import torch
 import longtrain as lt
 from longtrain.nn import LanguageModel, ModelConfig
 from longtrain.planner import measure_model, peak, step_memory
+from longtrain.planner.search import _candidates
 from longtrain.stream.footprint import probe_layer
+from longtrain.verify import two_passes
 
 
 def model(**changes) -> LanguageModel:
@@ -100,3 +102,17 @@ def test_frozen_parameters_have_no_gradients_to_hold():
     frozen = probe_layer(m.model.layers[0])
     assert frozen.parameter_gradients < whole.parameter_gradients
     assert frozen.graph < whole.graph
+
+
+@pytest.mark.parametrize("taps, chunk, by_span", [(4, 128, True), (130, 128, False), (130, 129, True), (2000, 1024, False), (2000, 2048, True)])
+def test_a_convolution_is_counted_as_it_streams_in_chunks_of_the_plan(taps, chunk, by_span):
+    m = model(num_layers=2, layers=("conv", "attention"), conv_taps=taps)
+    footprint = measure_model(m)
+    conv, attention = footprint.at(chunk)
+    assert conv.causal == by_span == (not two_passes(m.model.layers[0], chunk)) and attention.causal
+    assert conv.carry == 32 * 4 * (1 if by_span else 3)  # v, or u and both gates
+    tokens = 8 * chunk
+    items = {phase.name: phase.items for phase in step_memory(footprint, lt.Plan(chunk_tokens=chunk), tokens)}["backward of layers 0 to 0"]
+    held = conv.carry_tokens(tokens, chunk)
+    assert (held < tokens) == by_span and items["K/V and their gradients"] >= conv.carry_bytes() * held
+    assert {p.segment_layers for p in _candidates(footprint, tokens) if p.chunk_tokens == chunk} <= ({1, 2} if by_span else {1})

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from longtrain.config.schema import TrainConfig
+from longtrain.nn import LanguageModel, ModelConfig
 from longtrain.train.optimizer import Optimizer
 from longtrain.train.schedule import learning_rate
 
@@ -46,6 +47,26 @@ def test_float32_is_torch_adamw_with_clipping_and_no_decay_on_vectors(clip):
     for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs)
         assert ours.grad is None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("implicit", [False, True])
+@pytest.mark.parametrize("gradient", [0.0, 1.0])
+def test_filters_have_a_rate_of_their_own_and_no_decay(gradient, implicit, dtype):
+    """AdamW's first step is the rate, whatever the gradient; without one, decay alone is left."""
+    shape = dict(vocab_size=16, num_layers=2, hidden_size=8, intermediate_size=8, num_heads=2, num_kv_heads=2)
+    model = LanguageModel(ModelConfig(**shape, layers=("conv", "attention"), conv_taps=5, conv_implicit=implicit))
+    settings = dict(lr=1e-2, filter_lr=1e-3, weight_decay=0.5 * (1 - gradient), grad_clip=None)
+    optimizer = Optimizer(model, TrainConfig(steps=10, dtype=dtype, **settings))
+    before = [m.detach().clone() for m in optimizer.masters]
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, gradient, dtype=torch.float32 if optimizer.wide_gradients else None)
+    optimizer.collect()
+    optimizer.update(5e-3, optimizer.grad_norm())
+    for name, master, start in zip(optimizer.names, optimizer.masters, before, strict=True):
+        rate, decays = (5e-4, False) if ".filter." in name else (5e-3, start.ndim > 1)
+        expected = start * (1 - 5e-3 * settings["weight_decay"] * decays) - rate * gradient
+        torch.testing.assert_close(master.detach(), expected, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize("wide_gradients", [True, False])
