@@ -33,7 +33,7 @@ class Whole(Alive):
 
 
 @pytest.mark.parametrize("family, changes", [
-    ("llama", {}), ("gemma2", {}), ("cohere", {}), ("gpt2", dict(n_positions=TOKENS)), ("mixtral", {}),
+    ("llama", {}), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("gemma2", {}), ("cohere", {}), ("gpt2", dict(n_positions=TOKENS)), ("mixtral", {}))),
 ], ids=lambda value: value if isinstance(value, str) else "")
 @pytest.mark.parametrize("how", ["loss", "logprobs"])
 def test_hidden_states_are_never_whole_between_the_embedding_and_its_gradient(family, changes, how):

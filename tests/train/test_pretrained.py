@@ -165,7 +165,9 @@ def test_an_adapter_is_trained_on_with_the_settings_it_came_with(run_file, out, 
     assert cli.main(["verify", str(file), again]) == 0
 
 
-@pytest.mark.parametrize("bits, dtype", [("int8", "float32"), ("nf4", "bfloat16"), pytest.param("float8", "bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("bits, dtype", [
+    ("int8", "float32"), pytest.param("nf4", "bfloat16", marks=pytest.mark.slow), pytest.param("float8", "bfloat16", marks=pytest.mark.slow),
+])
 def test_frozen_weights_in_fewer_bits_stay_as_they_are_beside_their_adapters(bits, dtype, run_file, out, tmp_path, capsys):
     peft = pytest.importorskip("peft")
     from longtrain.nn import FrozenLinear, freeze_linears
@@ -296,7 +298,7 @@ WRONG = {
     "no config.json": (no_config, [], "model.hf", "holds no config.json", "save_pretrained"),
     "an adapter": (adapter, [], "model.hf", "it is an adapter"),
     "no such adapter": (None, ["model.lora={adapter: nowhere}"], "model.lora.adapter", "nowhere holds no adapter_config.json"),
-    "quantised by a library that is not there": (quantised, [LORA], "model.hf", "bitsandbytes", "pip install"),
+    "quantised by a library that is not there": (quantised, [], "model.hf", "bitsandbytes", "pip install"),
     "no weights": (no_weights, [], "model.hf", "holds no safetensors", "for random weights"),
     "weights missing": (one_tensor_less, [], "model.hf", "lacks 1 tensors", "layers.1.mlp.up_proj.weight", "begin at random"),
     "unknown family": (changed(model_type="none_such"), [], "model.hf", "describes no model", "none_such"),
