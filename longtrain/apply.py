@@ -25,6 +25,7 @@ from longtrain.offload import DeviceStore, TieredStore, TokenStore
 from longtrain.parallel.settings import Parallel
 from longtrain.plan import Plan
 from longtrain.proof import PROOF_TOKENS, prove
+from longtrain.stream.boundary import Boundary
 from longtrain.stream.embed import streamed_token_embed
 from longtrain.stream.loss import streamed_token_loss
 from longtrain.stream.protocol import StreamableLayer
@@ -101,6 +102,8 @@ class Candidate:
     """Whether it is given something else than what the layer before it gave out."""
     counts: bool = True
     """Whether it is a layer of the model, and not the norm behind them."""
+    promise: Callable[[Tensor, Boundary], Tensor] | None = None
+    """What gives out the hidden states behind it so that they may stay in the token store; None gathers them."""
 
 
 def apply(
@@ -227,6 +230,8 @@ def _stream_chain(report: Report, candidates: Sequence[tuple[int, Candidate]]) -
     chain, k = Chain(report.plan, report.store), report.plan.segment_layers
     if report.sharing is not None:
         chain.spread = report.sharing.of
+    if candidates[-1][1].promise is not None:
+        chain.leave = candidates[-1][1].promise
     report._chains.append(chain)
     layers = [entry for entry in candidates if entry[1].counts]
     groups = [layers[at : at + k] for at in range(0, len(layers), k)] + [[entry] for entry in candidates if not entry[1].counts]
@@ -279,6 +284,7 @@ def _find_transformers_layers(model: nn.Module, report: Report) -> list[list[Can
                 kind=None if found.adapted is None else found.adapted.kind,
                 starts=not found.follows,
                 counts=found.is_layer,
+                promise=None if found.is_layer or adapted.head is None or adapted.head[1] else hf.LazyHidden.behind,
             )
             for found in run
         ]

@@ -81,12 +81,8 @@ def token_logprobs(
 def _from_logits(logits: Tensor, targets: Tensor, temperature: float, chunk_tokens: int | None) -> tuple[Tensor, Tensor]:
     """From the promise of logits that a streamed model gives, or from the logits of one chunk."""
     recipe = getattr(logits, "recipe", None)  # longtrain.hf.head.LazyLogits
-    if recipe is not None and (recipe.scale == 1 or recipe.head.bias is None):
-        hidden = recipe.hidden_BTE if recipe.scale == 1 else recipe.hidden_BTE * recipe.scale
-        chunk = chunk_tokens or recipe.chunk_tokens
-        return streamed_token_logprobs(
-            hidden, nn.Identity(), recipe.head, targets, temperature=temperature, softcap=recipe.softcap, chunk_tokens=chunk
-        )
+    if recipe is not None and recipe.streams:
+        return recipe.logprobs(targets, temperature=temperature, chunk_tokens=chunk_tokens)
     if recipe is None and targets.numel() > default_chunk_tokens(logits.shape[-1], logits.device, logits.dtype):
         raise ValueError(f"the model gave out all logits, {list(logits.shape)}: call lt.apply(model, plan) first, so that they are streamed")
     logp = (logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature).log_softmax(-1)

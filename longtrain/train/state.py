@@ -31,7 +31,7 @@ def frozen_sum(model: nn.Module) -> int:
     """A checksum of the parameters that are not trained, of which a checkpoint holds nothing else; 0 without any."""
     total, frozen = 0, (p.detach().contiguous() for p in model.parameters() if not p.requires_grad)
     for number, p in enumerate(frozen, start=1):
-        words = p.view(torch.int16 if p.element_size() == 2 else torch.int32)
+        words = p.view({1: torch.uint8, 2: torch.int16}.get(p.element_size(), torch.int32))
         total += number * int(words.sum(dtype=torch.int64))
     return total % 2**63
 
