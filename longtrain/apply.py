@@ -197,7 +197,8 @@ def _share(model: nn.Module, report: Report, layers: Sequence[tuple[int, Candida
     shapes = [shapes_of(candidate.layer, PROOF_TOKENS) for _, candidate in layers if candidate.counts]
     if report.plan.kv_block_tokens is not None:
         raise ValueError("kv_block_tokens is for one process: leave it out where processes share a sequence, or leave out group and parallel")
-    sharing = Sharing(report.plan, parallel, group, shapes)
+    sharing = model.longtrain_sharing = Sharing(report.plan, parallel, group, shapes)
+    report._undo.append(partial(delattr, model, "longtrain_sharing"))
     if hasattr(model, "make_layout"):
         before, model.make_layout = model.make_layout, sharing.layout
         report._undo.append(partial(setattr, model, "make_layout", before))
