@@ -29,6 +29,7 @@ from longtrain.stream.boundary import Boundary
 from longtrain.stream.embed import streamed_token_embed
 from longtrain.stream.loss import streamed_token_loss
 from longtrain.stream.protocol import StreamableLayer
+from longtrain.stream.replay import forward_of
 from longtrain.stream.segment import Chain, Progress, Segment, is_streamed
 
 if TYPE_CHECKING:
@@ -242,7 +243,7 @@ def _stream_chain(report: Report, candidates: Sequence[tuple[int, Candidate]]) -
         for position, (_, candidate) in enumerate(members):
             streamed = partial(segment.pass_through, position) if position else segment.forward
             if not candidate.counts:
-                streamed = partial(_after_layers, chain, candidate.layer.forward, streamed)
+                streamed = partial(_after_layers, chain, forward_of(candidate.layer), streamed)
             report._replace(candidate.layer, streamed if candidate.call is None else partial(candidate.call, streamed))
             place = f", segment of {len(members)}" if len(members) > 1 else ""
             report.entries.append(Entry(candidate.name, f"streamed{place}"))
