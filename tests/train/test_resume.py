@@ -392,10 +392,11 @@ def test_a_run_goes_back_to_a_checkpoint_of_its_own_only_when_asked(config_file,
     assert [a == b for a, b in zip(trajectory(out), before, strict=True)] == [t[1] <= 4 for t in before]
 
 
-def test_several_processes_are_refused_by_name(config_file, out, monkeypatch, capsys):
+def test_one_of_several_processes_must_know_its_number(config_file, out, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
     assert train(config_file) == 1
-    assert "2 processes were started (WORLD_SIZE)" in capsys.readouterr().err and not out.exists()
+    assert "WORLD_SIZE is 2 and RANK is not set; start 2 processes with torchrun" in capsys.readouterr().err and not out.exists()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
