@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "attention_args.h"
+#include "dtype.h"
 
 namespace longtrain {
 
@@ -61,16 +62,6 @@ Worker worker_for(const std::string& name, at::ScalarType dtype) {
   TORCH_CHECK_VALUE(false, "attention: instruction set: found ", name, ", expected one that this processor runs for ", dtype);
 }
 
-DType dtype_of(const at::Tensor& x) {
-  switch (x.scalar_type()) {
-    case at::kDouble: return DType::f64;
-    case at::kFloat: return DType::f32;
-    case at::kBFloat16: return DType::bf16;
-    case at::kHalf: return DType::f16;
-    default: TORCH_CHECK_VALUE(false, "attention: dtype: found ", x.scalar_type(), ", expected a floating type");
-  }
-}
-
 Tensor4 view_of(const at::Tensor& x, at::IntArrayRef shape, at::ScalarType dtype) {
   TORCH_CHECK_VALUE(x.device().is_cpu() && x.scalar_type() == dtype && x.sizes() == shape, "attention: found a ",
                     x.scalar_type(), " tensor of shape ", x.sizes(), " on ", x.device(), ", expected ", dtype, " ",
@@ -100,7 +91,7 @@ void prepare(Prepared& p, const at::Tensor& q, const at::Tensor& k, const at::Te
   a.q = view_of(q, {a.B, a.T, a.H, a.D}, dtype);
   a.k = view_of(k, {a.B, a.S, a.K, a.D}, dtype);
   a.v = view_of(v, {a.B, a.S, a.K, a.Dv}, dtype);
-  a.dtype = dtype_of(q);
+  a.dtype = dtype_of("attention", q);
   a.causal = causal, a.left = left, a.right = right, a.k_offset = k_offset, a.sink_tokens = sink_tokens;
   a.block = block, a.stride = stride, a.softcap = softcap, a.scale = scale;
   a.dropout_p = dropout_p, a.dropout_seed = static_cast<uint64_t>(dropout_seed), a.head_offset = head_offset;

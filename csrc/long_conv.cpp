@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "dtype.h"
 #include "long_conv_args.h"
 #include "long_conv_plan.h"
 #include "long_conv_tables.h"
@@ -67,16 +68,6 @@ InstructionSet instruction_set(const std::string& name) {
   TORCH_CHECK_VALUE(false, "long_conv: instruction set: found ", name, ", expected one that this processor runs");
 }
 
-DType dtype_of(const at::Tensor& x) {
-  switch (x.scalar_type()) {
-    case at::kDouble: return DType::f64;
-    case at::kFloat: return DType::f32;
-    case at::kBFloat16: return DType::bf16;
-    case at::kHalf: return DType::f16;
-    default: TORCH_CHECK_VALUE(false, "long_conv: dtype: found ", x.scalar_type(), ", expected a floating type");
-  }
-}
-
 void check(const at::Tensor& x, at::IntArrayRef shape, at::ScalarType dtype) {
   TORCH_CHECK_VALUE(x.device().is_cpu() && x.scalar_type() == dtype && x.sizes() == shape && (x.stride(-1) == 1 || x.size(-1) <= 1),
                     "long_conv: found a ", x.scalar_type(), " tensor of shape ", x.sizes(), " on ", x.device(), ", expected ", dtype,
@@ -115,7 +106,7 @@ struct Inputs {
                       "long_conv: u or k: found shapes ", u.sizes(), " and ", k.sizes());
     TORCH_CHECK_VALUE(edges.size() >= 2 && edges.front() == 0 && edges.back() == u.size(1) && std::is_sorted(edges.begin(), edges.end()),
                       "long_conv: edges: expected them to ascend from 0 to ", u.size(1));
-    a.dtype = dtype_of(u), a.k_dtype = dtype_of(k);
+    a.dtype = dtype_of("long_conv", u), a.k_dtype = dtype_of("long_conv", k);
     a.B = u.size(0), a.E = u.size(2), a.W = k.size(1), a.share = a.E / k.size(0);
     a.u = rows_of(u, shape(), dtype()), a.gate_in = rows_of(gate_in, shape(), dtype()), a.gate_out = rows_of(gate_out, shape(), dtype());
     a.k = static_cast<const char*>(k.const_data_ptr()), a.k_row = k.stride(0) * k.element_size();

@@ -27,3 +27,12 @@ def unchanged_global_settings():
     before = _global_settings()
     yield
     assert _global_settings() == before
+
+
+@pytest.fixture
+def one_thread():
+    """For small cases: on a busy machine a second thread costs more than it gives."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

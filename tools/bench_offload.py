@@ -74,7 +74,8 @@ class Stored:
         tokens = nbytes // (4 * WIDTH)
         self.x = torch.randn(1, tokens, WIDTH)
         self.spans = chunk_spans(tokens, extent // (4 * WIDTH))
-        self.store = TieredStore("cpu", disk=DiskSettings(path=path, budget=nbytes), staging_bytes=staging, system=System(threads))
+        budget = nbytes + len(self.spans) * ALIGNMENT  # extents begin in a page of the file where they do in memory
+        self.store = TieredStore("cpu", disk=DiskSettings(path=path, budget=budget), staging_bytes=staging, system=System(threads))
 
     def write(self) -> None:
         for span in self.spans:

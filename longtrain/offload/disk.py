@@ -45,13 +45,18 @@ def check_disk(settings: DiskSettings, system: System | None = None) -> None:
         )
 
 
+def room(nbytes: int) -> int:
+    """At most what `nbytes` take in the file: whole pages, and one more for a tensor that the disk takes from where it is."""
+    return padded(nbytes) + (ALIGNMENT if nbytes >= System.least_in_place else 0)
+
+
 class DiskTier:
     """A file of `settings.budget` bytes; its space is taken at once, so that only the disk itself can refuse a write later."""
 
     name = "disk"
     setting = "memory.disk.budget"
 
-    def __init__(self, settings: DiskSettings, block_bytes: int, system: System, copies: Copies) -> None:
+    def __init__(self, settings: DiskSettings, slot_bytes: int, system: System, copies: Copies) -> None:
         check_disk(settings, system)
         self.regions = Regions(settings.budget, ALIGNMENT)
         self._system, self._copies = system, copies
@@ -64,10 +69,10 @@ class DiskTier:
             ) from error
         self.direct = True
         self._switch(True)
-        self._slab = system.allocate(system.threads * block_bytes)
+        self._slab = system.allocate(system.threads * slot_bytes)
         copies.pin(self._slab)
         self._slots: queue.SimpleQueue[np.ndarray] = queue.SimpleQueue()  # one for each thread, so that none ever waits for one
-        for slot in self._slab.reshape(system.threads, block_bytes):
+        for slot in self._slab.reshape(system.threads, slot_bytes):
             self._slots.put(slot)
         self.close = weakref.finalize(self, _close, self._file, copies, self._slab)
         """At the latest when the tier, and the last transfer that holds it, are gone."""

@@ -45,7 +45,7 @@ class System:
     device_memory = True
     """Whether a disk may take a CPU's tensors, and fill them, directly; a test says no, and goes the way of a GPU."""
 
-    least_in_place = 64 << 10
+    least_in_place = 256 << 10
     """Bytes of a tensor that are worth up to a page more on the disk, to be spared the copy to memory that begins where a page does."""
 
     def __init__(self, threads: int = 8) -> None:

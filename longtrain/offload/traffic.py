@@ -93,11 +93,11 @@ class Traffic:
         block = min(LARGEST_BLOCK, staging_bytes // (4 * system.threads)) // ALIGNMENT * ALIGNMENT
         if block < ALIGNMENT:
             raise ValueError(f"staging_bytes: {staging_bytes:,} leaves {system.threads} threads less than a page; give 1 MiB or more")
-        self.block_bytes = block
-        self.staging = (staging_bytes - (system.threads * block if disk else 0)) // 2
+        self.block_bytes, slot = block, block + ALIGNMENT  # the last block of an extent may be longer, by its lead
+        self.staging = (staging_bytes - (system.threads * slot if disk else 0)) // 2
         self.tiers: dict[str, Tier] = {}
         if disk:
-            self.tiers["disk"] = DiskTier(disk, block, system, self.copies)
+            self.tiers["disk"] = DiskTier(disk, slot, system, self.copies)
         if host_bytes:
             self.tiers["host"] = HostTier(host_bytes, system, self.copies)
         self._may_write = disk.max_written if disk and disk.max_written is not None else float("inf")
@@ -141,7 +141,8 @@ class Traffic:
 
     def begin(self, extent: Extent, *, write: bool) -> None:
         mark, at = self.copies.mark(), extent.offset + extent.lead
-        cuts = [0, *range(self.block_bytes - extent.lead, extent.nbytes, self.block_bytes), extent.nbytes]  # all but the first at a page
+        # All but the first begin where a page of memory does.
+        cuts = [0, *range(self.block_bytes - extent.lead, extent.nbytes - extent.lead, self.block_bytes), extent.nbytes]
         for start, stop in pairwise(cuts):
             block = extent.payload[start:stop]
             checksum = None if write else extent.checksums.get(start)

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from longtrain.offload.regions import padded
+from longtrain.offload.disk import room
 from longtrain.plan import SPLITS, Plan
 from longtrain.planner.cost import ModelFootprint, in_blocks
 from longtrain.span import Span, chunk_spans
@@ -42,8 +42,8 @@ def tier_use(model: ModelFootprint, plan: Plan, tokens: int, batch: int = 1) -> 
                 place = split.place(part, tokens)
                 if part.start >= kept.start and place.tier != "device":
                     factor = FP8_SHARE[model.dtype.itemsize] if place.compress else 1
-                    sizes[place.tier] += sum(padded(round(b * factor) * len(part) * batch) for b in token_bytes)
-                    sizes[place.tier] += sum(padded(b * len(part) * batch) for b in exact if b)
+                    sizes[place.tier] += sum(room(round(b * factor) * len(part) * batch) for b in token_bytes)
+                    sizes[place.tier] += sum(room(b * len(part) * batch) for b in exact if b)
         return sizes
 
     def states(layer: int) -> Counter:
@@ -51,7 +51,7 @@ def tier_use(model: ModelFootprint, plan: Plan, tokens: int, batch: int = 1) -> 
         split, sizes = plan.offload.split("kv", layer), Counter()
         for span in spans[1:] if layers[layer].state else []:
             if (tier := split.place(span, tokens).tier) != "device":
-                sizes[tier] += padded(layers[layer].state * batch)
+                sizes[tier] += room(layers[layer].state * batch)
         return sizes
 
     def block_sums(layer: int) -> tuple[Counter, Counter]:
@@ -60,7 +60,7 @@ def tier_use(model: ModelFootprint, plan: Plan, tokens: int, batch: int = 1) -> 
         for block in chunk_spans(tokens, plan.kv_block_tokens):
             later = sum(span.start >= block.stop for span in spans)
             if later and (tier := split.place(block, tokens).tier) != "device":
-                size = 2 * padded(layers[layer].adjoint // 2 * len(block) * batch)
+                size = 2 * room(layers[layer].adjoint // 2 * len(block) * batch)
                 held[tier] += size
                 written[tier] += later * size
         return held, written

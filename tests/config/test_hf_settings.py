@@ -1,7 +1,5 @@
 """The section `model` with `hf`: what it may say, and one located line for what it may not."""
 
-import re
-
 import pytest
 
 from longtrain import cli
@@ -51,15 +49,8 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_each_wrong_setting_is_refused_in_one_located_line(name, tmp_path, capsys):
-    line, replacement, number, setting, words = WRONG[name]
-    assert line in RIGHT
-    file = tmp_path / "run.yaml"
-    file.write_text(RIGHT.replace(line, replacement).replace("OUT", str(tmp_path / "out")))
-    assert cli.main(["train", str(file)]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and re.match(rf"{re.escape(str(file))}:{number}: {re.escape(setting)}: ", error), error
-    assert words in error, error
+def test_each_wrong_setting_is_refused_in_one_located_line(name, check_refused):
+    check_refused(RIGHT, *WRONG[name])
 
 
 def test_a_stage_s_rope_is_not_for_longtrain_s_own_models(tmp_path, capsys):

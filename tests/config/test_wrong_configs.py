@@ -2,8 +2,6 @@
 
 import pytest
 
-from longtrain import cli
-
 RIGHT = """\
 model:
   vocab_size: 256
@@ -135,26 +133,9 @@ WRONG = {
 }
 
 
-def refused(capsys, arguments):
-    """The one line with which the command refuses."""
-    assert cli.main(["train", *arguments]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.count("\n") == 1 and captured.err.endswith("\n")
-    return captured.err.rstrip("\n")
-
-
 @pytest.mark.parametrize("name", WRONG)
-def test_wrong_config_is_refused_with_its_place_and_remedy(name, tmp_path, capsys):
-    old, new, line, setting, remedy = WRONG[name]
-    assert old in RIGHT
-    file, out = tmp_path / "run.yaml", tmp_path / "out"
-    file.write_text(RIGHT.replace(old, new, 1).replace("OUT", str(out)))
-    message = refused(capsys, [str(file)])
-    assert message.startswith(f"{file}:{line}: {setting}: ")
-    assert remedy.format(file=file) in message
-    assert "; " in message, "no remedy"
-    assert sorted(tmp_path.iterdir()) == ([file]), "something was written"
+def test_wrong_config_is_refused_with_its_place_and_remedy(name, check_refused):
+    check_refused(RIGHT, *WRONG[name])
 
 
 @pytest.mark.parametrize(
@@ -173,34 +154,34 @@ def test_wrong_config_is_refused_with_its_place_and_remedy(name, tmp_path, capsy
         ("train.length_schedule=[{from_step: 0, seq_len: x}]", "train.length_schedule[0].seq_len", "whole number"),
     ],
 )
-def test_wrong_override_is_refused_by_name(override, setting, remedy, tmp_path, capsys):
+def test_wrong_override_is_refused_by_name(override, setting, remedy, tmp_path, refused):
     file = tmp_path / "run.yaml"
     file.write_text(RIGHT.replace("OUT", str(tmp_path / "out")))
-    message = refused(capsys, [str(file), override])
+    message = refused(str(file), override)
     assert message.startswith(f"command line: {setting}: ")
     assert remedy in message
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_override_given_twice_is_refused(tmp_path, capsys):
+def test_override_given_twice_is_refused(tmp_path, refused):
     file = tmp_path / "run.yaml"
     file.write_text(RIGHT)
-    assert "is given twice" in refused(capsys, [str(file), "train.steps=3", "train.steps=4"])
+    assert "is given twice" in refused(str(file), "train.steps=3", "train.steps=4")
 
 
-def test_override_that_contradicts_the_file_names_the_setting_to_remove(tmp_path, capsys):
+def test_override_that_contradicts_the_file_names_the_setting_to_remove(tmp_path, refused):
     file = tmp_path / "run.yaml"
     file.write_text(RIGHT)
-    message = refused(capsys, [str(file), "memory.budget=1GiB"])
+    message = refused(str(file), "memory.budget=1GiB")
     assert message.startswith(f"{file}:10: memory.chunk_tokens: ") and "memory.budget" in message
 
 
 @pytest.mark.parametrize("kind, remedy", [("missing", "give the path"), ("directory", "YAML file"), ("binary", "UTF-8")])
-def test_file_that_cannot_be_read_is_said_plainly(kind, remedy, tmp_path, capsys):
+def test_file_that_cannot_be_read_is_said_plainly(kind, remedy, tmp_path, refused):
     file = tmp_path / "run.yaml"
     if kind == "directory":
         file.mkdir()
     elif kind == "binary":
         file.write_bytes(b"model:\n  \xff\xfe")
-    message = refused(capsys, [str(file)])
+    message = refused(str(file))
     assert message.startswith(f"{file}:1: config: ") and remedy in message

@@ -3,17 +3,13 @@
 import sys
 
 import pytest
-import torch
 
 from longtrain.memory.trace import missing
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def small_models(one_thread):
+    """What is profiled here is small."""
 
 
 @pytest.fixture(params=["allocator", "storages"])

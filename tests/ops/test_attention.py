@@ -13,15 +13,7 @@ needs_extension = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 BACKENDS = [pytest.param("cpp", marks=needs_extension), "tiled"]
 FAST = ("cpp", "sdpa", "tiled")
 CASES = 500
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The cases are small: on a busy machine a second thread costs more than it gives (threads: see the kernels' tests)."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")  # threads: see the kernels' tests
 
 
 @pytest.fixture

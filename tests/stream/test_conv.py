@@ -176,4 +176,4 @@ def test_bfloat16_filters_gather_their_gradients_in_float32():
     streamed = run(model, x, **arguments)
     for name in ("layers.0.self_attn.filter.taps", "layers.0.self_attn.skip"):
         error, plain_error = (float((g[name].double() - exact[name]).norm() / exact[name].norm()) for g in (streamed, plain))
-        assert error <= 2 * plain_error + 2**-8, (name, error, plain_error)
+        assert error <= plain_error + 2**-9, (name, error, plain_error)  # one rounding more; sums in bfloat16 are 3 to 10 times that

@@ -4,7 +4,6 @@ import random
 from pathlib import Path
 
 import pytest
-import torch
 
 from longtrain.train import loop
 
@@ -91,9 +90,5 @@ def config_file(tmp_path, texts, out) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny models only lose time to threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def small_models(one_thread):
+    """What is trained here is small."""
