@@ -30,7 +30,7 @@ from longtrain.parallel.mesh import DIMS
 from longtrain.parallel.settings import Parallel
 from longtrain.plan import Plan
 from longtrain.train.distribute import Work, shard
-from longtrain.verify import FLOAT64_BOUND, Row, _worst, shrink, shrink_plan
+from longtrain.verify import FLOAT64_BOUND, Row, shrink, shrink_plan, worst
 
 SECONDS = 600
 """A process that takes longer prints where it is and exits."""
@@ -96,7 +96,7 @@ def check(model: nn.Module, plan: Plan, tokens: int, config: ParallelConfig, siz
             report = apply(ours, plan, group=mesh[DIMS], parallel=Parallel(layout=layout, way=config.way, stripe=2))
             report.check_replay()
             found = _step(ours, case)
-            error, where, good = _worst(found, exact[name], dict.fromkeys(exact[name], FLOAT64_BOUND))
+            error, where, good = worst(found, exact[name], dict.fromkeys(exact[name], FLOAT64_BOUND))
             said = f"<= {FLOAT64_BOUND:.0e}"
             yield Row(f"rings of {size // heads} x {heads} that exchange heads, {layout}, {name}", f"{error:.1e} ({where})", said, good)
 

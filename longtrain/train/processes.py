@@ -126,10 +126,10 @@ def join(explain: Callable[[BaseException], tuple[str, int] | None]) -> Iterator
         watch.doing("ending")
         dist.barrier(group)
     except BaseException as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):  # what its collectives say when a process has gone
+            watch.lost(error)
         if said := explain(error):
             watch.end(*said)
-        if isinstance(error, dist.DistError) or "gloo" in str(error):
-            watch.lost(error)
         watch.end("".join(traceback.format_exception(error)), 1)
     watch.close()
     dist.barrier(group)  # the store may go with rank 0

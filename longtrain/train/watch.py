@@ -29,6 +29,7 @@ GONE = 4.0
 """The same, where a collective has already failed."""
 TELL = 5.0
 """Seconds in which rank 0 should have printed the error of another; after that, the other does."""
+NOWHERE = "no collective"
 _AT = ("torch/distributed/", "longtrain/parallel/")
 
 
@@ -95,8 +96,10 @@ class Watch:
         self.store.set(f"rank {self.rank}", json.dumps(said))
 
     def at(self) -> str:
-        """Where the main thread is."""
-        return self.waited_at or at_of_frame(sys._current_frames().get(self.main))
+        """The collective that the main thread waits in; else one of another thread (a checkpoint's); else where the main thread is."""
+        frames = sys._current_frames()
+        found = [at_of_frame(frames.pop(self.main)), *map(at_of_frame, frames.values())]
+        return self.waited_at or next((at for at in found if not at.startswith(NOWHERE)), found[0])
 
     def _run(self) -> None:
         ranks = range(self.size)
@@ -137,7 +140,7 @@ def at_of_frame(frame: FrameType | None) -> str:
         if any(part in frame.f_code.co_filename for part in _AT):
             return _named(frame, frame.f_lineno)
         frame = frame.f_back
-    return "no collective" + ("" if innermost is None else f", {_named(innermost, innermost.f_lineno)}")
+    return NOWHERE + ("" if innermost is None else f", {_named(innermost, innermost.f_lineno)}")
 
 
 def at_of_traceback(traceback: TracebackType | None) -> str:
