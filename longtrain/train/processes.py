@@ -9,6 +9,7 @@ import contextlib
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -122,7 +123,9 @@ def join(explain: Callable[[BaseException], tuple[str, int] | None]) -> Iterator
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.device_count() > local else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=COLLECTIVE)
         group, saving = (dist.new_group(backend="gloo", timeout=COLLECTIVE) for _ in range(2))
-        yield Processes(rank, size, local, group, saving, watch)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # a stand-in is a view, and nothing writes into it
+            yield Processes(rank, size, local, group, saving, watch)
         watch.doing("ending")
         dist.barrier(group)
     except BaseException as error:

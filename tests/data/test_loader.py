@@ -66,9 +66,8 @@ class Counted(np.ndarray):
     read = 0
 
     def __getitem__(self, key):
-        part = super().__getitem__(key)
-        if isinstance(key, slice):
-            Counted.read += len(part)
+        part = np.asarray(super().__getitem__(key))
+        Counted.read += part.size
         return part
 
 

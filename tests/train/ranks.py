@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import multiprocessing
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -57,12 +58,12 @@ class Ranks:
             process.join()
 
     def wait_for(self, text: str, rank: int = 0) -> None:
-        """Until a rank has said something."""
+        """Until a rank has said something that the regular expression `text` finds."""
         deadline = time.monotonic() + LONGEST
-        while text not in (self.said(rank) if self._log(rank).exists() else ""):
+        while not re.search(text, self.said(rank) if self._log(rank).exists() else ""):
             if not self.processes[rank].is_alive() or time.monotonic() > deadline:
                 self.kill()
-                raise AssertionError(f"rank {rank} never said {text!r}: {self.said(rank)}")
+                raise AssertionError(f"rank {rank} never said {text!r}: {self.said(rank)[-2000:]}")
             time.sleep(0.01)
 
 

@@ -116,7 +116,7 @@ def test_bfloat16_on_two_processes_is_as_near_as_rounding(tmp_path, config_file,
 def kill_and_go_on(tmp_path, config_file, out, alone, chance: random.Random, size: int, then: int) -> None:
     """Kill a random rank at a random moment after a random step; the others end and say who it was; the run ends on `then` processes."""
     ranks, victim, after = Ranks(size, tmp_path, config_file, *SETTINGS), chance.randrange(size), chance.randrange(1, 5)
-    ranks.wait_for(f"step {after}/")
+    ranks.wait_for(f"step +{after}/")
     time.sleep(chance.uniform(0, 0.1))
     ranks.signal(victim, signal.SIGKILL)
     killed = time.monotonic()
@@ -149,7 +149,7 @@ def test_any_rank_killed_at_any_moment(seed, tmp_path, config_file, out, alone):
 def test_a_stopped_rank_ends_the_others(tmp_path, config_file):
     """It lives, and does nothing."""
     ranks = Ranks(2, tmp_path, config_file, *SETTINGS, "train.steps=4000")
-    ranks.wait_for("step 2/")
+    ranks.wait_for("step +2/")
     ranks.signal(0, signal.SIGSTOP)
     assert ranks.wait([1], LIMIT) == [1]
     assert "rank 0 (process" in ranks.said(1) and "gives no sign of life: dead or stuck; rank 1 was at" in ranks.said(1)
@@ -181,7 +181,7 @@ def test_a_rank_that_gets_nowhere_ends_all_after_the_stated_time(tmp_path, confi
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)])
 def test_a_signal_to_one_rank_saves_and_ends_all(number, code, tmp_path, config_file, out):
     ranks = Ranks(2, tmp_path, config_file, *SETTINGS, "train.steps=4000", "checkpoint.every_steps=null", "train.validate_every=null")
-    ranks.wait_for("step 2/")
+    ranks.wait_for("step +2/")
     ranks.signal(1, number)
     assert ranks.wait() == [code, code], ranks.said()
     (checkpoint,) = (out / "checkpoints").iterdir()
@@ -227,7 +227,7 @@ def other_data(rank: int) -> None:
 @pytest.mark.slow
 def test_one_run_writes_a_directory_at_a_time(tmp_path, config_file, out):
     ranks = Ranks(2, tmp_path, config_file, *SETTINGS, "train.steps=4000")
-    ranks.wait_for("step 1/")
+    ranks.wait_for("step +1/")
     second = Ranks(2, tmp_path, config_file, *SETTINGS, "train.steps=4000")
     codes = second.wait()
     ranks.kill()
