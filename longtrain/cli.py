@@ -150,9 +150,13 @@ def export(args: argparse.Namespace) -> int:
 
 
 def verify(args: argparse.Namespace) -> int:
-    from longtrain import verify, verify_processes
+    if args.nproc != 1:
+        from longtrain import verify_processes
 
-    return verify.run(args.config, args.overrides) if args.nproc == 1 else verify_processes.run(args.config, args.overrides, args.nproc)
+        return verify_processes.run(args.config, args.overrides, args.nproc)
+    from longtrain import verify
+
+    return verify.run(args.config, args.overrides)
 
 
 def plan(args: argparse.Namespace) -> int:

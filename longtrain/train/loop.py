@@ -66,7 +66,8 @@ def run(config: Config, where: Locations, stop_after: float | None = None, proce
     check_probes(config, where)
     setup = prepare(config, where, work)
     lock = locked(directory) if processes.rank == 0 else nullcontext()
-    with lock, Stop(began + stop_after if stop_after else None, processes) as stop, one_process():
+    stop = Stop(began + stop_after if stop_after else None, processes.greatest, f"rank {processes.rank}: " if processes.size > 1 else "")
+    with lock, stop, one_process():
         trainer = Trainer(setup, where, stop, began)
         trainer.begin()
         try:

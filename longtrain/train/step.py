@@ -35,7 +35,8 @@ def gradients(
 
 
 def accumulate(
-    model: nn.Module, optimizer: Optimizer, batches: Sequence[Batch], step: int, device: torch.device, bar: StepBar, work: Work, seed: int
+    model: nn.Module, optimizer: Optimizer, batches: Sequence[Batch], step: int, device: torch.device, bar: StepBar,
+    work: Work = Work(), seed: int = 0,
 ) -> tuple[float, int]:
     """Gradients of one update and its loss: every sequence's sum over the targets of all of them. Also their number.
 
