@@ -35,17 +35,29 @@ class ParallelConfig:
     """Processes in each of those that exchange heads; at most as many as there are query heads. Example: 8."""
 
     layout: Literal["auto", "contiguous", "zigzag", "striped"] = "auto"
-    """Which tokens of each chunk a process holds; `auto`: contiguous where heads are exchanged over all, striped otherwise."""
+    """Which tokens of each chunk a process holds; `auto`: striped, and contiguous where all exchange heads and some layers have windows."""
 
     way: Literal["auto", "heads", "ring", "queries", "halo"] = "auto"
     """What goes round between groups that hold other tokens; `auto`: for each layer, what is fewest bytes."""
+
+    conv: Literal["auto", "halo", "channels"] = "auto"
+    """How convolutions reach the tokens of others: each chunk fetches what its filter reaches, or channels are exchanged over all; `auto`:
+    for each layer, what is fewest bytes."""
+
+    states: Literal["auto", "heads", "scan"] = "auto"
+    """How mixers with a state go along the sequence: by exchanges of heads, or by a state that is handed on; `auto`: for each layer, what
+    is fewest bytes."""
+
+    machine: int | None = None
+    """Processes that are tied together by faster links than all: a ring turns inside of machines, and between them while it does. null:
+    all links are alike. Example: 8."""
 
     step_timeout: str | None = None
     """Time in which a step must get one span ahead; the job ends otherwise, and says who waits where. When not given, 20 times the time
     that the step's FLOPs take, two minutes at least. Example: 10m."""
 
     def __post_init__(self) -> None:
-        for name in DIMENSIONS:
+        for name in (*DIMENSIONS, "machine"):
             if getattr(self, name) is not None:
                 at_least(f"parallel.{name}", getattr(self, name), 1)
         if sum(getattr(self, name) is None for name in DIMENSIONS) > 1:
@@ -79,4 +91,4 @@ class ParallelConfig:
 
     def sharing(self) -> Parallel:
         """How a sequence is spread over those that share it."""
-        return Parallel(layout=self.layout, way=self.way)
+        return Parallel(layout=self.layout, way=self.way, conv=self.conv, states=self.states, machine=self.machine)

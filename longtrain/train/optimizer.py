@@ -13,6 +13,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from longtrain.config.run import TrainConfig
 from longtrain.nn import parameter_groups
 from longtrain.sharded import sharded_parameter
+from longtrain.train.weights import cast
 
 
 class Optimizer:
@@ -30,8 +31,7 @@ class Optimizer:
         self.wide_gradients = hasattr(torch.Tensor, "grad_dtype")
         if self.separate_masters:
             self.masters = [nn.Parameter(p.detach().clone()) for p in self.parameters]
-            for parameter in model.parameters():  # buffers stay as they are: rotary frequencies must not be rounded
-                parameter.data = parameter.data.to(torch.bfloat16)
+            cast(model, torch.bfloat16)
             if self.wide_gradients:
                 for parameter in self.parameters:
                     parameter.grad_dtype = torch.float32

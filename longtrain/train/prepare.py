@@ -32,7 +32,7 @@ from longtrain.train.flops import RULE, Costs, costs_of, measure_rate
 from longtrain.train.optimizer import Optimizer
 from longtrain.train.state import frozen_sum, load_checkpoint_weights, sum_of
 from longtrain.train.watch import SILENT
-from longtrain.train.weights import load_weights
+from longtrain.train.weights import cast, load_weights
 from longtrain.units import format_bytes
 
 
@@ -195,7 +195,8 @@ def stream(model: nn.Module, plan: lt.Plan, where: Locations, work: Work = Work(
         else:
             report = lt.apply(model, plan, group=sequence_group(work), parallel=work.spread)
     except ValueError as error:
-        raise where.explain(error, "memory" if work.context == 1 else "parallel") from None
+        said = str(error).replace("parallel.heads", "parallel.cp_ulysses")
+        raise where.explain(ValueError(said), "memory" if work.context == 1 else "parallel") from None
     if left := next((entry for entry in report.entries if entry.why), None):
         report.undo()
         raise where.error("memory", f"{left.name} cannot be streamed: {left.why}; train the model without the section memory")
@@ -231,8 +232,7 @@ def save_model(setup: Setup, where: Locations, directory: Path, checkpoint: Path
     if setup.work.mesh is not None:
         torch.manual_seed(config.train.seed)  # frozen weights may be drawn with it
         model, set_rotary, _ = build_model(config, where)
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(getattr(torch, config.train.dtype))
+        cast(model, getattr(torch, config.train.dtype))
         load_checkpoint_weights(model, checkpoint)
         set_rotary(config.stages()[-1])
     if not isinstance(config.model, HfModelConfig):

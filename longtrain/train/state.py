@@ -37,8 +37,8 @@ def sum_of(parameters: Iterable[Tensor], dtype: torch.dtype | None = None) -> in
     """A checksum of parameters, in `dtype` or as they are."""
     total = 0
     for number, p in enumerate(parameters, start=1):
-        p = p.detach().to(dtype or p.dtype).contiguous()
-        words = p.view(torch.int16 if p.element_size() == 2 else torch.int32)
+        p = p.detach().to(dtype if dtype and p.element_size() > 1 else p.dtype).contiguous()
+        words = p.view({1: torch.uint8, 2: torch.int16}.get(p.element_size(), torch.int32))
         total += number * int(words.sum(dtype=torch.int64))
     return total % 2**63
 
