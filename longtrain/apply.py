@@ -25,10 +25,12 @@ from longtrain.offload import DeviceStore, TieredStore, TokenStore
 from longtrain.parallel.settings import Parallel
 from longtrain.plan import Plan
 from longtrain.proof import PROOF_TOKENS, prove
+from longtrain.sharded import whole
 from longtrain.stream.boundary import Boundary
 from longtrain.stream.embed import streamed_token_embed
 from longtrain.stream.loss import streamed_token_loss
 from longtrain.stream.protocol import StreamableLayer
+from longtrain.stream.replay import forward_of
 from longtrain.stream.segment import Chain, Progress, Segment, is_streamed
 
 if TYPE_CHECKING:
@@ -194,7 +196,10 @@ def _share(model: nn.Module, report: Report, layers: Sequence[tuple[int, Candida
         raise ValueError(f"a layer that is not streamed sees the tokens of one process only; all must be streamed:\n{report}")
     if held := next((candidate.name for _, candidate in layers if getattr(candidate.layer, "carries_states", False)), None):
         raise ValueError(f"{held} carries its states from chunk to chunk, and processes cannot hand them on yet: leave out group and parallel")
-    shapes = [shapes_of(candidate.layer, PROOF_TOKENS) for _, candidate in layers if candidate.counts]
+    shapes = []
+    for layer in (candidate.layer for _, candidate in layers if candidate.counts):
+        with whole(layer, model):
+            shapes.append(shapes_of(layer, PROOF_TOKENS))
     if report.plan.kv_block_tokens is not None:
         raise ValueError("kv_block_tokens is for one process: leave it out where processes share a sequence, or leave out group and parallel")
     sharing = model.longtrain_sharing = Sharing(report.plan, parallel, group, shapes)
@@ -242,7 +247,7 @@ def _stream_chain(report: Report, candidates: Sequence[tuple[int, Candidate]]) -
         for position, (_, candidate) in enumerate(members):
             streamed = partial(segment.pass_through, position) if position else segment.forward
             if not candidate.counts:
-                streamed = partial(_after_layers, chain, candidate.layer.forward, streamed)
+                streamed = partial(_after_layers, chain, forward_of(candidate.layer), streamed)
             report._replace(candidate.layer, streamed if candidate.call is None else partial(candidate.call, streamed))
             place = f", segment of {len(members)}" if len(members) > 1 else ""
             report.entries.append(Entry(candidate.name, f"streamed{place}"))

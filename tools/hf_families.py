@@ -145,7 +145,7 @@ class Dropouts(TorchFunctionMode):
         chunks = -(-TOKENS // CHUNK)
         places = len(self.inside) // (layers * chunks)
         by_layer = [self.inside[at : at + places * chunks] for at in range(0, len(self.inside), places * chunks or 1)]
-        return self.outside + [torch.cat(of_layer[place::places], dim=1) for of_layer in by_layer for place in range(places)]
+        return self.outside + [torch.cat(of_layer[place::places], dim=-2) for of_layer in by_layer for place in range(places)]
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -153,6 +153,8 @@ class Dropouts(TorchFunctionMode):
             drawn = func(*args, **kwargs)
             self.seeds.append(int(drawn))
             return drawn
+        if func is F.softmax and self.given is not None and kwargs.get("dtype") == torch.float32 and args[0].dtype == torch.float64:
+            return func(*args, **kwargs | {"dtype": torch.float64})  # eager attention rounds its probabilities, which dropout makes no better
         if func is not F.dropout or not (args[2] if len(args) > 2 else kwargs.get("training", True)):
             return func(*args, **kwargs)
         x, p = args[0], args[1] if len(args) > 1 else kwargs.get("p", 0.5)

@@ -113,6 +113,8 @@ def measure(layers: int, tokens: int, scale: int, plan: dict) -> dict[str, float
     samples = []
 
     def sample(phase: str, done: int, count: int) -> None:
+        if store is None:  # what is on its way out is gone: how much of that there is at a time is a matter of the machine's speed
+            report.store.settle()
         if phase != "backward" or done != 1:
             return
         kv, sums = (alive.of((kv_heads, HEAD_DIM), dtype) for dtype in (torch.bfloat16, torch.float32))

@@ -30,15 +30,17 @@ class FullLogits:
         mask, logp = labels[:, 1:] != -100, logits.log_softmax(-1)
         chosen = logp.gather(-1, labels[:, 1:].clamp(min=0)[..., None])[..., 0]
         entropy = -(logp.exp() * logp).sum(-1)
-        return SimpleNamespace(log_probs=chosen * mask, entropy=entropy * mask, is_top1=mask, label_mask=mask)
+        return SimpleNamespace(log_probs=chosen * mask, entropy=entropy * mask, mean_logits=logits.mean(-1), is_top1=mask, label_mask=mask)
 
 
 def policy(seed=0):
+    """Weights of ordinary size: log-probabilities near those of chance. Completions are short, since a float32 sum of n of them is rounded to
+    n times 4e-7, and a preference is a difference of four such sums."""
     model = hf_families.build("llama").float()
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.02 * seed)
+            parameter.mul_(0.3 if parameter.ndim > 1 else 1.0).add_(torch.randn_like(parameter), alpha=0.02 * seed)
     return model
 
 
@@ -50,7 +52,7 @@ def outcome(model, loss):
 
 def rows(*fields):
     generator = torch.Generator().manual_seed(0)
-    return datasets.Dataset.from_list([{field: ("" if field == "prompt" else " ") + text(generator) for field in fields} for _ in range(4)])
+    return datasets.Dataset.from_list([{field: ("" if field == "prompt" else " ") + text(generator, 4, 10) for field in fields} for _ in range(4)])
 
 
 def first_batch(trainer):
@@ -95,13 +97,13 @@ def test_dpo(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loss_type", ["bnpo", "dapo"])
-def test_grpo(tmp_path, loss_type):
+@pytest.mark.parametrize("loss_type, unbiased_kl", [("bnpo", False), ("dapo", True)])
+def test_grpo(tmp_path, loss_type, unbiased_kl):
     """Clipped, with a reference; completions of different lengths, ratios on both sides of the clip."""
     model = policy()
     arguments = trl.GRPOConfig(
         **settings(tmp_path, max_steps=1), num_generations=2, max_completion_length=COMPLETION, beta=0.05, temperature=0.9, epsilon=0.2,
-        epsilon_high=0.3, loss_type=loss_type,
+        epsilon_high=0.3, loss_type=loss_type, use_bias_correction_kl=unbiased_kl,
     )
     trained = policy()
     trained.save_pretrained(tmp_path / "reference")
@@ -122,5 +124,7 @@ def test_grpo(tmp_path, loss_type):
     lt.apply(model, PLAN)
     found, _ = lt.token_logprobs(model, ids, attention_mask=mask, temperature=0.9)
     normalizer = None if loss_type == "bnpo" else 50.0 / arguments.steps_per_generation
-    loss = grpo_loss(found[:, PROMPT:], old, advantages, completion, clip=(0.2, 0.3), ref_logp_BT=ref, kl_coef=0.05, normalizer=normalizer)
+    loss = grpo_loss(
+        found[:, PROMPT:], old, advantages, completion, clip=(0.2, 0.3), ref_logp_BT=ref, kl_coef=0.05, unbiased_kl=unbiased_kl, normalizer=normalizer
+    )
     compare(outcome(model, loss), expected)
