@@ -25,9 +25,12 @@ from longtrain.offload import DeviceStore, TieredStore, TokenStore
 from longtrain.parallel.settings import Parallel
 from longtrain.plan import Plan
 from longtrain.proof import PROOF_TOKENS, prove
+from longtrain.sharded import whole
+from longtrain.stream.boundary import Boundary
 from longtrain.stream.embed import streamed_token_embed
 from longtrain.stream.loss import streamed_token_loss
 from longtrain.stream.protocol import StreamableLayer
+from longtrain.stream.replay import forward_of
 from longtrain.stream.segment import Chain, Progress, Segment, is_streamed
 
 if TYPE_CHECKING:
@@ -101,6 +104,8 @@ class Candidate:
     """Whether it is given something else than what the layer before it gave out."""
     counts: bool = True
     """Whether it is a layer of the model, and not the norm behind them."""
+    promise: Callable[[Tensor, Boundary], Tensor] | None = None
+    """What gives out the hidden states behind it so that they may stay in the token store; None gathers them."""
 
 
 def apply(
@@ -191,10 +196,14 @@ def _share(model: nn.Module, report: Report, layers: Sequence[tuple[int, Candida
         raise ValueError(f"a layer that is not streamed sees the tokens of one process only; all must be streamed:\n{report}")
     if held := next((candidate.name for _, candidate in layers if getattr(candidate.layer, "carries_states", False)), None):
         raise ValueError(f"{held} carries its states from chunk to chunk, and processes cannot hand them on yet: leave out group and parallel")
-    shapes = [shapes_of(candidate.layer, PROOF_TOKENS) for _, candidate in layers if candidate.counts]
+    shapes = []
+    for layer in (candidate.layer for _, candidate in layers if candidate.counts):
+        with whole(layer, model):
+            shapes.append(shapes_of(layer, PROOF_TOKENS))
     if report.plan.kv_block_tokens is not None:
         raise ValueError("kv_block_tokens is for one process: leave it out where processes share a sequence, or leave out group and parallel")
-    sharing = Sharing(report.plan, parallel, group, shapes)
+    sharing = model.longtrain_sharing = Sharing(report.plan, parallel, group, shapes)
+    report._undo.append(partial(delattr, model, "longtrain_sharing"))
     if hasattr(model, "make_layout"):
         before, model.make_layout = model.make_layout, sharing.layout
         report._undo.append(partial(setattr, model, "make_layout", before))
@@ -226,6 +235,8 @@ def _stream_chain(report: Report, candidates: Sequence[tuple[int, Candidate]]) -
     chain, k = Chain(report.plan, report.store), report.plan.segment_layers
     if report.sharing is not None:
         chain.spread = report.sharing.of
+    if candidates[-1][1].promise is not None:
+        chain.leave = candidates[-1][1].promise
     report._chains.append(chain)
     layers = [entry for entry in candidates if entry[1].counts]
     groups = [layers[at : at + k] for at in range(0, len(layers), k)] + [[entry] for entry in candidates if not entry[1].counts]
@@ -236,7 +247,7 @@ def _stream_chain(report: Report, candidates: Sequence[tuple[int, Candidate]]) -
         for position, (_, candidate) in enumerate(members):
             streamed = partial(segment.pass_through, position) if position else segment.forward
             if not candidate.counts:
-                streamed = partial(_after_layers, chain, candidate.layer.forward, streamed)
+                streamed = partial(_after_layers, chain, forward_of(candidate.layer), streamed)
             report._replace(candidate.layer, streamed if candidate.call is None else partial(candidate.call, streamed))
             place = f", segment of {len(members)}" if len(members) > 1 else ""
             report.entries.append(Entry(candidate.name, f"streamed{place}"))
@@ -278,6 +289,7 @@ def _find_transformers_layers(model: nn.Module, report: Report) -> list[list[Can
                 kind=None if found.adapted is None else found.adapted.kind,
                 starts=not found.follows,
                 counts=found.is_layer,
+                promise=None if found.is_layer or adapted.head is None or adapted.head[1] else hf.LazyHidden.behind,
             )
             for found in run
         ]

@@ -14,23 +14,10 @@ from collections.abc import Sequence
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    from longtrain.config import ConfigError
-    from longtrain.data.sources import DataError
-    from longtrain.train.output import RunError
-
     try:
         status = args.command(args)
         sys.stdout.flush()
         return status
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except (DataError, RunError) as error:
-        print(f"longtrain: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("longtrain: interrupted; what was saved before stands", file=sys.stderr)
-        return 130
     except BrokenPipeError:
         try:
             print(flush=True)
@@ -38,6 +25,26 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
         raise
+    except (Exception, KeyboardInterrupt) as error:
+        if (said := explain_error(error)) is None:
+            raise
+        print(said[0], file=sys.stderr)
+        return said[1]
+
+
+def explain_error(error: BaseException) -> tuple[str, int] | None:
+    """What to say of an error, and the exit code; None of one that nobody expected."""
+    from longtrain.config import ConfigError
+    from longtrain.data.sources import DataError
+    from longtrain.train.output import RunError
+
+    if isinstance(error, ConfigError):
+        return str(error), 2
+    if isinstance(error, (DataError, RunError)):
+        return f"longtrain: {error}", 1
+    if isinstance(error, KeyboardInterrupt):
+        return "longtrain: interrupted; what was saved before stands", 130
+    return None
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -50,6 +57,8 @@ def build_parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=help_text, description=help_text)
         sub.add_argument("config", metavar="CONFIG", help="YAML file, such as configs/quickstart.yaml")
         sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace those of the file")
+        if name == "verify":
+            sub.add_argument("--nproc", type=int, default=1, metavar="P", help="check P processes that share sequences and weights against one")
         if name == "train":
             sub.add_argument("--eval", action="store_true", help="evaluate the weights instead; CONFIG may be a run's directory")
             sub.add_argument("--stop-after", metavar="TIME", type=seconds, help="save and end before so much time, such as 11h50m; exit code 75")
@@ -130,14 +139,21 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def train(args: argparse.Namespace) -> int:
-    if args.eval:
-        from longtrain.train import evaluate_run
-
-        return evaluate_run.run(args.config, args.overrides)
     from longtrain.config import load_config
-    from longtrain.train import run
+    from longtrain.train import RunError, evaluate_run, run
+    from longtrain.train.processes import join
 
-    return run(*load_config(args.config, args.overrides), stop_after=args.stop_after)
+    with join(explain_error) as processes:
+        if not args.eval:
+            status = run(*load_config(args.config, args.overrides), stop_after=args.stop_after, processes=processes)
+        elif processes.size == 1:
+            status = evaluate_run.run(args.config, args.overrides)
+        else:
+            raise RunError(f"{processes.size} processes were started, and an evaluation is made by one; start it without torchrun")
+    if processes.size > 1:  # the interpreter's own end races with threads of gloo's that are still there
+        sys.stdout.flush()
+        os._exit(status)
+    return status
 
 
 def task(args: argparse.Namespace) -> int:
@@ -153,6 +169,10 @@ def export(args: argparse.Namespace) -> int:
 
 
 def verify(args: argparse.Namespace) -> int:
+    if args.nproc != 1:
+        from longtrain import verify_processes
+
+        return verify_processes.run(args.config, args.overrides, args.nproc)
     from longtrain import verify
 
     return verify.run(args.config, args.overrides)

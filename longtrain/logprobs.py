@@ -30,7 +30,8 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """For each token ``[B, T]``: its log-probability given those before it, and the entropy of the distribution it was drawn from.
 
-    Both are 0 for the first token of a document and for padding, and stand at the token itself, as masks and labels do.
+    Both are 0 for the first token of a document and for padding, and stand at the token itself, as masks and labels do. Where processes
+    share the sequence (``lt.apply(group=...)``), each is given all of it and gets both for all of it.
 
     Args:
         model: a `longtrain.nn.LanguageModel`, or a transformers causal language model under `lt.apply`. With gradients enabled the result
@@ -52,6 +53,7 @@ def token_logprobs(
     if cu_seqlens is not None and (attention_mask is not None or input_ids.shape[0] != 1):
         raise ValueError(f"cu_seqlens packs documents into one row without padding: found a batch of {input_ids.shape[0]}"
                          f"{' and attention_mask' if attention_mask is not None else ''}")
+    sharing = getattr(model, "longtrain_sharing", None)
     documents = Layout.make(input_ids.shape[1], cu_seqlens)
     labels = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, IGNORE_INDEX)
     targets = documents.next_token_targets(labels)
@@ -61,13 +63,17 @@ def token_logprobs(
         if attention_mask is not None:
             raise ValueError("LanguageModel takes no attention_mask: pack documents with cu_seqlens")
         seed = int(torch.randint(2**62, ())) if model.training and model.config.attention_dropout else None
-        hidden = model.model(input_ids, documents, seed)
+        held = model.make_layout(input_ids.shape[1], cu_seqlens)
+        hidden, targets = model.model(held.take(input_ids), held, seed), held.take(targets)
         found = streamed_token_logprobs(hidden, model.model.norm, model.lm_head, targets, temperature=temperature, chunk_tokens=chunk_tokens)
     else:
         if len(documents.edges) > 2:
             arguments["position_ids"] = documents.positions(input_ids.device)[None]
         logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **arguments).logits
+        targets = targets if sharing is None else sharing.take(targets)
         found = _from_logits(logits, targets, temperature, chunk_tokens)
+    if sharing is not None:
+        found = map(sharing.join, found)
     logp, entropy = (nn.functional.pad(t[:, :-1], (1, 0)) for t in found)
     return logp, entropy
 
@@ -75,12 +81,8 @@ def token_logprobs(
 def _from_logits(logits: Tensor, targets: Tensor, temperature: float, chunk_tokens: int | None) -> tuple[Tensor, Tensor]:
     """From the promise of logits that a streamed model gives, or from the logits of one chunk."""
     recipe = getattr(logits, "recipe", None)  # longtrain.hf.head.LazyLogits
-    if recipe is not None and (recipe.scale == 1 or recipe.head.bias is None):
-        hidden = recipe.hidden_BTE if recipe.scale == 1 else recipe.hidden_BTE * recipe.scale
-        chunk = chunk_tokens or recipe.chunk_tokens
-        return streamed_token_logprobs(
-            hidden, nn.Identity(), recipe.head, targets, temperature=temperature, softcap=recipe.softcap, chunk_tokens=chunk
-        )
+    if recipe is not None and recipe.streams:
+        return recipe.logprobs(targets, temperature=temperature, chunk_tokens=chunk_tokens)
     if recipe is None and targets.numel() > default_chunk_tokens(logits.shape[-1], logits.device, logits.dtype):
         raise ValueError(f"the model gave out all logits, {list(logits.shape)}: call lt.apply(model, plan) first, so that they are streamed")
     logp = (logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature).log_softmax(-1)

@@ -47,6 +47,7 @@ def grpo_loss(
     clip: tuple[float, float] = (0.2, 0.2),
     ref_logp_BT: Tensor | None = None,
     kl_coef: float = 0.0,
+    unbiased_kl: bool = False,
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
     """Group relative policy optimisation (arXiv:2402.03300, equations 3 and 4), over tokens.
@@ -54,7 +55,8 @@ def grpo_loss(
         ratio = exp(logp - old_logp)          kl = exp(ref - logp) - (ref - logp) - 1
         loss = sum over mask of (-min(ratio A, clamp(ratio, 1 - clip[0], 1 + clip[1]) A) + kl_coef kl) / normalizer
 
-    `normalizer` is by default the number of tokens that count in this call; over micro-batches and ranks give the global number.
+    `unbiased_kl` multiplies kl by the ratio, which makes its gradient that of the reverse KL divergence (DeepSeek-V3.2, arXiv:2512.02556;
+    what TRL does by default). `normalizer` is by default the number of tokens that count in this call; over micro-batches and ranks give the global number.
     Raises ValueError for `kl_coef` without `ref_logp_BT`.
     """
     if kl_coef and ref_logp_BT is None:
@@ -64,5 +66,6 @@ def grpo_loss(
     loss_BT = -torch.minimum(ratio * advantage, ratio.clamp(1 - clip[0], 1 + clip[1]) * advantage)
     if kl_coef:
         difference = ref_logp_BT - logp_BT
-        loss_BT = loss_BT + kl_coef * (difference.exp() - difference - 1)
+        kl_BT = difference.exp() - difference - 1
+        loss_BT = loss_BT + kl_coef * (kl_BT * ratio if unbiased_kl else kl_BT)
     return (loss_BT * mask_BT).sum() / (mask_BT.sum() if normalizer is None else normalizer)

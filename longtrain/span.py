@@ -99,6 +99,13 @@ class Layout:
         """The tokens that this process holds, of a tensor that has all of them along `axis`."""
         return x if self.held is None else torch.cat([x.narrow(axis, span.start, len(span)) for span in self.held], dim=axis)
 
+    def places(self, positions_N: Tensor) -> Tensor:
+        """``[N]`` int64: where positions of the sequence stand among the tokens that this process holds, -1 where another holds them."""
+        place_T = torch.full((self.tokens,), -1, device=positions_N.device)
+        held_n = self.take(torch.arange(self.tokens, device=positions_N.device), axis=0)
+        place_T[held_n] = torch.arange(len(held_n), device=positions_N.device)
+        return place_T[positions_N]
+
     def positions(self, device: torch.device | str = "cpu") -> Tensor:
         """``[tokens held]`` int64: every token's position within its document."""
         edges = torch.tensor(self.edges, device=device)

@@ -193,7 +193,7 @@ def check(model: nn.Module, plan: Plan, tokens: int, dtype: torch.dtype) -> Iter
         except (ValueError, RuntimeError) as refusal:  # a layer failed its proof, or a replay gave other bits
             yield Row(f"float64 gradients, {name}", str(refusal), said, False)
             return
-        error, where, good = _worst(streamed, exact, limits)
+        error, where, good = worst(streamed, exact, limits)
         yield Row(f"float64 gradients, {name}", f"{error:.1e} ({where})", said, good)
     report = apply(model, plan)
     torch.manual_seed(1)
@@ -251,7 +251,7 @@ def _streamed_step(model: nn.Module, plan: Plan, inputs: dict[str, Tensor]) -> d
         report.undo()
 
 
-def _worst(a: dict[str, Tensor], b: dict[str, Tensor], limits: dict[str, float]) -> tuple[float, str, bool]:
+def worst(a: dict[str, Tensor], b: dict[str, Tensor], limits: dict[str, float]) -> tuple[float, str, bool]:
     """The relative error of the tensor that is nearest to its limit or farthest beyond it, which it is, and whether all are within."""
     errors = _errors(a, b)
     name = max(errors, key=lambda name: errors[name] / limits[name])

@@ -4,11 +4,11 @@
     python tools/bench_offload.py --path /scratch --bytes 256MiB --extent 1MiB --rounds 3
     python tools/bench_offload.py step --path /scratch          # memory and time of a training step: see bench_offload_step.py
 
-Raw: as many threads, O_DIRECT, the same blocks in the same order into a file made the same way, from and to page-aligned memory that is as
-large as the data (a buffer that stays in the cache flatters virtual disks): what the disk gives, without checksums, copies or states. Writing goes up the file, reading comes down it, as in a training step. Store and
-raw disk take turns, first one first and then the other; medians over rounds of the ratio within a round. One round before warms both up
-and compares every byte that the store gives back; no number is printed unless they agree. Where fio is installed, its figure stands
-beside. The table is also written as JSON to --out. Exit status 1 where a ratio is below --bound.
+Raw: as many threads, O_DIRECT, the same blocks in the same order into a file made the same way, from and to the pages of the very memory
+that the store writes from (virtual machines have faster and slower memory; a buffer that stays in the cache flatters their disks): what the
+disk gives, without checksums, copies or states. Writing goes up the file, reading comes down it, as in a training step. Store and raw disk
+take turns, first one first and then the other; medians over rounds of the ratio within a round. One round before warms both up and compares
+every byte that the store gives back; no number is printed unless they agree. Where fio is installed, its figure stands beside. The table is also written as JSON to --out. Exit status 1 where a ratio is below --bound.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
@@ -42,14 +43,12 @@ WIDTH = 1024  # values of a token; a token is 4 KiB
 class Raw:
     """The disk without the store."""
 
-    def __init__(self, path: str, nbytes: int, extent: int, block: int, threads: int) -> None:
-        self.system = System(threads)
+    def __init__(self, path: str, memory: np.ndarray, extent: int, block: int, threads: int) -> None:
+        self.system, nbytes = System(threads), memory.nbytes
         self.blocks = [(at + b, min(block, extent - b)) for at in range(0, nbytes, extent) for b in range(0, extent, block)]
         self.file = self.system.open(path, nbytes)
         self.system.direct(self.file, True)
-        data = self.system.allocate(nbytes)
-        data[:] = 1
-        self.data = memoryview(data)
+        self.data = memoryview(memory)
         self.pool = ThreadPoolExecutor(threads)
 
     def move(self, call: Callable, blocks: list[tuple[int, int]]) -> None:
@@ -70,11 +69,12 @@ class Raw:
 class Stored:
     """The same through the store."""
 
-    def __init__(self, path: str, nbytes: int, extent: int, staging: int, threads: int) -> None:
-        tokens = nbytes // (4 * WIDTH)
-        self.x = torch.randn(1, tokens, WIDTH)
+    def __init__(self, path: str, memory: np.ndarray, extent: int, staging: int, threads: int) -> None:
+        tokens = memory.nbytes // (4 * WIDTH) - 1
+        # As torch's allocator gives it: not where a page begins.
+        self.x = torch.from_numpy(memory[64:][: 4 * WIDTH * tokens].view(np.float32)).view(1, tokens, WIDTH).normal_()
         self.spans = chunk_spans(tokens, extent // (4 * WIDTH))
-        budget = nbytes + len(self.spans) * ALIGNMENT  # extents begin in a page of the file where they do in memory
+        budget = memory.nbytes + len(self.spans) * ALIGNMENT  # extents begin in a page of the file where they do in memory
         self.store = TieredStore("cpu", disk=DiskSettings(path=path, budget=budget), staging_bytes=staging, system=System(threads))
 
     def write(self) -> None:
@@ -111,9 +111,10 @@ def main(argv: list[str] | None = None) -> int:
     if not a.bytes:
         parser.error("--bytes: less than one --extent")
     check_disk(DiskSettings(path=a.path, budget=2 * a.bytes))
-    stored = Stored(a.path, a.bytes, a.extent, a.staging, a.threads)
+    memory = System().allocate(a.bytes)
+    stored = Stored(a.path, memory, a.extent, a.staging, a.threads)
     block, threads = stored.store.block_bytes, a.threads
-    raw = Raw(a.path, a.bytes, a.extent, block, threads)
+    raw = Raw(a.path, memory, a.extent, block, threads)
     for warm_up in (raw.write, raw.read, stored.write, lambda: stored.read(compare=True)):
         warm_up()
     rounds = [measure(raw, stored, first=index % 2) for index in range(a.rounds)]

@@ -2,12 +2,15 @@
 
     python tools/bench_parallel.py --seq-len 32768 --chunk 2048
     python tools/bench_parallel.py --seq-len 8192 --chunk 1024 --ways ring queries --link 200MB --trace out/lanes.json
+    python tools/bench_parallel.py --seq-len 8192 --chunk 1024 --ways states scan --kinds linear delta conv --conv-taps 64
 
 Throughput: tokens a second of all processes together, by wall clock, medians of `--repeats` rounds after one to warm up, ways and
 independent processes in turn; by processor time as well, which a busy machine changes less. Bytes: received by a rank in a step, counted
-at the calls, beside the formula of longtrain.parallel.cost. `--link`: nothing arrives sooner than over a link of so many bytes a second;
-"hidden" is then the share of the transfers that nobody waited for. `--trace`: what was under way and what was waited for, a lane each for
-every process, as Chrome and Perfetto show them.
+at the calls, beside the formulas of longtrain.parallel.cost and cost_mixers; of all ranks together beside what the loopback interface
+counted in the same steps (which is all that passes over it, whoever sends it). `--link`: nothing arrives sooner than over a link of so many
+bytes a second; "hidden" is then the share of the transfers that nobody waited for. `--kinds`: what mixes the tokens in the layers, such as
+`delta attention`, for the ways `states` and `scan`. `--trace`: what was under way and what was waited for, a lane each for every process,
+as Chrome and Perfetto show them.
 
 No number is printed unless loss and gradients of every way agree with those of one process.
 """
@@ -23,6 +26,7 @@ import tempfile
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import get_args
 
 import torch
 import torch.distributed as dist
@@ -31,7 +35,7 @@ import torch.multiprocessing as mp
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import longtrain as lt
 from longtrain.nn import LanguageModel, ModelConfig
-from longtrain.parallel.cost import received
+from longtrain.nn.config import LayerKind
 from longtrain.units import parse_bytes
 
 WAYS = {
@@ -39,6 +43,9 @@ WAYS = {
     "ring": dict(heads=1, way="ring", layout="zigzag"),
     "queries": dict(heads=1, way="queries", layout="striped"),
     "halo": dict(heads=1, way="halo", layout="contiguous"),
+    "states": dict(states="heads", conv="channels"),
+    "scan": dict(states="scan", conv="halo", layout="contiguous"),
+    "double ring": dict(heads=1, way="ring", layout="zigzag", machine=2),
 }
 DEFAULTS = {
     "seq-len": 32768, "chunk": 2048, "processes": 2, "repeats": 3, "layers": 2, "hidden": 256, "ffn": 512, "vocab": 256, "heads": 4,
@@ -53,6 +60,8 @@ def main(argv: list[str] | None = None) -> int:
     for name, default in DEFAULTS.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--window", type=int, default=None, help="tokens that a query sees; needed for halo")
+    parser.add_argument("--kinds", nargs="+", choices=get_args(LayerKind), default=None, help="attention by default")
+    parser.add_argument("--conv-taps", type=int, default=128)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=["heads", "ring", "queries"])
     parser.add_argument("--link", type=parse_bytes, default=None, help="bytes a second, such as 200MB")
     parser.add_argument("--trace", type=Path, default=None)
@@ -80,8 +89,10 @@ def work(rank: int, a: argparse.Namespace, directory: Path) -> None:
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=a.processes, timeout=timedelta(seconds=600))
     torch.manual_seed(0)
     window = None if a.window is None else (a.window,)
+    kinds = {} if a.kinds is None else {"layers": tuple(a.kinds)}
+    kinds |= {"conv_taps": a.conv_taps} if "conv" in (a.kinds or ()) else {}
     config = ModelConfig(vocab_size=a.vocab, num_layers=a.layers, hidden_size=a.hidden, intermediate_size=a.ffn, num_heads=a.heads,
-                         num_kv_heads=a.kv_heads, window=window, initializer_range=0.1)
+                         num_kv_heads=a.kv_heads, window=window, initializer_range=0.1, **kinds)
     model = LanguageModel(config)
     ids = torch.randint(a.vocab, (1, a.seq_len), generator=torch.Generator().manual_seed(1))
     plan, runs, reports = lt.Plan(chunk_tokens=a.chunk), {}, {}
@@ -91,12 +102,14 @@ def work(rank: int, a: argparse.Namespace, directory: Path) -> None:
         check(runs, name, ids)
     for name in a.ways:
         reports[name].sharing.mesh.all.traffic.link = a.link
-    seconds, lanes = {name: [] for name in runs}, []
+    seconds, lanes, over_loopback = {name: [] for name in runs}, [], {name: [] for name in runs}
     for _ in range(a.repeats):
         for name in runs:
             if name != "independent":
                 reports[name].sharing.mesh.all.traffic.lanes = []
+            before = loopback_bytes()
             seconds[name].append(step(runs[name], ids))
+            over_loopback[name].append(loopback_bytes() - before)
     rows = []
     medians = {name: [statistics.median(measured) for measured in zip(*of_way, strict=True)] for name, of_way in seconds.items()}
     alone, alone_busy = medians["independent"]
@@ -106,7 +119,7 @@ def work(rank: int, a: argparse.Namespace, directory: Path) -> None:
         row = {"way": name, "seconds": time_of_step, "processor seconds": busy, "tokens a second": tokens / time_of_step}
         if shared:
             row |= {"of independent": alone / (a.processes * time_of_step), "by processor time": alone_busy / (a.processes * busy)}
-            row |= {**bytes_of(name, reports[name], a), **waiting(reports[name], a)}
+            row |= {**bytes_of(reports[name], a), "MB over loopback": min(over_loopback[name]) / 1e6, **waiting(reports[name], a)}
             lanes += events(name, rank, reports[name].sharing.mesh.all.traffic.lanes)
         rows.append(row)
     if rank == 0:
@@ -141,14 +154,23 @@ def check(runs: dict, name: str, ids: torch.Tensor) -> None:
             raise SystemExit(f"{name}: the gradient of {which} differs from that of one process by {error:.1e}; no speed is reported")
 
 
-def bytes_of(name: str, report: lt.Report, a: argparse.Namespace) -> dict:
+def loopback_bytes() -> int:
+    """Received over the loopback interface since the machine started (Linux)."""
+    for line in Path("/proc/net/dev").read_text().splitlines():
+        name, _, counters = line.partition(":")
+        if name.strip() == "lo":
+            return int(counters.split()[0])
+    raise SystemExit("/proc/net/dev has no interface lo")
+
+
+def bytes_of(report: lt.Report, a: argparse.Namespace) -> dict:
+    """Received by this rank and by all in a step, and by formula (a mean over ranks)."""
     sharing, lanes = report.sharing, report.sharing.mesh.all.traffic.lanes
-    chunks = len(sharing.shards(a.seq_len).chunks)
-    formula = sum(
-        received(name, shape, a.seq_len, heads=sharing.mesh.heads.size, ring=sharing.mesh.ring.size, chunks=chunks).total
-        for of_layer in sharing.shapes for shape in of_layer
-    )
-    return {"MB received": sum(lane.nbytes for lane in lanes) / 1e6, "by formula": formula / 1e6}
+    shards, counted = sharing.shards(a.seq_len), sum(lane.nbytes for lane in lanes)
+    choices = [sharing.choice(shape, shards) for of_layer in sharing.shapes for shape in of_layer]
+    formula = sum(choice.costs[choice.way].total for choice in choices)
+    of_all = sharing.mesh.all.sum(torch.tensor(counted))
+    return {"MB received": counted / 1e6, "by formula": formula / 1e6, "MB received by all": int(of_all) / 1e6}
 
 
 def waiting(report: lt.Report, a: argparse.Namespace) -> dict:

@@ -18,6 +18,7 @@ from longtrain.ops.linear_cross_entropy import linear_cross_entropy
 from longtrain.ops.long_conv import long_conv
 from gpu_check_attention import attention_speed_rows, ceiling_rows
 from gpu_check_layers import layer_rows, long_layer_rows, model_rows
+from gpu_check_mixers import conv_rows, conv_speed_rows, linear_rows, linear_speed_rows
 from gpu_check_offload import race_rows
 from gpu_check_shapes import Row, Sizes, relative
 from step_methods import prepare
@@ -225,8 +226,8 @@ def offload_rows(sizes: Sizes) -> Iterator[Row]:
 
 
 SECTIONS = {
-    "attention": attention_rows, "ops": op_rows, "streamed": streamed_rows, "replay": replay_rows, "offload": offload_rows,
+    "attention": attention_rows, "ops": op_rows, "long conv": conv_rows, "linear": linear_rows, "streamed": streamed_rows, "replay": replay_rows, "offload": offload_rows,
     "ceilings": ceiling_rows, "attn speed": attention_speed_rows, "layer": layer_rows, "long layer": long_layer_rows, "model": model_rows,
-    "memory": memory_rows, "step": step_rows,
+    "memory": memory_rows, "step": step_rows, "conv speed": conv_speed_rows, "linear speed": linear_speed_rows,
 }
-SPEED_SECTIONS = ("ceilings", "attn speed", "layer", "long layer", "model", "memory", "step")
+SPEED_SECTIONS = ("ceilings", "attn speed", "layer", "long layer", "model", "memory", "step", "conv speed", "linear speed")

@@ -1,8 +1,9 @@
 """Which families of transformers stream, how exactly, and why the others do not: python tools/hf_families.py [--write] [FAMILY ...]
 
 Every family is built tiny with random weights, in float64. Its gradients with longtrain are compared with its own (sdpa attention, or
-eager where it has no other), over five batches: one row, packed by position_ids, left-padded, right-padded, masked prompts. With --write
-the table goes to docs/hf_families.md; a family whose gradients are off stops the command.
+eager where it has no other), over five batches: one row, packed by position_ids, left-padded, right-padded, masked prompts; and with dropout,
+against its own eager graph given the masks that the streamed one drew. With --write the table goes to docs/hf_families.md; a family whose
+gradients are off stops the command.
 """
 
 from __future__ import annotations
@@ -11,11 +12,15 @@ import argparse
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import longtrain as lt
+from longtrain.ops.attention.mask import dropout_keep
 
 VOCAB, TOKENS, CHUNK = 97, 29, 8
 BOUND = 1e-6
@@ -26,6 +31,8 @@ SMALL = dict(
     attention_dropout=0.0, hidden_dropout=0.0, residual_dropout=0.0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, dropout=0.0,
     hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, embedding_dropout=0.0, router_jitter_noise=0.0,
 )
+# And those as they are where they are drawn.
+DROPOUT = {name: 0.2 for name in SMALL if "drop" in name}
 EXPERTS = dict(num_experts=4, num_local_experts=4, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
 DELTA = dict(layer_types=["linear_attention", "full_attention", "linear_attention"], linear_num_value_heads=4, linear_num_key_heads=2,
              linear_key_head_dim=8, linear_value_head_dim=8)
@@ -121,6 +128,71 @@ def own_gradients(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tenso
     return total
 
 
+class Dropouts(TorchFunctionMode):
+    """Around a streamed step: notes the masks of every dropout of hidden states, chunk by chunk, and the seeds of attention's. Around a plain
+    one (`given`): its dropouts, those of attention probabilities too, have these masks."""
+
+    def __init__(self, given: Dropouts | None = None) -> None:
+        super().__init__()
+        self.seeds: list[int] = []
+        self.outside: list[Tensor] = []
+        self.inside: list[Tensor] = []
+        """Masks of dropouts outside of streamed layers, and inside, in the order they were drawn."""
+        self.given = given
+
+    def masks(self, layers: int) -> list[Tensor]:
+        """In the order of a plain step: before the layers, then layer by layer and place by place, of all chunks."""
+        chunks = -(-TOKENS // CHUNK)
+        places = len(self.inside) // (layers * chunks)
+        by_layer = [self.inside[at : at + places * chunks] for at in range(0, len(self.inside), places * chunks or 1)]
+        return self.outside + [torch.cat(of_layer[place::places], dim=-2) for of_layer in by_layer for place in range(places)]
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.randint and self.given is None:
+            drawn = func(*args, **kwargs)
+            self.seeds.append(int(drawn))
+            return drawn
+        if func is F.softmax and self.given is not None and kwargs.get("dtype") == torch.float32 and args[0].dtype == torch.float64:
+            return func(*args, **kwargs | {"dtype": torch.float64})  # eager attention rounds its probabilities, which dropout makes no better
+        if func is not F.dropout or not (args[2] if len(args) > 2 else kwargs.get("training", True)):
+            return func(*args, **kwargs)
+        x, p = args[0], args[1] if len(args) > 1 else kwargs.get("p", 0.5)
+        if p == 0:
+            return x
+        if self.given is None:
+            mask = func(torch.ones_like(x), p)
+            if torch._C._current_graph_task_id() < 0:  # not in a backward pass, whose replays draw the same again
+                (self.outside if torch.is_grad_enabled() else self.inside).append(mask)
+        elif x.ndim == 4:  # of the probabilities ``[1, H, T, T]``
+            call = SimpleNamespace(dropout_seed=self.given.seeds.pop(0), dropout_p=p, head_offset=0)
+            positions = torch.arange(x.shape[-1])
+            mask = dropout_keep(call, torch.zeros(1, dtype=torch.int64), torch.arange(x.shape[1]), positions, positions) / (1 - p)
+        else:
+            mask = self.given.drawn.pop(0)
+        return x * mask
+
+
+def dropout_difference(family: str) -> float | None:
+    """How far streamed gradients with dropout are from those of the family's own eager graph, given the masks; None where it has none."""
+    model = build(family, **DROPOUT)
+    batch = next(iter(batches()))[1]
+    torch.manual_seed(7)
+    report = lt.apply(model, lt.Plan(chunk_tokens=CHUNK, loss_chunk_tokens=CHUNK, layer_fallback="unstreamed"))
+    with Dropouts() as noted:
+        streamed = gradients(model, batch)
+    report.undo()
+    if not (noted.seeds or noted.inside or noted.outside):
+        return None
+    noted.drawn = noted.masks(sum(entry.name.rsplit(".", 1)[-1].isdigit() for entry in report.entries))
+    model.set_attn_implementation("eager")
+    with Dropouts(noted):
+        plain = gradients(model, batch, use_cache=False)
+    if noted.seeds or noted.drawn:
+        raise RuntimeError(f"{family}: {len(noted.seeds)} seeds and {len(noted.drawn)} masks were drawn and not used by the plain graph")
+    return difference(streamed, plain)
+
+
 def difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     """Norm of the difference over norm, of the gradients as one vector, or of the loss where that is worse."""
     if a.keys() != b.keys():
@@ -164,6 +236,8 @@ def try_family(family: str) -> tuple[str, str, str]:
     except ValueError as error:
         return "refused", "", " ".join(str(error).split())
     errors = {name: difference(gradients(model, batch), expected) for name, batch, expected in own}
+    if (dropped := dropout_difference(family)) is not None:
+        errors["dropout"], bounds["dropout"] = dropped, max(bounds.values())
     if wrong := [f"{name} by {error:.1e}" for name, error in errors.items() if not error <= bounds[name]]:
         raise SystemExit(f"{family}: streamed gradients are off, {', '.join(wrong)}")
     worst = max(errors, key=errors.get)
@@ -180,9 +254,9 @@ def try_family(family: str) -> tuple[str, str, str]:
 HEADER = f"""# Families of transformers
 
 Made by `python tools/hf_families.py --write` with transformers {{version}}; there is no code for any family. Each is built tiny with random
-weights in float64, and its gradients with longtrain are compared with its own over one row, a packed row, left padding, right padding and
-masked prompts ({TOKENS} tokens in chunks of {CHUNK}). The error is that of the worst batch: norm of the difference over norm, of all gradients or of the
-loss. transformers computes the loss, and many families their norms and eager attention, in float32 whatever the model: hence 1e-7. Recurrent
+weights in float64, and its gradients with longtrain are compared with its own over one row, a packed row, left padding, right padding,
+masked prompts ({TOKENS} tokens in chunks of {CHUNK}), and dropout where it has any, against its eager graph given the masks that were drawn. The error is
+that of the worst: norm of the difference over norm, of all gradients or of the loss. transformers computes the loss, and many families their norms and eager attention, in float32 whatever the model: hence 1e-7. Recurrent
 layers (delta rules, state spaces) compute in float32 altogether, and take the error of one rounding of their input as far as the error here;
 the command stops where an error is more than 1e-6 and more than four such roundings.
 

@@ -113,6 +113,8 @@ def measure(layers: int, tokens: int, scale: int, plan: dict) -> dict[str, float
     samples = []
 
     def sample(phase: str, done: int, count: int) -> None:
+        if store is None:  # what is on its way out is gone: how much of that there is at a time is a matter of the machine's speed
+            report.store.settle()
         if phase != "backward" or done != 1:
             return
         kv, sums = (alive.of((kv_heads, HEAD_DIM), dtype) for dtype in (torch.bfloat16, torch.float32))
@@ -147,8 +149,8 @@ HEADER = f"""# Memory of a step at Qwen3-8B's shape
 
 Made by `python tools/hf_memory_table.py --write` with transformers {{version}} and torch {{torch}}, on a CPU, bfloat16, widths divided by {{scale}} and multiplied back:
 bytes a token of what grows with the sequence, all {LAYERS} layers, when the backward pass of the last segment begins. Weights, their gradients, and
-what one chunk of {CHUNK} tokens holds do not grow with it. The head is given hidden states as a whole, and gives back their
-gradient: 4 E at the loss, more than the layers hold where all else is in host memory. Last, how many times as much others hold.
+what one chunk of {CHUNK} tokens holds do not grow with it. The loss takes the last hidden states chunk by chunk from the token store; those that the
+embedding makes are whole, as the model makes them, until the layers have run. Last, how many times as much others hold.
 
 """
 

@@ -2,6 +2,7 @@
 
     python tools/kill_resume.py                       # 30 kills over 240 updates, at least 5 of them inside a checkpoint write
     python tools/kill_resume.py --kills 3 --steps 30 --inside 1
+    python tools/kill_resume.py --model hf            # a model of transformers; --model lora: its adapters
 
 Every update's loss, gradient norm and learning rate, every validation and the final weights must be equal bit for bit. A kill counts as
 inside a write when a half-written checkpoint stands afterwards; the next start must say that it removed it. Exit code 0 if all holds.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import os
 import random
 import re
@@ -28,11 +30,20 @@ import longtrain.train.loop  # noqa: F401
 from longtrain import cli
 from longtrain.train.output import read_metrics
 
+MODELS = {
+    "own": "{vocab_size: 256, num_layers: 2, hidden_size: 96, intermediate_size: 256, num_heads: 2, num_kv_heads: 1, attention_dropout: 0.1}",
+    "hf": "{hf: SHAPE}",
+    "lora": "{hf: SHAPE, quantize: int8, lora: {rank: 4, dropout: 0.1}}",
+}
+SHAPE = dict(
+    model_type="llama", vocab_size=256, num_hidden_layers=2, hidden_size=96, intermediate_size=256, num_attention_heads=2,
+    num_key_value_heads=1, head_dim=48, max_position_embeddings=64, attention_dropout=0.1, pad_token_id=None, bos_token_id=None, eos_token_id=None,
+)  # fmt: skip
 CONFIG = """\
-model: {{vocab_size: 256, num_layers: 2, hidden_size: 96, intermediate_size: 256, num_heads: 2, num_kv_heads: 1, attention_dropout: 0.1}}
+model: {model}
 memory: {{chunk_tokens: 24, store_outputs: 0.5}}
 data: {{source: text, files: [{texts}], seq_len: 64}}
-train: {{steps: {steps}, length_schedule: [{{from_step: 0, seq_len: 32}}, {{from_step: {half}, seq_len: 64, rope_base: 20000.0}}],
+train: {{steps: {steps}, length_schedule: [{{from_step: 0, seq_len: 32}}, {{from_step: {half}, seq_len: 64, {rope}}}],
   tokens_per_update: 128, dtype: {dtype}, device: cpu, threads: 1, validate_every: 20, validation_tokens: 128}}
 checkpoint: {{every_steps: 3, keep: 2}}
 metrics: {{peak_tflops: 1.0}}
@@ -52,6 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--inside", type=int, default=5, help="kills that must hit a checkpoint write")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--model", default="own", choices=MODELS)
     parser.add_argument("--seed", type=int, default=0, help="draws the moments")
     parser.add_argument("--out", type=Path, help="directory for both runs and the log (a temporary one by default)")
     args = parser.parse_args(arguments)
@@ -65,10 +77,16 @@ def compare(args: argparse.Namespace, directory: Path) -> int:
     texts.mkdir(parents=True)
     for index in range(20):
         (texts / f"{index:02}.txt").write_text(" ".join(chance.choice(["span", "chunk", "carry", "tier"]) for _ in range(chance.randrange(20, 90))))
+    shape, theirs = directory / "config.json", args.model != "own"
+    if theirs:
+        shape.write_text(json.dumps(SHAPE))
+        for library in ("longtrain.hf", "longtrain.train.pretrained", "transformers.models.llama.modeling_llama", *["peft"] * (args.model == "lora")):
+            importlib.import_module(library)
+    model, rope = MODELS[args.model].replace("SHAPE", str(shape)), "rope: {rope_theta: 20000.0}" if theirs else "rope_base: 20000.0"
     configs = {}
     for name in ("alone", "killed"):
         configs[name] = directory / f"{name}.yaml"
-        settings = {"texts": texts, "steps": args.steps, "half": args.steps // 2, "dtype": args.dtype, "out": directory / name}
+        settings = {"model": model, "rope": rope, "texts": texts, "steps": args.steps, "half": args.steps // 2, "dtype": args.dtype, "out": directory / name}
         configs[name].write_text(CONFIG.format(**settings))
     began = time.monotonic()
     code = wait(start(configs["alone"], directory / "alone.log"))
@@ -179,7 +197,8 @@ def differences(alone: Path, killed: Path) -> list[str]:
         if a != b:
             first = next((f"{x} alone, {y} killed" for x, y in zip(a, b, strict=False) if x != y), f"{len(a)} alone, {len(b)} killed")
             found.append(f"{kind} records differ: {first}")
-    if (alone / "model.safetensors").read_bytes() != (killed / "model.safetensors").read_bytes():
+    final = [path for path in alone.rglob("*.safetensors") if "checkpoints" not in path.parts]
+    if not final or any(path.read_bytes() != (killed / path.relative_to(alone)).read_bytes() for path in final):
         found.append("the final weights differ")
     return found
 

@@ -95,28 +95,42 @@ ROPE_NEEDS = {
 class LoraConfig:
     """Low-rank adapters (LoRA, arXiv:2106.09685) instead of the weights: the weights stay as they are, without gradients."""
 
-    rank: int = 16
-    """Rank of the adapters."""
+    rank: int | None = None
+    """Rank of the adapters; 16 when not given. Example: 16."""
 
-    alpha: float = 32.0
-    """What they give is multiplied by `alpha` / `rank`."""
+    alpha: float | None = None
+    """What they give is multiplied by `alpha` / `rank`; 32 when not given. Example: 32."""
 
-    target_modules: str | tuple[str, ...] = "all-linear"
-    """Names (or ends of names) of the linear layers that get one; `all-linear`: every one but the head. Example: [q_proj, v_proj]."""
+    target_modules: str | tuple[str, ...] | None = None
+    """Names (or ends of names) of the linear layers that get one; `all-linear`, when not given: every one but the head.
+    Example: [q_proj, v_proj]."""
 
-    dropout: float = 0.0
-    """Dropout on what goes into an adapter while training."""
+    dropout: float | None = None
+    """Dropout on what goes into an adapter while training; none when not given. Example: 0.05."""
+
+    adapter: str | None = None
+    """Directory of an adapter of that model, as peft and longtrain save it: trained on, with the settings that it came with.
+    Example: out/books/model."""
 
     def __post_init__(self) -> None:
-        at_least("model.lora.rank", self.rank, 1)
-        above_zero("model.lora.alpha", self.alpha)
-        if not 0 <= self.dropout < 1:
+        if self.adapter is not None:
+            if not self.adapter.strip():
+                raise ValueError("model.lora.adapter: is empty; name the directory of an adapter, or remove it")
+            for name in ("rank", "alpha", "target_modules", "dropout"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"model.lora.{name}: has no effect with adapter, which has its own; remove one of the two")
+            return
+        if self.rank is not None:
+            at_least("model.lora.rank", self.rank, 1)
+        if self.alpha is not None:
+            above_zero("model.lora.alpha", self.alpha)
+        if self.dropout is not None and not 0 <= self.dropout < 1:
             raise ValueError(f"model.lora.dropout: must be from 0 to below 1, found {self.dropout:g}; 0 is none")
         if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
             raise ValueError(
                 f"model.lora.target_modules: {self.target_modules!r} is one name; write a list, [{self.target_modules}], or all-linear"
             )
-        if not self.target_modules:
+        if self.target_modules is not None and not self.target_modules:
             raise ValueError("model.lora.target_modules: is empty; list names of linear layers, or write all-linear")
 
 
@@ -131,6 +145,10 @@ class HfModelConfig:
     lora: LoraConfig | None = None
     """Train adapters instead of the weights (`pip install longtrain[lora]`). Example: {rank: 16, target_modules: [q_proj, v_proj]}."""
 
+    quantize: Literal["int8", "float8", "nf4"] | None = None
+    """Bits that the weights of linear layers are kept in beside adapters, in blocks of 64 with a scale each: 8 (`int8`, `float8`), or 4 (`nf4`,
+    arXiv:2305.14314). Lossy. The head, embeddings and fused experts stay as they are. Example: nf4."""
+
     rope: RopeConfig | None = None
     """How positions reach beyond what the model was trained for; needed when `data.seq_len` is longer than that.
     Example: {rope_type: yarn, factor: 4}."""
@@ -138,3 +156,5 @@ class HfModelConfig:
     def __post_init__(self) -> None:
         if not self.hf.strip():
             raise ValueError("model.hf: is empty; name a directory with a model of transformers, or a config.json")
+        if self.quantize is not None and self.lora is None:
+            raise ValueError("model.quantize: is for weights that stay as they are, and without model.lora all are trained; add lora: {}")

@@ -17,6 +17,7 @@ from longtrain.config.bounds import at_least as _at_least
 from longtrain.config.data import DataConfig
 from longtrain.config.hf import HfModelConfig
 from longtrain.config.memory import MemoryConfig
+from longtrain.config.parallel import ParallelConfig
 from longtrain.config.run import CheckpointConfig, LengthStage, MetricsConfig, OutputConfig, SpikeConfig, TrainConfig
 from longtrain.nn import ModelConfig
 
@@ -59,6 +60,9 @@ class Config:
 
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     """How the step is streamed along the sequence."""
+
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How several processes share the work."""
 
     data: DataConfig
     """What the model reads."""

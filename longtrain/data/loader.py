@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 import time
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -19,6 +19,7 @@ from longtrain.data.corpus import Corpus, corpus_in_memory, join, name_key, spli
 from longtrain.data.packing import Batch, PackedDocuments
 from longtrain.data.recall import make_recall
 from longtrain.data.sources import DataError, read_stdlib, read_text
+from longtrain.span import Span
 
 PERIOD = 4096
 """Sequences after which every part of a mixture has had its exact share."""
@@ -69,14 +70,14 @@ class Mixture:
     def __len__(self) -> int:
         return sum(map(len, self.packed))
 
-    def batch(self, number: int) -> Batch:
-        """The sequence that is read as number `number`."""
+    def batch(self, number: int, held: Sequence[Span] | None = None) -> Batch:
+        """The sequence that is read as number `number`, or the part of it that a process holds."""
         if len(self.packed) == 1:
-            return self.packed[0].batch(number)
+            return self.packed[0].batch(number, held)
         period, index = divmod(number, PERIOD)
         pattern = self.pattern(period)
         part = int(pattern[index])
-        return self.packed[part].batch(period * int(self.counts[part]) + int((pattern[:index] == part).sum()))
+        return self.packed[part].batch(period * int(self.counts[part]) + int((pattern[:index] == part).sum()), held)
 
     def pattern(self, period: int) -> np.ndarray:
         """``[PERIOD]``: which part each sequence of a period comes from, every part's evenly spaced from a random start."""
@@ -121,9 +122,24 @@ def whole_shares(shares: np.ndarray) -> np.ndarray:
 class Loader:
     """``loader.update(step)``: the sequences of update `step` (from 0). Reads `ahead` updates in advance, in one thread."""
 
-    def __init__(self, stages: Sequence[LengthStage], data: DataConfig, corpus: Corpus, steps: int, ahead: int = 1) -> None:
-        """Of the training documents `corpus`, through the length schedule `stages`, with everything filled in, until `steps`."""
+    def __init__(
+        self,
+        stages: Sequence[LengthStage],
+        data: DataConfig,
+        corpus: Corpus,
+        steps: int,
+        ahead: int = 1,
+        *,
+        mine: Callable[[Sequence[int]], Sequence[int]] = list,
+        held: Callable[[int], Sequence[Span] | None] = lambda seq_len: None,
+    ) -> None:
+        """Of the training documents `corpus`, through the length schedule `stages`, with everything filled in, until `steps`.
+
+        Where several processes share the work, `mine` gives, of the numbers of an update's sequences, those that this one reads, and
+        `held`, of a sequence of so many tokens, the spans that it reads (None: all).
+        """
         self.stages, self.corpus, self.steps, self.ahead = stages, corpus, steps, ahead
+        self.mine, self.held = mine, held
         self.mixtures = {stage.seq_len: Mixture(corpus, stage.seq_len, data) for stage in stages}
         self.fingerprint = fingerprint(corpus, data)
         self.waited = 0.0
@@ -148,7 +164,8 @@ class Loader:
         stage = self.stages[bisect_right([s.from_step for s in self.stages], step) - 1]
         sequences = stage.tokens_per_update // stage.seq_len
         first = (step - stage.from_step) * sequences
-        batches = [self.mixtures[stage.seq_len].batch(first + i) for i in range(sequences)]
+        held = self.held(stage.seq_len)
+        batches = [self.mixtures[stage.seq_len].batch(number, held) for number in self.mine(range(first, first + sequences))]
         self.corpus.release()
         return batches
 

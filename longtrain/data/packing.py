@@ -9,7 +9,10 @@ Pieces are columns too (names end in P), in the order of the sequences: a millio
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 import numpy as np
 import torch
@@ -17,7 +20,7 @@ from torch import Tensor
 
 from longtrain.data.corpus import Corpus
 from longtrain.data.sources import DataError
-from longtrain.span import IGNORE_INDEX
+from longtrain.span import IGNORE_INDEX, Span
 
 PADDING_ID = 0
 
@@ -42,7 +45,10 @@ class Batch:
     """``[1, T]`` int64."""
 
     labels_BT: Tensor
-    """``[1, T]`` int64, same positions as the ids, -100 where there is padding, and in prompts."""
+    """``[1, T]`` int64, same positions as the ids, -100 where there is padding, and in prompts.
+
+    Where several processes share the sequence, ids and labels are those that this one needs: ids where it holds tokens, labels one place
+    behind; elsewhere padding."""
 
     cu_seqlens: Tensor
     """``[documents + 1]`` int32, from 0 to T."""
@@ -222,25 +228,35 @@ class PackedDocuments:
             self._order = epoch, order
         return order
 
-    def batch(self, number: int) -> Batch:
+    def batch(self, number: int, held: Sequence[Span] | None = None) -> Batch:
         """The sequence that is read as number `number`, counted over the passes."""
         epoch, index = divmod(number, len(self))
-        return self.read_row(int(self.order(epoch)[index]))
+        return self.read_row(int(self.order(epoch)[index]), held)
 
     def row(self, row: int) -> list[Piece]:
         here = slice(self.edges[row], self.edges[row + 1])
         columns = (self.pieces.document_P, self.pieces.start_P, self.pieces.length_P)
         return [Piece(d, a, a + n) for d, a, n in zip(*(c[here].tolist() for c in columns), strict=True)]
 
-    def read_row(self, row: int) -> Batch:
+    def read_row(self, row: int, held: Sequence[Span] | None = None) -> Batch:
+        """The whole sequence; or, of the tokens that a process holds, what `Batch` says: nothing else is read."""
         ids = np.full(self.seq_len, PADDING_ID, dtype=np.int64)
         labels = np.full(self.seq_len, IGNORE_INDEX, dtype=np.int64)
+        whole = Span(0, self.seq_len)
+        behind = [whole] if held is None else [Span(span.start + 1, min(span.stop, self.seq_len - 1) + 1) for span in held]
+        held = [whole] if held is None else held
         edges, pieces = [0], self.row(row)
         for piece in pieces:
-            here = slice(edges[-1], edges[-1] + len(piece))
-            ids[here] = labels[here] = self.corpus.tokens(piece.document, piece.start, piece.stop)
-            if (target := self.corpus.is_target(piece.document, piece.start, piece.stop)) is not None:
-                labels[here][~target] = IGNORE_INDEX
+            here = Span(edges[-1], edges[-1] + len(piece))
+            for i in range(bisect_left(held, here.start, key=attrgetter("stop")), bisect_left(held, here.stop, key=attrgetter("start"))):
+                of_ids, of_labels = held[i] & here, behind[i] & here
+                start, stop = (of_ids if len(of_ids) else of_labels).start, max(of_ids.stop, of_labels.stop)
+                at = piece.start - here.start
+                tokens = self.corpus.tokens(piece.document, at + start, at + stop)
+                ids[of_ids.slice()] = tokens[of_ids.slice(start)]
+                if (target := self.corpus.is_target(piece.document, at + start, at + stop)) is not None:
+                    tokens = np.where(target, tokens.astype(np.int64), IGNORE_INDEX)
+                labels[of_labels.slice()] = tokens[of_labels.slice(start)]
             edges.append(here.stop)
         sources = [self.corpus.sources[self.corpus.source_N[p.document]] for p in pieces]
         if not self.isolate:

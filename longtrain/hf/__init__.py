@@ -36,6 +36,7 @@ AttentionInterface.register("longtrain", longtrain_attention)
 AttentionMaskInterface.register("longtrain", longtrain_mask)
 
 from longtrain.hf.model import adapt, pretrained_of  # noqa: E402  (it sets the implementation registered above)
+from longtrain.hf.promise import LazyHidden  # noqa: E402
 from longtrain.hf.share import share  # noqa: E402
 
-__all__ = ["adapt", "longtrain_attention", "longtrain_mask", "pretrained_of", "share"]
+__all__ = ["LazyHidden", "adapt", "longtrain_attention", "longtrain_mask", "pretrained_of", "share"]

@@ -11,9 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longtrain.ops.linear_cross_entropy import LossOptions
 from longtrain.span import IGNORE_INDEX, Layout
-from longtrain.stream.loss import streamed_token_loss
 
 
 def packed_loss(
@@ -31,13 +29,8 @@ def packed_loss(
     targets_BT = documents.next_token_targets(labels_BT)
     logits = model(input_ids=input_ids_BT, position_ids=positions(documents, labels_BT), use_cache=False).logits
     recipe = getattr(logits, "recipe", None)
-    if recipe is not None and (recipe.scale == 1 or recipe.head.bias is None):
-        hidden = recipe.hidden_BTE if recipe.scale == 1 else recipe.hidden_BTE * recipe.scale
-        options = LossOptions(ignore_index=IGNORE_INDEX, softcap=recipe.softcap)
-        return streamed_token_loss(
-            hidden, nn.Identity(), recipe.head, targets_BT, normalizer=normalizer, reduction=reduction, options=options,
-            chunk_tokens=recipe.chunk_tokens,
-        )  # fmt: skip
+    if recipe is not None and recipe.streams:
+        return recipe.loss(targets_BT, normalizer=normalizer, reduction=reduction)
     wide = torch.promote_types(logits.dtype, torch.float32)
     loss_BT = F.cross_entropy(logits.to(wide).flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
     if reduction == "none":

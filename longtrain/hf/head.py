@@ -2,7 +2,8 @@
 
 `lm_head` returns `LazyLogits`, which have logits' shape and hold none. What models do to logits between head and loss (scale, softcap,
 conversions) is noted; the loss function then streams hidden states, weight and those steps. Whoever reads the logits gets them, computed
-at that moment, with gradients, at the price of ``[B, T, V]``.
+at that moment, with gradients, at the price of ``[B, T, V]``. The hidden states behind the last streamed layer are such a promise too
+(`LazyHidden`): they lie in the token store, and the streamed loss takes them from there, span by span.
 """
 
 from __future__ import annotations
@@ -16,9 +17,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longtrain.hf.promise import LazyHidden, Promise
 from longtrain.ops.linear_cross_entropy import LossOptions, default_chunk_tokens
 from longtrain.span import IGNORE_INDEX
+from longtrain.stream.boundary import Boundary
+from longtrain.stream.logprobs import streamed_token_logprobs
 from longtrain.stream.loss import streamed_token_loss
+
+_PRODUCTS = {Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.mul}
+_QUOTIENTS = {Tensor.div, Tensor.__truediv__, torch.div, torch.true_divide, Tensor.true_divide}
+_TANH = {Tensor.tanh, torch.tanh}
+
+
+class Scaled(nn.Module):
+    """A token-local factor, in the place of a norm."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self.factor == 1 else x * self.factor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -44,15 +63,32 @@ class Recipe:
     def capped(self) -> Recipe | None:
         return replace(self, softcap=1.0) if self.softcap is None else None
 
+    @property
+    def streams(self) -> bool:
+        """Whether loss and log-probabilities can be had without logits: a scaled bias cannot."""
+        return self.scale == 1 or self.head.bias is None
 
-_METADATA = {"shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_nested", "requires_grad", "names"}
-_QUESTIONS = {Tensor.size, Tensor.dim, Tensor.numel, Tensor.__len__, Tensor.is_floating_point, Tensor.is_complex, Tensor.element_size}
-_PRODUCTS = {Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.mul}
-_QUOTIENTS = {Tensor.div, Tensor.__truediv__, torch.div, torch.true_divide, Tensor.true_divide}
-_TANH = {Tensor.tanh, torch.tanh}
+    def loss(self, targets_BT: Tensor, *, ignore_index: int = IGNORE_INDEX, **settings: Any) -> Tensor:
+        """`streamed_token_loss`; `settings`: its normalizer and reduction."""
+        hidden, boundary = self._taken()
+        return streamed_token_loss(
+            hidden, Scaled(self.scale), self.head, targets_BT, options=LossOptions(ignore_index=ignore_index, softcap=self.softcap),
+            chunk_tokens=self.chunk_tokens, boundary=boundary, **settings,
+        )  # fmt: skip
+
+    def logprobs(self, targets_BT: Tensor, *, temperature: float, chunk_tokens: int | None) -> tuple[Tensor, Tensor]:
+        """`streamed_token_logprobs`."""
+        hidden, boundary = self._taken()
+        return streamed_token_logprobs(
+            hidden, Scaled(self.scale), self.head, targets_BT, temperature=temperature, softcap=self.softcap,
+            chunk_tokens=chunk_tokens or self.chunk_tokens, boundary=boundary,
+        )  # fmt: skip
+
+    def _taken(self) -> tuple[Tensor, Boundary | None]:
+        return self.hidden_BTE.take() if isinstance(self.hidden_BTE, LazyHidden) else (self.hidden_BTE, None)
 
 
-class LazyLogits(Tensor):
+class LazyLogits(Promise):
     """Logits ``[B, T, V]`` that are computed when somebody reads them."""
 
     @staticmethod
@@ -71,19 +107,6 @@ class LazyLogits(Tensor):
                 logits = step(logits)
             self.computed = logits
         return self.computed
-
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        name = getattr(getattr(func, "__self__", None), "__name__", "")
-        if (func.__name__ == "__get__" and name in _METADATA) or func in _QUESTIONS:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
-        if (noted := cls._noted(func, args, kwargs)) is not None:
-            return noted
-        compute = lambda x: x.compute() if isinstance(x, LazyLogits) else x
-        args, kwargs = torch.utils._pytree.tree_map(compute, (args, kwargs))
-        return func(*args, **kwargs)
 
     @classmethod
     def _noted(cls, func, args: Sequence[Any], kwargs: dict[str, Any]) -> LazyLogits | None:
@@ -110,13 +133,6 @@ class LazyLogits(Tensor):
             return None
         return None if recipe is None else LazyLogits(recipe, (*logits.steps, lambda x: func(x, *others)), dtype)
 
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        raise RuntimeError(f"{func} was called on logits that were not computed; read them by an ordinary torch function first")
-
-    def __repr__(self, **unused) -> str:
-        return f"LazyLogits({list(self.shape)}, {self.dtype}: not computed)"
-
 
 def lazy_forward(head: nn.Linear, project: Callable[[Tensor], Tensor], chunk_tokens: int | None, hidden_BTE: Tensor) -> Tensor:
     """What takes the place of the head's `forward`: ordinary logits up to one chunk of tokens, a promise of them beyond."""
@@ -141,18 +157,11 @@ def streamed_loss(
     Labels are moved one place left inside unless `shift_labels` has them so; `num_items_in_batch` divides the sum, where it is given.
     """
     recipe = logits.recipe if isinstance(logits, LazyLogits) else None
-    if recipe is None or (recipe.scale != 1 and recipe.head.bias is not None):
+    if recipe is None or not recipe.streams:
         return otherwise(
             logits, labels, vocab_size, num_items_in_batch=num_items_in_batch, ignore_index=ignore_index, shift_labels=shift_labels, **kwargs
         )
     if shift_labels is None:
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    return streamed_token_loss(
-        recipe.hidden_BTE if recipe.scale == 1 else recipe.hidden_BTE * recipe.scale,
-        nn.Identity(),
-        recipe.head,
-        shift_labels.to(recipe.hidden_BTE.device).view(recipe.hidden_BTE.shape[:-1]),
-        normalizer=num_items_in_batch,
-        options=LossOptions(ignore_index=ignore_index, softcap=recipe.softcap),
-        chunk_tokens=recipe.chunk_tokens,
-    )
+    targets = shift_labels.to(recipe.hidden_BTE.device).view(recipe.hidden_BTE.shape[:-1])
+    return recipe.loss(targets, normalizer=num_items_in_batch, ignore_index=ignore_index)

@@ -15,11 +15,13 @@ from longtrain.nn.norm import RMSNorm
 from longtrain.nn.replacements import (
     Conv1d,
     FP8Linear,
+    FrozenLinear,
     LinearCrossEntropy,
     MultiheadAttention,
     TransformerDecoderLayer,
     TransformerEncoderLayer,
     by_chunks,
+    freeze_linears,
     hf_attention,
 )
 from longtrain.nn.rotary import RotaryEmbedding
@@ -31,6 +33,7 @@ __all__ = [
     "DecoderLayer",
     "DeltaNet",
     "FP8Linear",
+    "FrozenLinear",
     "Hyena",
     "LaCT",
     "LanguageModel",
@@ -51,6 +54,7 @@ __all__ = [
     "TransformerEncoderLayer",
     "by_chunks",
     "count_targets",
+    "freeze_linears",
     "hf_attention",
     "parameter_groups",
 ]

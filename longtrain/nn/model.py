@@ -50,13 +50,15 @@ class LanguageModel(nn.Module):
         token_weights: Tensor | None = None,
         reduction: str = "mean",
         loss_options: LossOptions = LossOptions(),
+        logits_at: Tensor | None = None,
     ) -> ModelOutput:
         """Loss of predicting each next token, or logits when `labels` is None.
 
         `input_ids`, `labels`, `token_weights`: ``[B, T]``, labels at the same positions as the ids (the shift is inside), -100
         ignored. `cu_seqlens [documents + 1]`: packed documents, B = 1; attention, positions and loss stay inside each.
         `normalizer`: what the summed loss is divided by; by default the valid targets of this call. `token_weights[t]` weighs the
-        loss of predicting token t.
+        loss of predicting token t. `logits_at [N]`: without labels, positions of the one row whose logits ``[N, V]`` are formed, instead of
+        all; of a sequence that processes share, each has those of its own positions and zeros for the others.
         """
         if input_ids.ndim != 2:
             raise ValueError(f"input_ids must be [batch, tokens], found shape {list(input_ids.shape)}")
@@ -70,6 +72,10 @@ class LanguageModel(nn.Module):
         if self.training and self.config.attention_dropout > 0:
             dropout_seed = int(torch.randint(2**62, ()))
         hidden_BTE = self.model(documents.take(input_ids), documents, dropout_seed, to_loss=labels is not None)
+        if labels is None and logits_at is not None:
+            place_N = documents.places(logits_at)
+            logits_NV = self.lm_head(self.model.norm(hidden_BTE[0, place_N.clamp_min(0)]))
+            return ModelOutput(logits=logits_NV.masked_fill(place_N[:, None] < 0, 0))
         if labels is None:
             return ModelOutput(logits=self.lm_head(self.model.norm(hidden_BTE)))
         weights_BT = None

@@ -64,7 +64,7 @@ class LinearAttentionMixer:
 
     def step_vjp(self, span: Span, state: Tensor | None, inputs: Sequence[Tensor], dout: Tensor, dstate: Tensor | None) -> Derivatives:
         *dinputs, dentry = linear_attention_backward(
-            dout, *inputs[:3], **self._arguments(span, inputs), initial_state=state, dstate=dstate
+            dout, *inputs[:3], **self._arguments(span, inputs), initial_state=state, dstate=dstate, backend=self.backend
         )
         return [grad for grad in dinputs if grad is not None], dentry, ()
 

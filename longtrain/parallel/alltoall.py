@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from longtrain.parallel.exchange import Arrived, to_shares, to_tokens
 from longtrain.parallel.layout import total
 from longtrain.parallel.pieces import Spans, attend, attend_vjp, empty, wide_zeros
 from longtrain.parallel.ranks import Ranks
@@ -84,36 +85,31 @@ class Heads:
 
     def to_heads(
         self, ranks: Ranks, spans: Sequence[Spans], what: str, queries: Sequence[Tensor], keys: Sequence[Tensor] = ()
-    ) -> list[Tensor]:
-        """``[B, tokens of this rank, heads, ...]`` -> ``[B, tokens of all, this rank's heads, ...]``, tokens in the order of positions.
+    ) -> Arrived:
+        """Start ``[B, tokens of this rank, heads, ...]`` -> ``[B, tokens of all, this rank's heads, ...]``, in the order of positions.
 
-        `queries` have a query's heads, `keys` a key's; all of one dtype. `spans`: what each rank of the group holds of them.
+        `queries` have a query's heads, `keys` a key's. `spans`: what each rank of the group holds of them.
         """
-        cuts = [(x, self.of_queries) for x in queries] + [(x, self.of_keys) for x in keys]
-        sends = [[x[:, :, heads(peer)] for x, heads in cuts] for peer in range(self.ranks)]
-        mine = sends[ranks.rank]
-        shapes = [[torch.Size((x.shape[0], total(held), *x.shape[2:])) for x in mine] for held in spans]
-        received = ranks.all_to_all(what, sends, shapes)
-        return [_in_order(spans, [of_peer[i] for of_peer in received]) for i in range(len(cuts))]
+        return to_shares(ranks, spans, what, [(x, self.of_queries) for x in queries] + [(x, self.of_keys) for x in keys])
 
     def to_tokens(
         self, ranks: Ranks, spans: Sequence[Spans], what: str, queries: Sequence[Tensor], keys: Sequence[Tensor] = ()
-    ) -> list[Tensor]:
-        """The way back. Keys' heads that several ranks had are summed."""
-        xs = [*queries, *keys]
-        sends = [[torch.cat([x[:, rows] for rows in of_rank], dim=1) for x in xs] for of_rank in _rows(spans)]
-        mine, shapes = sends[ranks.rank], []
-        for peer in range(self.ranks):
-            counts = [_length(self.of_queries(peer))] * len(queries) + [_length(self.of_keys(peer))] * len(keys)
-            shapes.append([torch.Size((*x.shape[:2], count, *x.shape[3:])) for x, count in zip(mine, counts, strict=True)])
-        received = ranks.all_to_all(what, sends, shapes)
-        whole = [torch.cat([of_peer[i] for of_peer in received], dim=2) for i in range(len(queries))]
-        for i in range(len(queries), len(xs)):
-            x = mine[i].new_zeros(*mine[i].shape[:2], self.kv_heads, *mine[i].shape[3:])
-            for peer, of_peer in enumerate(received):
-                x[:, :, self.of_keys(peer)] += of_peer[i]
-            whole.append(x)
-        return whole
+    ) -> Arrived:
+        """Start the way back. Keys' heads that several ranks had are summed."""
+        tensors = [(x, self.of_queries) for x in queries] + [(x, self.of_keys) for x in keys]
+        of_keys = range(len(queries), len(tensors))
+        write = to_tokens(ranks, spans, what, tensors, summed=of_keys)
+
+        def wait() -> list[Tensor]:
+            held, wholes = total(spans[ranks.rank]), []
+            for i, (x, _) in enumerate(tensors):
+                heads = self.kv_heads if i in of_keys else self.query_heads
+                new = x.new_zeros if i in of_keys else x.new_empty
+                wholes.append(new(x.shape[0], held, heads, *x.shape[3:]))
+            write(wholes)
+            return wholes
+
+        return wait
 
     @property
     def replicated(self) -> bool:
@@ -131,18 +127,18 @@ class AllToAll:
     inner: Way
 
     def forward(self, mixer, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        q, k, v = self.heads.to_heads(self.ranks, self.spans, "qkv", (q,), (k, v))
+        q, k, v = self.heads.to_heads(self.ranks, self.spans, "qkv", (q,), (k, v))()
         outs, saved = [], []
         for first, of_q, of_k in self.heads.runs(self.ranks.rank):
             out, of_run = self.inner.forward(mixer.from_head(first), q[:, :, of_q], k[:, :, of_k], v[:, :, of_k])
             outs.append(out)
             saved += of_run
-        (out,) = self.heads.to_tokens(self.ranks, self.spans, "out", (torch.cat(outs, dim=2),))
+        (out,) = self.heads.to_tokens(self.ranks, self.spans, "out", (torch.cat(outs, dim=2),))()
         return out, tuple(saved)
 
     def backward(self, mixer, dout: Tensor, *saved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         runs, dtype = self.heads.runs(self.ranks.rank), dout.dtype
-        (dout,) = self.heads.to_heads(self.ranks, self.spans, "dout", (dout,))
+        (dout,) = self.heads.to_heads(self.ranks, self.spans, "dout", (dout,))()
         each = len(saved) // len(runs)
         grads = [
             self.inner.backward(mixer.from_head(first), dout[:, :, of_q], *saved[i * each : (i + 1) * each])
@@ -150,29 +146,9 @@ class AllToAll:
         ]
         dq, dk, dv = (torch.cat(parts, dim=2) for parts in zip(*grads, strict=True))
         if self.heads.replicated:  # their sums are wide; without replicas the gradients are final, and as wide as the keys
-            (dq,) = self.heads.to_tokens(self.ranks, self.spans, "dq", (dq.to(dtype),))
-            return dq, *self.heads.to_tokens(self.ranks, self.spans, "dkv", (), (dk, dv))
-        return tuple(self.heads.to_tokens(self.ranks, self.spans, "dqkv", (dq.to(dtype),), (dk.to(dtype), dv.to(dtype))))
-
-
-def _rows(spans: Sequence[Spans]) -> list[list[slice]]:
-    """For each rank, where its spans stand among those of all, in the order of positions."""
-    rows: list[list[slice]] = [[] for _ in spans]
-    at = 0
-    for span, rank in sorted((span, rank) for rank, held in enumerate(spans) for span in held):
-        rows[rank].append(slice(at, at + len(span)))
-        at += len(span)
-    return rows
-
-
-def _in_order(spans: Sequence[Spans], parts: Sequence[Tensor]) -> Tensor:
-    whole = parts[0].new_empty(parts[0].shape[0], sum(map(total, spans)), *parts[0].shape[2:])
-    for of_rank, part in zip(_rows(spans), parts, strict=True):
-        at = 0
-        for rows in of_rank:
-            whole[:, rows] = part[:, at : at + _length(rows)]
-            at += _length(rows)
-    return whole
+            (dq,) = self.heads.to_tokens(self.ranks, self.spans, "dq", (dq.to(dtype),))()
+            return dq, *self.heads.to_tokens(self.ranks, self.spans, "dkv", (), (dk, dv))()
+        return tuple(self.heads.to_tokens(self.ranks, self.spans, "dqkv", (dq.to(dtype),), (dk.to(dtype), dv.to(dtype)))())
 
 
 def _length(part: slice) -> int:

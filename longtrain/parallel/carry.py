@@ -1,6 +1,6 @@
 """Streaming over ranks: each chunk is spread over all of them, and these carries bring a chunk's queries together with the keys they see.
 
-    ByHeads        an all-to-all a chunk: a rank carries the keys of all the group's tokens, for its heads (`alltoall.py`)
+    ByHeads        an all-to-all a chunk: a rank carries the keys of all the group's tokens, for its heads (`by_heads.py`)
     QueriesTravel  keys stay where they were made, a chunk's queries go round (`travelling.py`)
     Halo           keys stay, and a chunk fetches those of other ranks that its windows reach
 
@@ -11,107 +11,21 @@ and in what order, depends on plan, layout and mask alone, so all ranks meet in 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import chain
 
 import torch
 from torch import Tensor
 
-from longtrain.parallel.alltoall import Heads
+from longtrain.parallel.circulate import buffers
 from longtrain.parallel.layout import Shards, total
 from longtrain.parallel.pieces import Spans, attend, attend_vjp, cut, empty, places, seen_by_any, wide_zeros
 from longtrain.parallel.ranks import Message, Ranks
 from longtrain.parallel.travelling import TravellingQueries, delta_of
 from longtrain.span import Span
 from longtrain.stream.carry import kv_carry_spec
-from longtrain.stream.protocol import Carry, CarrySpec, KVBlock
-
-MakeCarry = Callable[..., Carry]
-"""``make(mixer, spans)``: the carry of a run of heads over a group's tokens."""
-
-
-class ByHeads:
-    """Keys and values by heads. `shards`: what each rank of the group holds of the group's tokens; the inner carry has them in order."""
-
-    hands_over = False
-    """What it was given is not what its inner carries hold."""
-
-    def __init__(self, mixer, ranks: Ranks, shards: Shards, inner_spans: Sequence[Span], make_inner: MakeCarry, heads: Heads) -> None:
-        self._ranks, self._shards, self._heads = ranks, shards, heads
-        own = shards.local_chunks(ranks.rank)
-        self._chunk_of, self._local = {span.stop: i for i, span in enumerate(own)}, own
-        self._inner_spans = list(inner_spans)
-        self._runs = heads.runs(ranks.rank)
-        self._inner = [make_inner(mixer.from_head(first), self._inner_spans) for first, _, _ in self._runs]
-        self._dtype: torch.dtype | None = None
-
-    @property
-    def slides(self) -> bool:
-        return getattr(self._inner[0], "slides", False)
-
-    @property
-    def spec(self) -> CarrySpec:
-        return self._inner[0].spec
-
-    def append(self, span: Span, k_BCKD: Tensor, v_BCKD: Tensor) -> None:
-        for inner, (at, k, v) in self._keys(span, k_BCKD, v_BCKD):
-            inner.append(at, k, v)
-
-    def prepend(self, span: Span, k_BCKD: Tensor, v_BCKD: Tensor, *, queries: Span) -> None:
-        for inner, (at, k, v) in self._keys(span, k_BCKD, v_BCKD):
-            inner.prepend(at, k, v, queries=self._inner_spans[self._chunk_of[queries.stop]])
-
-    def first_needed(self, span: Span) -> int:
-        starts = {inner.start: local.start for inner, local in zip(self._inner_spans, self._local, strict=True)}
-        return starts[self._inner[0].first_needed(self._inner_spans[self._chunk_of[span.stop]])]
-
-    def _keys(self, span: Span, k: Tensor, v: Tensor) -> Iterator[tuple[Carry, tuple[Span, Tensor, Tensor]]]:
-        """A chunk's keys on their way to the inner carries."""
-        self._dtype = k.dtype
-        k, v = self._to_heads(span, "kv", (), (k, v))
-        at = self._inner_spans[self._chunk_of[span.stop]]
-        for inner, (_, _, of_k) in zip(self._inner, self._runs, strict=True):
-            yield inner, (at, k[:, :, of_k], v[:, :, of_k])
-
-    def blocks(self, span: Span) -> list[KVBlock]:
-        at = self._inner_spans[self._chunk_of[span.stop]]
-        return [block for inner in self._inner for block in inner.blocks(at)]
-
-    def mix(self, span: Span, q_BCHD: Tensor, stored: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-        if stored is not None:
-            return stored
-        (q,) = self._to_heads(span, "q", (q_BCHD,))
-        at = self._inner_spans[self._chunk_of[span.stop]]
-        parts = [inner.mix(at, q[:, :, of_q], None) for inner, (_, of_q, _) in zip(self._inner, self._runs, strict=True)]
-        out, lse = (torch.cat(part, dim=2) for part in zip(*parts, strict=True))
-        (out,) = self._to_tokens(span, "out", (out,))
-        (lse,) = self._to_tokens(span, "lse", (lse,))
-        return out, lse
-
-    def mix_vjp(self, span: Span, q_BCHD: Tensor, out_BCHD: Tensor, lse_BCH: Tensor, dout_BCHD: Tensor) -> Tensor:
-        q, dout = self._to_heads(span, "q", (q_BCHD, dout_BCHD))
-        lse, delta = self._to_heads(span, "lse", (lse_BCH, delta_of(dout_BCHD, out_BCHD, lse_BCH)))
-        at = self._inner_spans[self._chunk_of[span.stop]]
-        dqs = [
-            inner.mix_vjp(at, q[:, :, of_q], None, lse[:, :, of_q], dout[:, :, of_q], delta[:, :, of_q])
-            for inner, (_, of_q, _) in zip(self._inner, self._runs, strict=True)
-        ]
-        (dq,) = self._to_tokens(span, "dq", (torch.cat(dqs, dim=2),))
-        return dq
-
-    def take_grad(self, span: Span) -> tuple[Tensor, Tensor]:
-        at, wide = self._inner_spans[self._chunk_of[span.stop]], self._heads.replicated
-        grads = [inner.take_grad(at, wide=wide) for inner in self._inner]
-        dk, dv = (torch.cat(parts, dim=2) for parts in zip(*grads, strict=True))
-        dk, dv = self._to_tokens(span, "dkv", (), (dk, dv))
-        return dk.to(self._dtype), dv.to(self._dtype)
-
-    def _to_heads(self, span: Span, what: str, queries: Sequence[Tensor], keys: Sequence[Tensor] = ()) -> list[Tensor]:
-        return self._heads.to_heads(self._ranks, self._shards.parts[self._chunk_of[span.stop]], what, queries, keys)
-
-    def _to_tokens(self, span: Span, what: str, queries: Sequence[Tensor], keys: Sequence[Tensor] = ()) -> list[Tensor]:
-        return self._heads.to_tokens(self._ranks, self._shards.parts[self._chunk_of[span.stop]], what, queries, keys)
+from longtrain.stream.protocol import CarrySpec, KVBlock
 
 
 class Staying:
@@ -233,7 +147,7 @@ class Halo(Staying):
         for peer in self._others:
             asked, wanted[peer] = self._wanted(span, peer, keys[me]), self._wanted(span, me, keys[peer])
             sends.append(Message("kv", peer, tuple(cut(x, keys[me], asked).contiguous() for x in (k, v))))
-            receives.append(Message("kv", peer, _buffers((k, v), wanted[peer])))
+            receives.append(Message("kv", peer, buffers((k, v), wanted[peer])))
         pending = self.ranks.exchange(sends, receives)
         yield me, keys[me], k, v
         pending.wait()
@@ -246,7 +160,7 @@ class Halo(Staying):
         keys, held = self._keys(span)
         mine = keys[self.ranks.rank]
         wanted = {peer: self._wanted(span, peer, mine) for peer in self._others}
-        receives = [Message("dkv", peer, _buffers(self._adjoints, wanted[peer])) for peer in self._others if total(wanted[peer])]
+        receives = [Message("dkv", peer, buffers(self._adjoints, wanted[peer])) for peer in self._others if total(wanted[peer])]
         self.ranks.exchange(made, receives).wait()
         for message in receives:
             for adjoint, part in zip(self._adjoints, message.tensors, strict=True):
@@ -262,7 +176,3 @@ class Halo(Staying):
     def _wanted(self, span: Span, by: int, keys: Spans) -> Spans:
         """What the chunk's queries of rank `by` see of `keys`."""
         return seen_by_any(self.mixer, self._queries(span)[by], keys)
-
-
-def _buffers(like: Sequence[Tensor], spans: Spans) -> tuple[Tensor, ...]:
-    return tuple(x.new_empty(x.shape[0], total(spans), *x.shape[2:]) for x in like)

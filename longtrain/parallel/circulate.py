@@ -75,14 +75,14 @@ def circulate(
         if spans is not None and (further := route.at(source, h + 1)) is not None:
             sends.append(Message(what[0], neighbour(1), tuple(cut(x, spans, further).contiguous() for x in held)))
         if (coming := route.at(neighbour(-h - 1), h + 1) if h + 1 < size else None) is not None:
-            receives.append(Message(what[0], neighbour(-1), _buffers(cargo, coming)))
+            receives.append(Message(what[0], neighbour(-1), buffers(cargo, coming)))
         if leaving is not None:  # made of the cargo that was here one stop ago
             owner = neighbour(1 - h)
             sends.append(Message(what[1], neighbour(1) if route.at(owner, h) is not None else owner, leaving))
         if combine and spans is not None and h > 1:
-            receives.append(Message(what[1], neighbour(-1), _buffers(at_home, route.stops[source][1])))
+            receives.append(Message(what[1], neighbour(-1), buffers(at_home, route.stops[source][1])))
         if combine and h == last > 1:
-            receives.append(Message(what[1] + " home", neighbour(h - 1), _buffers(at_home, route.stops[me][1])))
+            receives.append(Message(what[1] + " home", neighbour(h - 1), buffers(at_home, route.stops[me][1])))
         pending = ranks.exchange(sends, receives)
         if h == 0:
             at_home = visit(me, now, tuple(x[:, :half] for x in cargo))
@@ -125,7 +125,7 @@ def _combined(combine, total_so_far: Tensors | None, made: Tensors, have: Spans,
     return total_so_far
 
 
-def _buffers(like: Tensors, spans: Spans) -> Tensors:
+def buffers(like: Tensors, spans: Spans) -> Tensors:
     return tuple(x.new_empty(x.shape[0], total(spans), *x.shape[2:]) for x in like)
 
 

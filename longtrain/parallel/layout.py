@@ -46,6 +46,17 @@ class Shards:
     def ranks(self) -> int:
         return len(self.parts[0])
 
+    @property
+    def runs(self) -> int:
+        """Spans of a chunk that a rank holds, at most."""
+        return max(len(held) for part in self.parts for held in part)
+
+    @property
+    def pieces(self) -> list[tuple[int, int, Span]]:
+        """(chunk, rank, span) of all that is held, in the order of positions."""
+        held = [(span, c, r) for c, part in enumerate(self.parts) for r, spans in enumerate(part) for span in spans]
+        return [(c, r, span) for span, c, r in sorted(held)]
+
     def spans(self, rank: int) -> tuple[Span, ...]:
         """All that `rank` holds, in its order."""
         return tuple(chain.from_iterable(part[rank] for part in self.parts))

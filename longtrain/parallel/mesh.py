@@ -19,10 +19,15 @@ class Mesh:
     all: Ranks
     heads: Ranks
     ring: Ranks
+    rings: tuple[Ranks, Ranks] | None = None
+    """Of `ring`, those of this machine, and this rank's likes of all machines; None where there are not several of both."""
 
     @classmethod
-    def make(cls, group: dist.ProcessGroup | DeviceMesh | None, heads: int, traffic: Traffic | None = None) -> Mesh:
-        """From a device mesh with the dimensions `DIMS`, or a group (None: all processes) of which `heads` neighbours exchange heads.
+    def make(
+        cls, group: dist.ProcessGroup | DeviceMesh | None, heads: int, traffic: Traffic | None = None, machine: int | None = None
+    ) -> Mesh:
+        """From a device mesh with the dimensions `DIMS`, or a group (None: all processes) of which `heads` neighbours exchange heads, and
+        `machine` neighbours are tied together by faster links than all.
 
         Every rank of the group makes it, at the same time. Raises ValueError for a mesh that is another.
         """
@@ -37,15 +42,24 @@ class Mesh:
             raise ValueError(
                 f"parallel: {everyone.size} ranks cannot be cut into groups of {heads} that exchange heads; give a divisor of their number"
             )
+        if machine is not None and (everyone.size % machine or machine % heads):
+            raise ValueError(
+                f"parallel: {everyone.size} ranks, of which {heads} exchange heads, do not make up machines of {machine}; "
+                "give a divisor of the one and a multiple of the other"
+            )
         if heads == everyone.size:
             return cls(everyone, everyone, Ranks.alone(traffic))
-        if heads == 1:
-            return cls(everyone, Ranks.alone(traffic), everyone)
         ranks, place = dist.get_process_group_ranks(everyone.group), everyone.rank
+        group_of = lambda members: Ranks.of(dist.new_group(members, use_local_synchronization=True), traffic)
         first = place // heads * heads
-        members = ranks[first : first + heads], ranks[place % heads :: heads]
-        of_heads, of_ring = (dist.new_group(of_group, use_local_synchronization=True) for of_group in members)
-        return cls(everyone, Ranks.of(of_heads, traffic), Ranks.of(of_ring, traffic))
+        of_ring = ranks[place % heads :: heads]
+        of_heads, ring = (Ranks.alone(traffic), everyone) if heads == 1 else map(group_of, (ranks[first : first + heads], of_ring))
+        n = ring.size if machine is None else machine // heads
+        rings = None
+        if 1 < n < ring.size:
+            first = ring.rank // n * n
+            rings = group_of(of_ring[first : first + n]), group_of(of_ring[ring.rank % n :: n])
+        return cls(everyone, of_heads, ring, rings)
 
     @property
     def flat(self) -> Mesh:

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from longtrain.parallel.alltoall import Alone, AllToAll, Heads
-from longtrain.parallel.carry import ByHeads, Halo, QueriesTravel, Staying
+from longtrain.parallel.by_heads import ByHeads
+from longtrain.parallel.carry import Halo, QueriesTravel, Staying
+from longtrain.parallel.double_ring import DoubleRing
+from longtrain.parallel.exchange import ROUNDS
 from longtrain.parallel.layout import Shards
 from longtrain.parallel.mesh import Mesh
 from longtrain.parallel.ring import Ring
@@ -47,11 +50,12 @@ class OverRanks:
             return CARRIES[self.way](self.base, mesh.ring, self.shards)
         grouped = self.shards.grouped(mesh.heads.size)
         if mesh.ring.size == 1:
-            make_inner = make_carry
+            make_inner, parts = make_carry, min(ROUNDS, self.shards.runs)
         else:
+            parts = 1
             make_inner = lambda mixer, _: CARRIES[self.way](mixer, mesh.ring, grouped)
         inner_spans = grouped.local_chunks(mesh.ring.rank)
-        return ByHeads(self.base, mesh.heads, self._members, inner_spans, make_inner, Heads(*self.heads, mesh.heads.size))
+        return ByHeads(self.base, mesh.heads, self._members, inner_spans, make_inner, Heads(*self.heads, mesh.heads.size), parts)
 
     def __call__(self, q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor) -> Tensor:
         return attend_over_ranks(self._whole, self.base, q_BTHD, k_BTKD, v_BTKD)
@@ -73,7 +77,10 @@ class OverRanks:
     def _whole(self) -> Way:
         grouped, members = self.shards.grouped(self.mesh.heads.size), self._members
         groups = tuple(grouped.spans(g) for g in range(grouped.ranks))
-        inner = Ring(self.mesh.ring, groups) if len(groups) > 1 else Alone(groups[0])
+        if len(groups) == 1:
+            inner = Alone(groups[0])
+        else:
+            inner = Ring(self.mesh.ring, groups) if self.mesh.rings is None else DoubleRing(*self.mesh.rings, groups)
         if self.mesh.heads.size == 1:
             return inner
         spans = tuple(members.spans(r) for r in range(members.ranks))

@@ -37,15 +37,22 @@ class Traffic:
     received: Counter[str] = field(default_factory=Counter)
     lanes: list[Lane] | None = None
     link: float | None = None
-    """Bytes a second of a slower link, for benchmarks and tests: nothing is there sooner than it would take on that."""
+    """Bytes a second of a slower link, for benchmarks and tests: what is asked for comes over it one after the other, and no sooner."""
+    _busy_until: float = 0.0
 
     def total(self) -> int:
         return sum(self.received.values())
 
-    def arrived(self, what: str, nbytes: int, started: float, asked: float) -> None:
+    def due(self, nbytes: int) -> float:
+        """When bytes that are asked for now are there at the earliest."""
+        if self.link is None:
+            return 0.0
+        self._busy_until = max(self._busy_until, time.perf_counter()) + nbytes / self.link
+        return self._busy_until
+
+    def arrived(self, what: str, nbytes: int, started: float, asked: float, due: float) -> None:
         """Called when a rank has waited for what it asked for; waits for the slower link."""
-        if self.link is not None:
-            time.sleep(max(0.0, started + nbytes / self.link - time.perf_counter()))
+        time.sleep(max(0.0, due - time.perf_counter()))
         if self.lanes is not None:
             self.lanes.append(Lane(what, nbytes, started, asked, time.perf_counter()))
 
@@ -68,6 +75,7 @@ class Pending:
     """Kept until they are gone."""
     received: Sequence[Message]
     traffic: Traffic
+    due: float
     started: float = field(default_factory=time.perf_counter)
 
     def wait(self) -> dict[str, tuple[Tensor, ...]]:
@@ -77,8 +85,12 @@ class Pending:
             work.wait()
         if self.received:
             nbytes = sum(t.nbytes for message in self.received for t in message.tensors)
-            self.traffic.arrived(" and ".join(message.what for message in self.received), nbytes, self.started, asked)
+            self.traffic.arrived(" and ".join(message.what for message in self.received), nbytes, self.started, asked, self.due)
         return {message.what: message.tensors for message in self.received}
+
+
+Arriving = Callable[[], list[list[Tensor]]]
+"""Waits for an exchange: the tensors of each peer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,24 +116,49 @@ class Ranks:
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
         """Start all of them at once. Between two ranks, messages must be listed in the same order on both."""
         operations = [(dist.isend, m) for m in sends] + [(dist.irecv, m) for m in receives]
+        nbytes = Counter()
         for m in receives:
-            self.traffic.received[m.what] += sum(t.nbytes for t in m.tensors)
+            nbytes[m.what] += sum(t.nbytes for t in m.tensors)
+        self.traffic.received += nbytes
         calls = [dist.P2POp(call, t, group=self.group, group_peer=m.peer) for call, m in operations for t in m.tensors if t.numel()]
-        return Pending(dist.batch_isend_irecv(calls) if calls else (), sends, receives, self.traffic)
+        works, due = dist.batch_isend_irecv(calls) if calls else (), self.traffic.due(nbytes.total())
+        return Pending(works, sends, receives, self.traffic, due)
 
-    def all_to_all(self, what: str, sends: Sequence[Sequence[Tensor]], shapes: Sequence[Sequence[torch.Size]]) -> list[list[Tensor]]:
-        """Each peer is sent its tensors and gives those of `shapes`; all of one dtype. One collective."""
-        flat = [t.reshape(-1) for tensors in sends for t in tensors]
+    def all_to_all(self, what: str, sends: Sequence[Sequence[Tensor]], shapes: Sequence[Sequence[torch.Size]]) -> Arriving:
+        """Start an exchange: each peer is sent its tensors and gives those of `shapes`. One collective for each dtype.
+
+        What is returned is called to wait for them: those of each peer. Until then others may be started, in the same order on all ranks.
+        """
+        dtypes = [t.dtype for t in sends[0]]
+        started = {
+            dtype: self._all_to_all(what, *([_pick(of_peer, dtypes, dtype) for of_peer in lists] for lists in (sends, shapes)))
+            for dtype in dict.fromkeys(dtypes)
+        }
+
+        def wait() -> list[list[Tensor]]:
+            arrived = {dtype: [iter(of_peer) for of_peer in finish()] for dtype, finish in started.items()}
+            return [[next(arrived[dtype][peer]) for dtype in dtypes] for peer in range(self.size)]
+
+        return wait
+
+    def _all_to_all(self, what: str, sends: Sequence[Sequence[Tensor]], shapes: Sequence[Sequence[torch.Size]]) -> Arriving:
+        buffer = torch.cat([t.reshape(-1) for tensors in sends for t in tensors])
         counts = [sum(t.numel() for t in tensors) for tensors in sends]
         expected = [sum(map(torch.Size.numel, of_peer)) for of_peer in shapes]
-        buffer = torch.cat(flat)
         received, started = buffer.new_empty(sum(expected)), time.perf_counter()
-        dist.all_to_all_single(received, buffer, expected, counts, group=self.group)
+        work = dist.all_to_all_single(received, buffer, expected, counts, group=self.group, async_op=True)
         from_others = (sum(expected) - expected[self.rank]) * received.itemsize
         self.traffic.received[what] += from_others
-        self.traffic.arrived(what, from_others, started, started)
-        of_peers = [of_peer.split([s.numel() for s in shape]) for of_peer, shape in zip(received.split(expected), shapes, strict=True)]
-        return [[t.view(s) for t, s in zip(of_peer, shape, strict=True)] for of_peer, shape in zip(of_peers, shapes, strict=True)]
+        due = self.traffic.due(from_others)
+
+        def wait() -> list[list[Tensor]]:
+            asked = time.perf_counter()
+            work.wait()
+            self.traffic.arrived(what, from_others, started, asked, due)
+            of_peers = [of_peer.split([s.numel() for s in shape]) for of_peer, shape in zip(received.split(expected), shapes, strict=True)]
+            return [[t.view(s) for t, s in zip(of_peer, shape, strict=True)] for of_peer, shape in zip(of_peers, shapes, strict=True)]
+
+        return wait
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum over ranks, bitwise the same on all of them."""
@@ -141,3 +178,7 @@ class Ranks:
         copy = x.to(served, copy=True)
         call(copy, group=self.group)
         return copy.to(x.device)
+
+
+def _pick(items: Sequence[Any], dtypes: Sequence[torch.dtype], dtype: torch.dtype) -> list[Any]:
+    return [item for item, of_item in zip(items, dtypes, strict=True) if of_item is dtype]

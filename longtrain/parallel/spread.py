@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from math import prod
 from typing import Any
 from zlib import crc32
 
@@ -17,31 +18,43 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from longtrain.ops.state_mixers import LinearAttentionMixer
+from longtrain.parallel.conv import ConvByChannels, ConvByHalo
 from longtrain.parallel.cost import Choice, Shape, choose
-from longtrain.parallel.layout import Shards, spread
+from longtrain.parallel.cost_mixers import ConvShape, StateShape
+from longtrain.parallel.exchange import ROUNDS
+from longtrain.parallel.layout import STRIPE, Shards, spread
 from longtrain.parallel.mesh import Mesh
 from longtrain.parallel.mixer import OverRanks
 from longtrain.parallel.ranks import Ranks
 from longtrain.parallel.settings import Parallel
+from longtrain.parallel.states import StatesOverRanks
 from longtrain.plan import Plan
 from longtrain.span import IGNORE_INDEX, Layout, Span
 from longtrain.stream.replay import BareLayer, Mix, call_layer
+
+AnyShape = Shape | ConvShape | StateShape
 
 
 class Sharing:
     """The processes of one `lt.apply`, and how the sequence of the present pass is spread over them."""
 
-    def __init__(self, plan: Plan, parallel: Parallel, group, shapes: list[list[Shape]]) -> None:
+    def __init__(self, plan: Plan, parallel: Parallel, group, shapes: list[list[AnyShape]]) -> None:
         """`shapes`: those of each layer's mixers (`shapes_of`). Every process makes it, at the same time."""
         self.plan, self.parallel, self.shapes = plan, parallel, shapes
         size = Ranks.of(group).size if not isinstance(group, DeviceMesh) else group.size()
-        fewest = min((shape.heads for of_layer in shapes for shape in of_layer), default=1)
+        of_kind = lambda kind: [shape.heads for of_layer in shapes for shape in of_layer if isinstance(shape, kind)]
+        fewest = min(of_kind(Shape) or of_kind(StateShape), default=1)
         heads = parallel.heads or max(n for n in range(1, size + 1) if size % n == 0 and n <= fewest)
-        self.mesh = Mesh.make(group, heads)
+        self.mesh = Mesh.make(group, heads, machine=parallel.machine)
         if self.mesh.heads.size > fewest:
             raise ValueError(
-                f"parallel: {self.mesh.heads.size} ranks cannot exchange {fewest} query heads; set parallel.heads to at most {fewest}"
+                f"parallel: {self.mesh.heads.size} ranks cannot exchange {fewest} heads; set parallel.heads to at most {fewest}"
             )
+        self.inside = parallel.layout
+        if self.inside == "auto":  # more stripes cost windows more halos
+            windows = any(isinstance(shape, Shape) and shape.window is not None for of_layer in shapes for shape in of_layer)
+            self.inside = "contiguous" if self.mesh.ring.size == 1 and windows else "striped"
         self.present: OnRank | None = None
 
     def layout(self, tokens: int, cu_seqlens: Tensor | Sequence[int] | None = None) -> Layout:
@@ -63,21 +76,28 @@ class Sharing:
         """The present sequence, of which this process holds `tokens`. Raises ValueError where layers are given anything else."""
         if self.present is None or self.present.spans[-1].stop != tokens:
             raise ValueError(
-                f"the layers were given {tokens} tokens, which is not this process's part of a sequence: call the model itself with the "
-                "whole sequence (lt.token_logprobs cannot be shared by processes yet)"
+                f"the layers were given {tokens} tokens, which is not this process's part of a sequence: call the model itself, or "
+                "lt.token_logprobs, with the whole sequence"
             )
         return self.present
 
     def shards(self, tokens: int) -> Shards:
-        inside = self.parallel.layout
-        if inside == "auto":
-            inside = "contiguous" if self.mesh.ring.size == 1 else "striped"
-        return spread(tokens, self.mesh.all.size, inside=inside, chunk_tokens=self.plan.chunk_tokens, stripe=self.parallel.stripe)
+        size, stripe = self.mesh.all.size, self.parallel.stripe
+        if stripe is None and self.mesh.ring.size == 1:
+            stripe = max(STRIPE, min(tokens, self.plan.chunk_tokens) // (size * ROUNDS))
+        return spread(tokens, size, inside=self.inside, chunk_tokens=self.plan.chunk_tokens, stripe=stripe)
 
-    def choice(self, shape: Shape, shards: Shards) -> Choice:
+    def choice(self, shape: AnyShape, shards: Shards, beside: Sequence[AnyShape] = ()) -> Choice:
+        """`beside`: all mixers of its layer."""
+        mesh, parallel, segment_layers = self.mesh, self.parallel, self.plan.segment_layers
+        if isinstance(shape, ConvShape):
+            two_passes = any(not other.causal or self.choice(other, shards).way in ("ring", "channels") for other in beside)
+            return shape.choose(shards, segment_layers=segment_layers, two_passes=two_passes, way=parallel.conv)
+        if isinstance(shape, StateShape):
+            return shape.choose(shards, heads=mesh.heads.size, way=parallel.states)
         return choose(
-            shape, shards.tokens, heads=self.mesh.heads.size, ring=self.mesh.ring.size, chunks=len(shards.chunks),
-            runs=len(shards.parts[0][0]), segment_layers=self.plan.segment_layers, way=self.parallel.way,
+            shape, shards.tokens, heads=mesh.heads.size, ring=mesh.ring.size, chunks=len(shards.chunks), runs=shards.runs,
+            segment_layers=segment_layers, way=parallel.way,
         )
 
     def explain(self, tokens: int) -> str:
@@ -87,7 +107,7 @@ class Sharing:
             return "one process has all tokens"
         for i, of_layer in enumerate(self.shapes):
             for shape in of_layer:
-                lines.setdefault(str(self.choice(shape, shards)), []).append(str(i))
+                lines.setdefault(str(self.choice(shape, shards, of_layer)), []).append(str(i))
         ranks = f"{mesh.all.size} ranks: heads over {mesh.heads.size}, {mesh.ring.size} groups"
         of_layers = [f"layers {', '.join(layers)}: {way}" for way, layers in lines.items()]
         return "\n".join([f"{tokens} tokens in {len(shards.chunks)} chunks over {ranks}", *of_layers])
@@ -106,18 +126,46 @@ class Sharing:
         """A number summed over processes; each gets the gradient of its own part."""
         return _Total.apply(self, part)
 
+    def take(self, whole_BT: Tensor) -> Tensor:
+        """The tokens of the present sequence that this process holds."""
+        return self.present.shards.take(whole_BT, self.mesh.all.rank)
+
+    def join(self, part_BT: Tensor) -> Tensor:
+        """A number for each token that this process holds -> those of the whole sequence, on every process, which gets the gradient of its
+        own part."""
+        return _Join.apply(self, part_BT)
+
+    @property
+    def weight(self) -> int:
+        """How often the gradient of a process's part counts: once for every process, where they are averaged."""
+        return self.mesh.all.size if self.parallel.gradients == "mean" else 1
+
 
 class _Total(torch.autograd.Function):
-    """A number summed over processes. Each gets its own part's gradient, once for every process where gradients are averaged."""
+    """A number summed over processes."""
 
     @staticmethod
     def forward(ctx, sharing: Sharing, part: Tensor) -> Tensor:
-        ctx.factor = sharing.mesh.all.size if sharing.parallel.gradients == "mean" else 1
+        ctx.sharing = sharing
         return sharing.mesh.all.sum(part)
 
     @staticmethod
     def backward(ctx, dtotal: Tensor):
-        return None, dtotal * ctx.factor
+        return None, dtotal * ctx.sharing.weight
+
+
+class _Join(torch.autograd.Function):
+    """The tokens of all processes out of those of each."""
+
+    @staticmethod
+    def forward(ctx, sharing: Sharing, part_BT: Tensor) -> Tensor:
+        ctx.sharing, ctx.shards, everyone = sharing, sharing.present.shards, sharing.mesh.all
+        shapes = [[torch.Size((part_BT.shape[0], ctx.shards.length(rank)))] for rank in range(everyone.size)]
+        return ctx.shards.join([part for (part,) in everyone.all_to_all("tokens", [[part_BT]] * everyone.size, shapes)()])
+
+    @staticmethod
+    def backward(ctx, dwhole_BT: Tensor):
+        return None, ctx.shards.take(dwhole_BT, ctx.sharing.mesh.all.rank) * ctx.sharing.weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,43 +182,70 @@ class OnRank:
         return self.shards.local_chunks(self.sharing.mesh.all.rank)
 
     def mixer(self, mixer: Any, layer: int, place: int) -> Any:
-        mesh, shape = self.sharing.mesh, _as_asked(mixer, self.sharing.shapes[layer][place])
-        self.sharing.shapes[layer][place] = shape
+        """What mixes over the processes as `mixer`, number `place` of a layer, does alone."""
+        sharing, mesh = self.sharing, self.sharing.mesh
+        shape = sharing.shapes[layer][place] = _as_asked(mixer, sharing.shapes[layer][place])
         rows = mixer.mask.rows if hasattr(mixer, "mask") else ()
         if any(len(row.documents.edges) > 2 for row in rows):
             raise ValueError(f"layer {layer}: a mask that cuts the sequence (chunked attention) cannot be spread over processes yet")
         if len(self.edges) > 2:
-            mixer = mixer.with_documents(self.edges)
+            attends = hasattr(mixer, "with_documents")
+            mixer = mixer.with_documents(self.edges) if attends else replace(mixer, documents=Layout(self.shards.tokens, self.edges))
         if mesh.all.size == 1:
             return mixer
+        way = sharing.choice(shape, self.shards, sharing.shapes[layer]).way
+        if isinstance(shape, ConvShape):
+            return (ConvByHalo if way == "halo" else ConvByChannels)(base=mixer, ranks=mesh.all, shards=self.shards)
+        if isinstance(shape, StateShape):
+            return StatesOverRanks(base=mixer, mesh=mesh.flat if way == "scan" else mesh, shards=self.shards, heads=shape.heads)
         plain = getattr(mixer, "base", mixer)
         if plain.dropout_p:  # the mask is a function of the seed, and of the first process's on all of them
             mixer = mixer.with_seed(int(mesh.all.first(torch.tensor(plain.dropout_seed))))
-        way = self.sharing.choice(shape, self.shards).way
         return OverRanks(
             base=mixer, mesh=mesh.flat if way == "halo" else mesh, shards=self.shards, way=way, heads=(shape.heads, shape.kv_heads)
         )
 
 
-def _as_asked(mixer: Any, shape: Shape) -> Shape:
-    """With the window of a mixer: one longer than an example does not show there."""
+def _as_asked(mixer: Any, shape: AnyShape) -> AnyShape:
+    """With what of a mixer an example does not show: a window that is longer, a filter that is as long as the sequence."""
+    if isinstance(shape, ConvShape):
+        return replace(shape, taps=mixer.filter.shape[1])
+    if isinstance(shape, StateShape):
+        return shape
     left = getattr(mixer, "base", mixer).window_size[0]
     return replace(shape, window=None if left < 0 else left + 1, causal=mixer.causal)
 
 
-def shapes_of(layer: nn.Module, tokens: int) -> list[Shape]:
+def shapes_of(layer: nn.Module, tokens: int) -> list[AnyShape]:
     """Of each mixer call of a streamable layer, seen on its example of `tokens`. Raises ValueError for mixers that cannot be spread."""
-    found: list[Shape] = []
+    found: list[AnyShape] = []
     with torch.random.fork_rng(devices={p.device for p in layer.parameters() if p.device.type == "cuda"}), torch.no_grad():
         x, arguments = layer.example(tokens)
 
         def seen(mixer, *inputs: Tensor) -> Tensor:
-            if not hasattr(mixer, "attend_vjp"):
-                raise ValueError(f"a {type(mixer).__name__} cannot be spread over processes yet; attention can")
-            q, k, v = inputs
-            shape = Shape(heads=q.shape[2], kv_heads=k.shape[2], head_dim=q.shape[3], value_dim=v.shape[3], itemsize=q.itemsize)
-            found.append(_as_asked(mixer, shape))
-            return mixer(q, k, v)
+            found.append(_shape(mixer, inputs))
+            return mixer(*inputs)
 
         call_layer(BareLayer(layer), x, arguments, Mix([partial(seen, mixer) for mixer in layer.mixers(**arguments)]), None)
     return found
+
+
+def _shape(mixer: Any, inputs: Sequence[Tensor]) -> AnyShape:
+    first = inputs[0]
+    if hasattr(mixer, "attend_vjp"):
+        q, k, v = inputs
+        shape = Shape(heads=q.shape[2], kv_heads=k.shape[2], head_dim=q.shape[3], value_dim=v.shape[3], itemsize=q.itemsize)
+        return _as_asked(mixer, shape)
+    if hasattr(mixer, "filter"):
+        filters, taps = mixer.filter.shape
+        return ConvShape(
+            channels=first.shape[2], filters=filters, taps=taps, itemsize=first.itemsize, causal=mixer.causal, gate_out=len(inputs) > 2
+        )
+    if hasattr(mixer, "step_vjp"):
+        a_token = lambda *tensors: sum(t[0, 0].numel() * t.itemsize for t in tensors)
+        wide = max(4, *(t.itemsize for t in inputs))
+        return StateShape(
+            heads=first.shape[2], inputs=a_token(*inputs), outputs=inputs[2][0, 0].numel() * first.itemsize,
+            state=prod(mixer.state_shape(*inputs[1:])) * wide, affine=isinstance(mixer, LinearAttentionMixer),
+        )  # fmt: skip
+    raise ValueError(f"a {type(mixer).__name__} cannot be spread over processes yet: attention, convolutions and states can")

@@ -33,10 +33,10 @@ class BoundaryGradient(Stored):
 class Boundary:
     """The hidden states that streamed layer `layer` is given, by span, and in the backward pass their gradient."""
 
-    def __init__(self, store: TokenStore, plan: Plan, layer: int, shape: torch.Size, device: torch.device) -> None:
+    def __init__(self, store: TokenStore, plan: Plan, layer: int, shape: torch.Size, device: torch.device, spans: list[Span]) -> None:
         self.value = Stored(store, f"input of layer {layer}", plan.place("inputs", layer, shape[1]))
         self.grad = BoundaryGradient(store, f"gradient of the input of layer {layer}", plan.place("gradients", layer, shape[1]))
-        self.shape, self.device = shape, device
+        self.shape, self.device, self.spans = shape, device, spans
         self.maker: Call | None = None
         """The call of layers that gave it out; None for an embedding's."""
         self._nan: Tensor | None = None
@@ -53,12 +53,12 @@ class Boundary:
         return x.data_ptr() == self._nan.data_ptr() and x.shape == self.shape and version_of(self._nan) == self._version
 
 
-def gather(stored: Stored, spans: list[Span], shape: torch.Size, like: Tensor) -> Tensor:
-    """All spans in one tensor; each extent is released as it is copied."""
-    if len(spans) == 1:
-        return stored.take(spans[0])
-    whole = torch.empty(shape, dtype=like.dtype, device=like.device)
-    for span in spans:
+def gather(stored: Stored, boundary: Boundary) -> Tensor:
+    """All spans of the boundary's value, or of its gradient, in one tensor; each extent is released as it is copied."""
+    if len(boundary.spans) == 1:
+        return stored.take(boundary.spans[0])
+    whole = torch.empty(boundary.shape, dtype=boundary.value.dtype, device=boundary.device)
+    for span in boundary.spans:
         whole[:, span.slice()] = stored.take(span)
     return whole
 
@@ -67,29 +67,29 @@ class Enter(torch.autograd.Function):
     """Tensor to stand-in: ``[B, T, E]`` is put into the store by span."""
 
     @staticmethod
-    def forward(ctx, x_BTE: Tensor, boundary: Boundary, spans: list[Span]) -> Tensor:
-        ctx.boundary, ctx.spans = boundary, spans
-        for span in spans:
+    def forward(ctx, x_BTE: Tensor, boundary: Boundary) -> Tensor:
+        ctx.boundary = boundary
+        for span in boundary.spans:
             boundary.value.put(span, x_BTE[:, span.slice()])
         return boundary.stand_in
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dstand_in: Tensor):
-        return gather(ctx.boundary.grad, ctx.spans, ctx.boundary.shape, dstand_in), None, None
+        return gather(ctx.boundary.grad, ctx.boundary), None
 
 
 class Leave(torch.autograd.Function):
     """Stand-in to tensor."""
 
     @staticmethod
-    def forward(ctx, stand_in: Tensor, boundary: Boundary, spans: list[Span]) -> Tensor:
-        ctx.boundary, ctx.spans = boundary, spans
-        return gather(boundary.value, spans, boundary.shape, stand_in)
+    def forward(ctx, stand_in: Tensor, boundary: Boundary) -> Tensor:
+        ctx.boundary = boundary
+        return gather(boundary.value, boundary)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dx_BTE: Tensor):
-        for span in ctx.spans:
+        for span in ctx.boundary.spans:
             ctx.boundary.grad.put(span, dx_BTE[:, span.slice()])
-        return ctx.boundary.stand_in, None, None
+        return ctx.boundary.stand_in, None

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding as embed
 
-from longtrain.span import Span
 from longtrain.stream.boundary import Boundary
 from longtrain.stream.call import announce
 from longtrain.stream.replay import delivered
@@ -25,8 +24,7 @@ def streamed_token_embed(input_ids_BT: Tensor, embedding: nn.Embedding, *, chain
     weight_VE = embedding.weight
     shape = torch.Size((*input_ids_BT.shape, weight_VE.shape[1]))
     boundary = chain.new_boundary(0, shape, weight_VE.device)
-    spans = chain.spans(input_ids_BT.shape[1])
-    stand_in = _Embed.apply(weight_VE, input_ids_BT, boundary, spans)
+    stand_in = _Embed.apply(weight_VE, input_ids_BT, boundary)
     chain.boundary, chain.from_ids, chain.to_loss = boundary, True, to_loss
     return stand_in
 
@@ -41,10 +39,10 @@ class _Embed(torch.autograd.Function):
     """(weight) -> stand-in of the hidden states; the weight's gradient is summed over the chunks in float32 or wider."""
 
     @staticmethod
-    def forward(ctx, weight_VE: Tensor, ids_BT: Tensor, boundary: Boundary, spans: list[Span]) -> Tensor:
+    def forward(ctx, weight_VE: Tensor, ids_BT: Tensor, boundary: Boundary) -> Tensor:
         ctx.save_for_backward(weight_VE, ids_BT)
-        ctx.boundary, ctx.spans = boundary, spans
-        for span in spans:
+        ctx.boundary = boundary
+        for span in boundary.spans:
             boundary.value.put(span, embed(ids_BT[:, span.slice()], weight_VE))
         return boundary.stand_in
 
@@ -53,8 +51,8 @@ class _Embed(torch.autograd.Function):
     def backward(ctx, dstand_in: Tensor):
         weight_VE, ids_BT = ctx.saved_tensors
         dweight_VE = torch.zeros_like(weight_VE, dtype=torch.promote_types(weight_VE.dtype, torch.float32))
-        announce(ctx.boundary.grad.store, ((ctx.boundary.grad, span) for span in ctx.spans))
-        for span in ctx.spans:
+        announce(ctx.boundary.grad.store, ((ctx.boundary.grad, span) for span in ctx.boundary.spans))
+        for span in ctx.boundary.spans:
             dx_BCE = ctx.boundary.grad.take(span)
             dweight_VE.index_add_(0, ids_BT[:, span.slice()].flatten(), dx_BCE.flatten(0, 1).to(dweight_VE.dtype))
-        return delivered(weight_VE, dweight_VE), None, None, None
+        return delivered(weight_VE, dweight_VE), None, None

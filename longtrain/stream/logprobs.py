@@ -16,6 +16,8 @@ from torch.func import functional_call
 from longtrain.ops.linear_cross_entropy import check_targets, default_chunk_tokens
 from longtrain.ops.linear_cross_entropy.logprobs import chunk_logprobs, chunk_logprobs_backward
 from longtrain.span import IGNORE_INDEX, Span, chunk_spans
+from longtrain.stream.boundary import Boundary
+from longtrain.stream.call import Sequenced, WholeTensor
 from longtrain.stream.replay import GradientSums, Surroundings, delivered
 
 
@@ -28,32 +30,45 @@ def streamed_token_logprobs(
     temperature: float = 1.0,
     softcap: float | None = None,
     chunk_tokens: int | None = None,
+    boundary: Boundary | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(log-probability of each target, entropy of its distribution), both ``[B, T]``; 0 where the target is -100.
 
-    `norm` is any token-local module. Differentiable by hidden states, norm and head. Raises ValueError for targets outside the vocabulary.
+    `norm` is any token-local module. Differentiable by hidden states, norm and head. `boundary`: what the hidden states stand in for, where
+    they stream; they stay there until the backward pass. Raises ValueError for targets outside the vocabulary.
     """
     check_targets(targets_BT, head.out_features, IGNORE_INDEX)
     norm_parameters = dict(norm.named_parameters())
     tokens = chunk_tokens or default_chunk_tokens(head.out_features, hidden_BTE.device, hidden_BTE.dtype)
+    batch, length = targets_BT.shape
     work = _Work(
-        norm, tuple(norm_parameters), targets_BT.reshape(-1), float(temperature), softcap, chunk_spans(targets_BT.numel(), tokens),
-        Surroundings.capture(hidden_BTE.device),
-    )
-    inputs = (hidden_BTE.reshape(-1, hidden_BTE.shape[-1]), head.weight, head.bias, *norm_parameters.values())
-    logp_N, entropy_N = _TokenLogprobs.apply(work, *inputs)
-    return logp_N.view(targets_BT.shape), entropy_N.view(targets_BT.shape)
+        norm=norm, names=tuple(norm_parameters), targets_BT=targets_BT, temperature=float(temperature), softcap=softcap, boundary=boundary,
+        spans=chunk_spans(length, length or 1) if boundary is None else boundary.spans, logits_tokens=max(1, tokens // max(batch, 1)),
+        surroundings=Surroundings.capture(hidden_BTE.device),
+    )  # fmt: skip
+    return _TokenLogprobs.apply(work, hidden_BTE, head.weight, head.bias, *norm_parameters.values())
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Work:
     norm: nn.Module
     names: tuple[str, ...]
-    target_N: Tensor
+    targets_BT: Tensor
     temperature: float
     softcap: float | None
+    boundary: Boundary | None
     spans: list[Span]
+    """What is taken from the boundary at a time; the whole sequence when the hidden states are a tensor."""
+    logits_tokens: int
+    """Tokens of each row whose logits exist at one time."""
     surroundings: Surroundings
+
+    def hidden(self, hidden_BTE: Tensor) -> Sequenced:
+        return WholeTensor(hidden_BTE.shape[1], hidden_BTE) if self.boundary is None else self.boundary.value
+
+    def parts(self, span: Span) -> list[Span]:
+        """A span cut into pieces of `logits_tokens`."""
+        return [Span(span.start + p.start, span.start + p.stop) for p in chunk_spans(len(span), self.logits_tokens)]
 
     def normed(self, hidden_CE: Tensor, parameters: Sequence[Tensor], weight_VE: Tensor) -> Tensor:
         with self.surroundings.restored():
@@ -66,57 +81,68 @@ class _Work:
 
     def targets(self, span: Span) -> tuple[Tensor, Tensor]:
         """Targets with a stand-in where there is none, and where there is one."""
-        target_C = self.target_N[span.slice()]
+        target_C = self.targets_BT[:, span.slice()].flatten()
         valid_C = target_C != IGNORE_INDEX
         return target_C.where(valid_C, 0), valid_C
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """(hidden, head weight, head bias, norm parameters) -> logp ``[N]``, entropy ``[N]``."""
+    """(hidden, head weight, head bias, norm parameters) -> logp ``[B, T]``, entropy ``[B, T]``."""
 
     @staticmethod
     def forward(ctx, work: _Work, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         ctx.work = work
         ctx.save_for_backward(*inputs)
-        hidden_NE, weight_VE, bias_V, *parameters = inputs
+        hidden_BTE, weight_VE, bias_V, *parameters = inputs
         cast_VE = weight_VE.to(work.dtype(weight_VE))
-        parts = []
+        hidden, parts = work.hidden(hidden_BTE), []
         for span in work.spans:
-            target_C, valid_C = work.targets(span)
-            with torch.autocast(hidden_NE.device.type, enabled=False):
-                x_CE = work.normed(hidden_NE[span.slice()], parameters, weight_VE)
-                part = chunk_logprobs(x_CE, cast_VE, bias_V, target_C, work.temperature, work.softcap)
-            parts.append([t.where(valid_C, 0) for t in part])
-        return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+            x_BSE = hidden.get(span)
+            for part in work.parts(span):
+                target_C, valid_C = work.targets(part)
+                with torch.autocast(hidden_BTE.device.type, enabled=False):
+                    x_CE = work.normed(x_BSE[:, part.slice(span.start)], parameters, weight_VE).flatten(0, 1)
+                    found = chunk_logprobs(x_CE, cast_VE, bias_V, target_C, work.temperature, work.softcap)
+                parts.append([t.where(valid_C, 0).view(-1, len(part)) for t in found])
+        return tuple(torch.cat(column, dim=1) for column in zip(*parts, strict=True))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dlogp_N: Tensor, dentropy_N: Tensor):
+    def backward(ctx, dlogp_BT: Tensor, dentropy_BT: Tensor):
         work, inputs = ctx.work, ctx.saved_tensors
-        hidden_NE, weight_VE, bias_V, *parameters = inputs
+        hidden_BTE, weight_VE, bias_V, *parameters = inputs
         want_hidden, want_weight, want_bias, *want_parameters = ctx.needs_input_grad[1:]
         aliases = [p.detach().requires_grad_(want) for p, want in zip(parameters, want_parameters, strict=True)]
         upstream = want_hidden or any(want_parameters)
         cast_VE = weight_VE.to(work.dtype(weight_VE))
-        dhidden_NE = torch.empty_like(hidden_NE) if want_hidden else None
+        hidden = work.hidden(hidden_BTE)
+        dhidden = WholeTensor(hidden_BTE.shape[1]) if work.boundary is None else work.boundary.grad
         dweight_VE, dbias_V = (
-            torch.zeros_like(t, dtype=dlogp_N.dtype) if want else None for t, want in ((weight_VE, want_weight), (bias_V, want_bias))
+            torch.zeros_like(t, dtype=dlogp_BT.dtype) if want else None for t, want in ((weight_VE, want_weight), (bias_V, want_bias))
         )
         sums = GradientSums(len(parameters))
         for span in work.spans:
-            target_C, valid_C = work.targets(span)
-            hidden_CE = hidden_NE[span.slice()].detach().requires_grad_(want_hidden)
-            with torch.enable_grad():
-                x_CE = work.normed(hidden_CE, aliases, weight_VE)
-            dx_CE = chunk_logprobs_backward(
-                dlogp_N[span.slice()].where(valid_C, 0), dentropy_N[span.slice()].where(valid_C, 0), x_CE.detach(), cast_VE, bias_V, target_C,
-                work.temperature, work.softcap, want_dx=upstream, dweight_VE=dweight_VE, dbias_V=dbias_V,
-            )
-            if upstream:
-                leaves = [t for t in (hidden_CE, *aliases) if t.requires_grad]
-                grads = list(torch.autograd.grad(x_CE, leaves, dx_CE))
-                if want_hidden:
-                    dhidden_NE[span.slice()] = grads.pop(0)
-                for i in (i for i, want in enumerate(want_parameters) if want):
-                    sums.add(i, grads.pop(0))
-        return None, dhidden_NE, *map(delivered, inputs[1:], [dweight_VE, dbias_V, *sums.totals])
+            x_BSE = hidden.take(span)
+            dx_BSE = torch.empty_like(x_BSE) if want_hidden else None
+            for part in work.parts(span):
+                target_C, valid_C = work.targets(part)
+                x_BCE = x_BSE[:, part.slice(span.start)].detach().requires_grad_(want_hidden)
+                with torch.enable_grad():
+                    normed_CE = work.normed(x_BCE, aliases, weight_VE).flatten(0, 1)
+                dlogp_C, dentropy_C = (d[:, part.slice()].flatten().where(valid_C, 0) for d in (dlogp_BT, dentropy_BT))
+                dx_CE = chunk_logprobs_backward(
+                    dlogp_C, dentropy_C, normed_CE.detach(), cast_VE, bias_V, target_C,
+                    work.temperature, work.softcap, want_dx=upstream, dweight_VE=dweight_VE, dbias_V=dbias_V,
+                )  # fmt: skip
+                if upstream:
+                    leaves = [t for t in (x_BCE, *aliases) if t.requires_grad]
+                    grads = list(torch.autograd.grad(normed_CE, leaves, dx_CE))
+                    if want_hidden:
+                        dx_BSE[:, part.slice(span.start)] = grads.pop(0)
+                    for i in (i for i, want in enumerate(want_parameters) if want):
+                        sums.add(i, grads.pop(0))
+            if want_hidden:
+                dhidden.put(span, dx_BSE)
+        if want_hidden:
+            dhidden = dhidden.tensor if work.boundary is None else work.boundary.stand_in
+        return None, dhidden if want_hidden else None, *map(delivered, inputs[1:], [dweight_VE, dbias_V, *sums.totals])

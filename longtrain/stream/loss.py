@@ -44,16 +44,19 @@ def streamed_token_loss(
     options: LossOptions = LossOptions(),
     chunk_tokens: int | None = None,
     chain: Chain | None = None,
+    boundary: Boundary | None = None,
 ) -> Tensor:
     """As `longtrain.nn.TokenLoss.forward`, never holding more than `chunk_tokens` tokens' logits.
 
     `norm` is any token-local module; its parameters and the head's receive their gradients once. `chain`: the
-    layers before, whose last boundary may be what `hidden_BTE` stands in for. Raises ValueError for targets outside the vocabulary.
+    layers before, whose last boundary may be what `hidden_BTE` stands in for. `boundary`: what it does stand in for, where the caller
+    knows; without gradients the hidden states then stay there. Raises ValueError for targets outside the vocabulary.
     """
-    streams = chain is not None and chain.boundary is not None
-    boundary = chain.take_boundary(hidden_BTE, "the loss") if streams else None
+    stays = boundary is not None and not torch.is_grad_enabled()
+    if chain is not None and chain.boundary is not None:
+        boundary = chain.take_boundary(hidden_BTE, "the loss")
     batch, tokens = hidden_BTE.shape[:2]
-    spans = chunk_spans(tokens, tokens or 1) if boundary is None else chain.spans(tokens)
+    spans = chunk_spans(tokens, tokens or 1) if boundary is None else boundary.spans
     check_targets(targets_BT, head.out_features, options.ignore_index)
     norm_parameters = dict(norm.named_parameters())
     wide = torch.promote_types(hidden_BTE.dtype, torch.float32)
@@ -62,6 +65,7 @@ def streamed_token_loss(
         norm=norm,
         names=tuple(norm_parameters),
         boundary=boundary,
+        stays=stays,
         targets_BT=targets_BT,
         weights_BT=None if token_weights_BT is None else token_weights_BT.to(wide),
         options=options,
@@ -83,6 +87,8 @@ class _Head:
     norm: nn.Module
     names: tuple[str, ...]
     boundary: Boundary | None
+    stays: bool
+    """Whether the hidden states are left in the boundary."""
     targets_BT: Tensor
     weights_BT: Tensor | None
     options: LossOptions
@@ -133,7 +139,7 @@ class _Head:
         if self.boundary is not None:
             announce(self.boundary.value.store, ((hidden, span) for span in self.spans))
         for span in self.spans:
-            x_BSE = hidden.take(span)
+            x_BSE = hidden.get(span) if self.stays else hidden.take(span)
             dx_BSE = torch.empty_like(x_BSE) if want_hidden else None
             for part in self.parts(span):
                 x_BCE = x_BSE[:, part.slice(span.start)].detach().requires_grad_(want_hidden)
@@ -231,7 +237,7 @@ class _TokenLosses(torch.autograd.Function):
         dtype, options, keep = work.head_dtype(weight_VE), work.options, any(ctx.needs_input_grad)
         hidden, losses = work.hidden(hidden_BTE), []
         for span in work.spans:
-            x_BSE = hidden.get(span) if keep else hidden.take(span)
+            x_BSE = hidden.get(span) if keep or work.stays else hidden.take(span)
             for part in work.parts(span):
                 losses.append(
                     linear_cross_entropy(

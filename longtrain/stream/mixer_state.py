@@ -67,7 +67,8 @@ class MixerState:
         place_entry = None if place_kv is None else (lambda number: replace(place_kv(spans[number.start]), compress=False))
         keep_outputs = call.kept("outputs", layer)
         if resumes:
-            keep_written, keep_outputs = Span(0, tokens), whole_chunks(keep_outputs, plan.chunk_tokens)
+            keep_written = Span(0, tokens)
+            keep_outputs = whole_chunks(keep_outputs, plan.chunk_tokens) if call.spread is None else keep_outputs
         place_sums = None if place_kv is None else (lambda span: replace(place_kv(span), compress=False))
         carry = in_blocks(carry, plan.kv_block_tokens, *(partial(Stored, store, place=place) for place in (place_kv, place_sums)), index)
         if keeps := isinstance(carry, BlockKVCarry):
@@ -101,10 +102,7 @@ class MixerState:
         if self.seen is not None:
             self.seen[span] = tuple(t.clone() for t in (q, *written))
         self._append(span, written)
-        if self.resumes:
-            if keep and self.carry.entry is not None:
-                self.entries.put(self._number(span), self.carry.entry[:, None])
-        elif keep and not self.hand_over:
+        if keep and not self.resumes and not self.hand_over:
             self._put_written(span & self.keep_written, span, written)
         outs = []
         for part, q_part in self._parts(span, q):
@@ -112,6 +110,8 @@ class MixerState:
             if keep and part.start >= self.keep_outputs.start:
                 self._put_output(part, out, lse)
             outs.append(out)
+        if keep and self.resumes and self.carry.entry is not None:
+            self.entries.put(self._number(span), self.carry.entry[:, None])
         return _join(outs)
 
     def store_carry(self) -> None:
@@ -236,7 +236,8 @@ class MixerState:
         return Span(number, number + 1)
 
     def _resume(self, span: Span, written: Sequence[Tensor], fetch: Callable[[Span], Tensor]) -> None:
-        self.carry.resume(span, fetch(self._number(span))[:, 0] if span.start else None, *written)
+        begins = span.start == 0 and getattr(self.carry, "begins_empty", True)
+        self.carry.resume(span, None if begins else fetch(self._number(span))[:, 0], *written)
 
     def _put_written(self, part: Span, span: Span, written: Sequence[Tensor]) -> None:
         """Keep `part` of what a span was written."""

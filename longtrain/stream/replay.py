@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,12 +18,18 @@ from longtrain.offload import version_of
 from longtrain.span import Span
 
 
+def forward_of(module: nn.Module) -> Callable[..., Any]:
+    """The `forward` that `module` has now. Pickled with the module it stays that one: a bound method would come back by its name, as
+    whatever has taken its place."""
+    return module.__dict__.get("forward") or partial(type(module).forward, module)
+
+
 class BareLayer(nn.Module):
     """A layer under the `forward` it had before it was replaced, with its parameters exchangeable (`torch.func.functional_call`)."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self.layer, self.original_forward = layer, layer.forward
+        self.layer, self.original_forward = layer, forward_of(layer)
 
     def forward(self, x: Tensor, arguments: dict[str, Any]) -> Tensor:
         return self.original_forward(x, **arguments)

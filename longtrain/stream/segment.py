@@ -42,6 +42,8 @@ class Chain:
         """Whether this pass began at the embedding, which made the first boundary."""
         self.to_loss = False
         """Whether this pass ends in the streamed loss, which takes the last boundary."""
+        self.leave: Callable[[Tensor, Boundary], Tensor] = Leave.apply
+        """What makes of the last stand-in and its boundary what the last layer gives out, where no streamed loss takes them."""
         self.unfinished: Segment | None = None
         """The segment whose first layer has run it, and whose other layers have not yet been called."""
         self.spread: Callable[[int], Spread] | None = None
@@ -52,7 +54,7 @@ class Chain:
         return chunk_spans(tokens, self.plan.chunk_tokens) if self.spread is None else self.spread(tokens).spans
 
     def new_boundary(self, layer: int, shape: torch.Size, device: torch.device) -> Boundary:
-        return Boundary(self.store, self.plan, layer, shape, device)
+        return Boundary(self.store, self.plan, layer, shape, device, self.spans(shape[1]))
 
     def take_boundary(self, x: Tensor, taker: str) -> Boundary:
         """The boundary whose stand-in `x` is. Raises RuntimeError for any other tensor."""
@@ -104,14 +106,14 @@ class Segment:
             if self.first and (chain.boundary is None or not chain.from_ids):
                 chain.from_ids = chain.to_loss = False
                 into = chain.new_boundary(self.indices[0], x.shape, x.device)
-                x = Enter.apply(x, into, call.spans)
+                x = Enter.apply(x, into)
             else:
                 into = chain.take_boundary(x, f"layer {self.indices[0]}")
             out_of = chain.new_boundary(self.indices[-1] + 1, x.shape, x.device)
             call.before, out_of.maker = into.maker, call if torch.is_grad_enabled() else None
         y = _StreamedSegment.apply(call, into, out_of, torch.is_grad_enabled(), x, *tensors)
         leaves = self.last and not chain.to_loss
-        self._leave = (lambda y: Leave.apply(y, out_of, call.spans)) if out_of is not None and leaves else None
+        self._leave = (lambda y: chain.leave(y, out_of)) if out_of is not None and leaves else None
         chain.boundary = None if leaves else out_of
         if len(self.layers) == 1:
             return self._finished(y)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from longtrain.data.packing import Batch
@@ -24,10 +25,10 @@ def row_loss(model: nn.Module, batch: Batch, *, normalizer: float | None = None,
 
 
 def logits_at(model: nn.Module, ids_BT: Tensor, layout: Layout, at_N: Tensor) -> Tensor:
-    """Logits ``[N, V]`` of the positions `at_N` of one packed row; a streamed model forms no others."""
+    """Logits ``[N, V]`` of the positions `at_N` of one packed row; a streamed model forms no others. Zeros where another process has
+    the position."""
     if not is_transformers(model):
-        hidden_BTE = model.model(ids_BT, layout, None)
-        return model.lm_head(model.model.norm(hidden_BTE[0, at_N]))
+        return model(ids_BT, cu_seqlens=torch.tensor(layout.edges), logits_at=at_N).logits
     from longtrain.hf import call
 
     return call.logits_at(model, ids_BT, layout, at_N)

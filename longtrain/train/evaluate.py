@@ -15,6 +15,7 @@ from longtrain.data.packing import PackedDocuments, check_ids
 from longtrain.span import IGNORE_INDEX, Layout
 from longtrain.train.calls import row_loss, vocabulary
 from longtrain.train.console import StepBar
+from longtrain.train.distribute import Work
 from longtrain.train.probes import ASKED, SHORTEST, ProbeResult, check_distance, run_probe
 
 TEXT_TOKENS = 65_536
@@ -60,19 +61,23 @@ def _means(part: dict) -> str:
 
 
 def evaluate(
-    model: nn.Module, config: Config, validation: PackedDocuments, rows: Sequence[int], device: torch.device, bar: StepBar
+    model: nn.Module, config: Config, validation: PackedDocuments, rows: Sequence[int], device: torch.device, bar: StepBar,
+    work: Work = Work(),
 ) -> Evaluation:
-    """Loss and probes, as the config says."""
-    found = validate(model, validation, rows, device, bar, config.eval)
-    return replace(found, probes=run_probes(model, config, validation, device))
+    """Loss and probes, as the config says; of several processes, each has the same."""
+    found = validate(model, validation, rows, device, bar, config.eval, work)
+    return replace(found, probes=run_probes(model, config, validation, device, work))
 
 
-def run_probes(model: nn.Module, config: Config, validation: PackedDocuments, device: torch.device) -> list[ProbeResult]:
-    """Every probe at every distance. Needles hide in validation text; the tokens in use are those of that text."""
+def run_probes(
+    model: nn.Module, config: Config, validation: PackedDocuments, device: torch.device, work: Work = Work()
+) -> list[ProbeResult]:
+    """Every probe at every distance. Needles hide in validation text; the tokens in use are those of that text. Processes that keep parts
+    of the parameters ask the same at the same time."""
     if not config.eval.probes:
         return []
     text = validation_text(validation)
-    asked = {"longest": validation.seq_len, "alphabet": np.unique(text), "text": text, "seed": config.data.seed, "device": device}
+    asked = {"longest": validation.seq_len, "alphabet": np.unique(text), "text": text, "seed": config.data.seed, "device": device, "join": work.join}
     return [
         run_probe(model, name, distance, examples=config.eval.examples, **asked)
         for name in config.eval.probes
@@ -127,27 +132,41 @@ def validate(
     device: torch.device,
     bar: StepBar,
     settings: EvalConfig = EvalConfig(),
+    work: Work = Work(),
 ) -> Evaluation:
     """The loss over `rows`, documents isolated; a target's position is that of the token before it in its document (or piece of one)."""
     model.eval()
-    bar.begin("validation", -validation.seq_len, len(rows))
+    mine, held = work.of_sequences(rows), work.held(validation.seq_len)
+    runs = -(-len(rows) // work.data)  # the same number of passes on all processes, for they gather parameters together
+    bar.begin("validation", -validation.seq_len, runs)
     edges = position_edges(settings.first_bucket, validation.seq_len)
     by_position = _Sums(len(edges) - 1)
     by_source: dict[str, _Sums] = {}
-    for row in rows:
-        batch = validation.read_row(row)
+    for run in range(runs):
+        batch = validation.read_row(mine[run] if run < len(mine) else rows[0], held)
         check_ids(batch, vocabulary(model))
-        layout = Layout.make(validation.seq_len, batch.cu_seqlens)
-        scored_T = (layout.next_token_targets(batch.labels_BT)[0] != IGNORE_INDEX).numpy()
-        bucket_T = np.searchsorted(edges, layout.positions().numpy(), side="right") - 1
+        layout = Layout(validation.seq_len, Layout.make(validation.seq_len, batch.cu_seqlens).edges, held)
         losses_BT = row_loss(model, batch.to(device), reduction="none")
+        if run >= len(mine):
+            continue
+        scored_T = (layout.take(layout.next_token_targets(batch.labels_BT))[0] != IGNORE_INDEX).numpy()
+        bucket_T = np.searchsorted(edges, layout.positions().numpy(), side="right") - 1
         loss_T = losses_BT[0].double().cpu().numpy()
         by_position.add(bucket_T[scored_T], loss_T[scored_T])
-        for source, start, stop in zip(batch.sources, layout.edges, layout.edges[1:], strict=False):  # padding, if any, comes last
-            part_T = loss_T[start:stop][scored_T[start:stop]]
+        names = sorted(set(batch.sources))
+        named = np.array([*(names.index(source) for source in batch.sources), -1])  # padding, if any, comes last
+        source_T = named[layout.document_ids().numpy().clip(0, len(batch.sources))]
+        for number, source in enumerate(names):
+            part_T = loss_T[scored_T & (source_T == number)]
             by_source.setdefault(source, _Sums(1)).add(np.zeros(len(part_T), dtype=np.int64), part_T)
         bar.sequence_done()
+        work.processes.moved()
     bar.clear()
+    (by_position, by_source), *others = work.processes.gather((by_position, by_source))
+    for of_positions, of_sources in others:
+        by_position.merge(of_positions)
+        for source, sums in of_sources.items():
+            by_source.setdefault(source, _Sums(1)).merge(sums)
     sources = [{"source": name, **sums.parts()[0]} for name, sums in sorted(by_source.items()) if sums.targets[0]]
     return Evaluation(
         loss=float(by_position.loss.sum() / by_position.targets.sum()),
@@ -168,6 +187,10 @@ class _Sums:
     def add(self, bucket_N: np.ndarray, loss_N: np.ndarray) -> None:
         for sums, weights in ((self.targets, None), (self.loss, loss_N), (self.square, loss_N**2)):
             sums += np.bincount(bucket_N, weights, minlength=len(sums))
+
+    def merge(self, other: _Sums) -> None:
+        for sums, more in ((self.targets, other.targets), (self.loss, other.loss), (self.square, other.square)):
+            sums += more
 
     def parts(self) -> list[dict]:
         """Mean, standard error and number of each bucket."""

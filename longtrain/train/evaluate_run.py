@@ -20,7 +20,7 @@ from longtrain.train.evaluate import check_probes, evaluate
 from longtrain.train.output import EVALUATION, RunError, write_whole
 from longtrain.train.prepare import build_model, choose_device, make_plan, stage_at, stream
 from longtrain.train.state import load_checkpoint_weights
-from longtrain.train.weights import load_weights
+from longtrain.train.weights import cast, load_weights
 
 
 def run(run_or_config: str, overrides: Sequence[str]) -> int:
@@ -40,8 +40,7 @@ def run(run_or_config: str, overrides: Sequence[str]) -> int:
 
     torch.manual_seed(config.train.seed)  # frozen weights may be drawn with it
     model, set_rotary, _ = build_model(config, where)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(device, getattr(torch, config.train.dtype))
+    cast(model, getattr(torch, config.train.dtype))
     model.to(device)
     print(f"weights {read_weights(model, directory, is_hf=isinstance(config.model, HfModelConfig))}")
     set_rotary(stage_at(config, config.train.steps))

@@ -24,7 +24,7 @@ from longtrain.train import checkpoint as on_disk
 from longtrain.train.output import CHECKPOINTS, RunError, said_plainly
 from longtrain.train.prepare import build_model, stage_at
 from longtrain.train.state import load_checkpoint_weights
-from longtrain.train.weights import INDEX, SINGLE
+from longtrain.train.weights import INDEX, SINGLE, cast
 from longtrain.units import format_bytes, parse_bytes
 
 HF_CONFIG = "config.json"
@@ -88,8 +88,7 @@ def export_pretrained(
         raise RunError(str(error)) from None
     set_rotary(stage)
     wanted = getattr(torch, config.train.dtype if dtype == "trained" else dtype)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(wanted)
+    cast(model, wanted)
     files = pretrained.save(model, config, directory, shard_bytes)
     kind = "an adapter" if config.model.lora else type(model).__name__
     print(f"{checkpoint} as {kind}, {str(wanted).removeprefix('torch.')}, in {directory}: {', '.join(files)}")

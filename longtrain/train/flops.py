@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from longtrain.data.packing import Batch
+from longtrain.nn.replacements.frozen import FrozenLinear
 from longtrain.train.calls import is_transformers
 
 STATE_PRODUCTS = {"linear": 2, "delta": 3, "lact": 9}
@@ -48,8 +49,10 @@ def costs_of(model: nn.Module) -> Costs:
     embedding, head = (getattr(module, "weight", None) for module in (model.get_input_embeddings(), model.get_output_embeddings()))
     chosen = getattr(text, "num_experts_per_tok", None) or 1
     base = [p for name, p in model.named_parameters() if ".lora_" not in name]
-    matrices = [p for p in base if p.ndim >= 2 and (p is not embedding or p is head)]
-    met = [p.numel() * (min(1, chosen / p.shape[0]) if p.ndim == 3 else 1) for p in matrices]
+    frozen = [module for module in model.modules() if isinstance(module, FrozenLinear)]
+    inside = {id(p) for module in frozen for p in module.parameters()}  # codes and scales are no matrices of their own
+    matrices = [p for p in base if p.ndim >= 2 and (p is not embedding or p is head) and id(p) not in inside]
+    met = [p.numel() * (min(1, chosen / p.shape[0]) if p.ndim == 3 else 1) for p in matrices] + [m.in_features * m.out_features for m in frozen]
     features = text.num_attention_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
     window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
     kinds = getattr(text, "layer_types", None) or ["sliding_attention"] * text.num_hidden_layers

@@ -3,26 +3,31 @@
 Everything that can be wrong is checked before the first file is written (`prepare.py`); where the run begins is for `resume.py` to find.
 What an update reads and computes is a function of the configuration, the checkpoint and its number alone: a run that was killed and
 started again has the losses, bit for bit, of one that was not.
+
+Several processes run the same loop, each on its share (`distribute.py`); what one decides by a clock, a signal or what is on disk, they
+agree on. The first one writes.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 
+import longtrain as lt
 from longtrain.config import Config, Locations, dump_config
 from longtrain.data.corpus import BYTES
 from longtrain.data.packing import Batch
 from longtrain.train import output
-from longtrain.train.checkpoint import one_process, read_facts
+from longtrain.train.checkpoint import one_process, path_of, read_facts
 from longtrain.train.console import StepBar, step_line, verdict
+from longtrain.train.distribute import make_work
 from longtrain.train.evaluate import Evaluation, check_probes, evaluate
 from longtrain.train.flops import RULE, update_flops
 from longtrain.train.lock import locked
@@ -31,31 +36,38 @@ from longtrain.train.output import RunError, write_whole
 from longtrain.train.peak_memory import read_peak, reset_peak
 from longtrain.train.plot import plot_run
 from longtrain.train.prepare import Setup, describe, prepare, remaining_tokens, save_model, stage_at
+from longtrain.train.processes import ALONE, Processes
 from longtrain.train.provenance import provenance
-from longtrain.train.resume import begins_anew, changed_settings, check_facts, find_checkpoint
+from longtrain.train.resume import begins_anew, changed_settings, check_facts, find_checkpoint, flat
 from longtrain.train.saving import Saved, Saver
 from longtrain.train.schedule import learning_rate
 from longtrain.train.spike import MOST_IN_A_ROW, SpikeGuard
-from longtrain.train.state import describe_tensors, frozen_sum, random_states, restore_state, state_tensors
+from longtrain.train.state import describe_tensors, random_states, restore_state, state_tensors
 from longtrain.train.step import NotFinite, gradients
 from longtrain.train.stop import Stop, Stopped
-from longtrain.units import format_time, parse_bytes
+from longtrain.units import format_time, parse_bytes, parse_time
+
+LIMIT, LEAST_LIMIT = 20, 120.0
+"""A step of several processes ends the run when it gets no span ahead for so many times its FLOPs' time, and for so many seconds."""
 
 
-def run(config: Config, where: Locations, stop_after: float | None = None) -> int:
-    """Train one model; `stop_after` seconds from now at the latest, save and end.
+def run(config: Config, where: Locations, stop_after: float | None = None, processes: Processes = ALONE) -> int:
+    """Train one model; `stop_after` seconds from now at the latest, save and end. Every one of `processes` calls it.
 
     Returns the command's exit code: 0, or what `Stopped` says. Raises ConfigError, DataError or RunError, each with one line to show.
     """
     began = time.monotonic()
     directory = Path(config.output.dir)
-    if (processes := int(os.environ.get("WORLD_SIZE", 1))) > 1:
-        raise RunError(f"{processes} processes were started (WORLD_SIZE), and training is done by one; start one, as torchrun --nproc-per-node=1")
-    begins_anew(config, where)
+    same = {"torch": torch.__version__, "longtrain": lt.__version__, "--stop-after": stop_after, **dict(flat(dataclasses.asdict(config)))}
+    processes.check_same(same, "start all of them with the same config and the same software")
+    work = make_work(config, where, processes)
+    processes.first(lambda: begins_anew(config, where))
     check_extras(config, where)
     check_probes(config, where)
-    setup = prepare(config, where)
-    with locked(directory), Stop(began + stop_after if stop_after else None) as stop, one_process():
+    setup = prepare(config, where, work)
+    lock = locked(directory) if processes.rank == 0 else nullcontext()
+    stop = Stop(began + stop_after if stop_after else None, processes.greatest, f"rank {processes.rank}: " if processes.size > 1 else "")
+    with lock, stop, one_process():
         trainer = Trainer(setup, where, stop, began)
         trainer.begin()
         try:
@@ -74,6 +86,7 @@ class Trainer:
 
     def __init__(self, setup: Setup, where: Locations, stop: Stop, began: float) -> None:
         self.setup, self.config, self.where, self.stop, self.began = setup, setup.config, where, stop, began
+        self.work, self.processes = setup.work, setup.work.processes
         self.directory = Path(self.config.output.dir)
         self.bar = StepBar(sys.stdout)
         self.guard = SpikeGuard(self.config.spike)
@@ -88,15 +101,14 @@ class Trainer:
     def begin(self) -> None:
         """Find where to go on from, put the run into that state, open the metrics."""
         describe(self.setup)
-        self.frozen = frozen_sum(self.setup.model)
-        anew = begins_anew(self.config, self.where)
-        checkpoint, notes = find_checkpoint(self.config, self.where, anew)
+        anew = self.processes.first(lambda: begins_anew(self.config, self.where))
+        checkpoint, notes = self.processes.first(lambda: find_checkpoint(self.config, self.where, anew))
         say("resume", notes)
         resumed = {"notes": notes}
         if checkpoint is not None:
             resumed |= self.restore(checkpoint)
         self.random = random_states()
-        self.saver = Saver(self.directory / output.CHECKPOINTS, self.config.checkpoint)
+        self.saver = Saver(self.directory / output.CHECKPOINTS, self.config.checkpoint, self.processes)
         self.saver.check_room_ahead(state_tensors(self.setup.model, self.setup.optimizer))
         self.open_metrics(resumed, append=not anew)
         if self.setup.report is not None:
@@ -105,9 +117,9 @@ class Trainer:
     def restore(self, checkpoint: Path) -> dict:
         """Go back to the state in `checkpoint`; returns what the metrics should hold of it."""
         facts = read_facts(checkpoint)
-        check_facts(facts, self.setup.loader.fingerprint, self.frozen, checkpoint, self.config, self.where)
+        check_facts(facts, self.setup.loader.fingerprint, self.setup.frozen, checkpoint, self.config, self.where)
         try:
-            restore_state(checkpoint, self.setup.model, self.setup.optimizer)
+            restore_state(checkpoint, self.setup.model, self.setup.optimizer, self.processes.group)
         except ValueError as error:
             raise self.where.error("model", f"{error}; give the model section that it had, or begin anew elsewhere") from None
         self.guard.restore(facts["guard"])
@@ -117,8 +129,12 @@ class Trainer:
         return {"step": self.done, "checkpoint": str(checkpoint), "changed": changed}
 
     def open_metrics(self, resumed: dict, append: bool) -> None:
-        """Write the config; go on with the metrics up to `done`, or begin them; record what runs where."""
+        """Write the config; go on with the metrics up to `done`, or begin them; record what runs where. The first process does."""
         config, setup, path = self.config, self.setup, self.directory / output.METRICS
+        self.config_text = dump_config(config)
+        if self.processes.rank:
+            self.metrics = Metrics([])
+            return
         goes_on = self.done > 0 and append and path.exists()
         if goes_on:
             kept, dropped = rewind(path, self.done)
@@ -126,7 +142,6 @@ class Trainer:
             resumed |= dropped
             if dropped["dropped_steps"]:
                 say("resume", ["updates {} to {} are done again, their metrics were dropped".format(*dropped["dropped_steps"])])
-        self.config_text = dump_config(config)
         write_whole(self.directory / output.CONFIG, lambda path: path.write_text(self.config_text, encoding="utf-8"))
         self.metrics = Metrics(open_sinks(config, self.directory, self.done, append=goes_on))
         environment = {
@@ -134,6 +149,7 @@ class Trainer:
             "plan": dataclasses.asdict(setup.plan) if setup.plan else None,
             "device": str(setup.device),
             "threads": torch.get_num_threads(),
+            "processes": self.processes.size,
             "config": dataclasses.asdict(config),
             "mfu_rule": RULE,
             "flop_rate": setup.flop_rate,
@@ -147,7 +163,9 @@ class Trainer:
 
     def span_done(self, phase: str, done: int, total: int) -> None:
         """Between two spans of the streaming engine: a long step can be given up, and the state before it saved."""
-        self.stop.check()
+        if self.processes.size == 1 or done == total:  # at the same places in all processes
+            self.stop.check()
+        self.processes.moved()
         self.bar.span_done(phase, done, total)
 
     def train(self) -> None:
@@ -159,7 +177,7 @@ class Trainer:
             if (last and self.evaluation is None) or (self.done > self.validated and every and self.done % every == 0):
                 self.validate()
             self.note_saved(self.saver.collect())
-            if self.saver.due(self.done, last):
+            if self.processes.greatest([self.saver.due(self.done, last)])[0]:
                 self.save()
             if last:
                 self.note_saved(self.saver.finish())
@@ -174,10 +192,14 @@ class Trainer:
         reset_peak(setup.device)
         setup.set_rotary(stage_at(config, self.done))
         batches = setup.loader.update(self.done)
-        seq_len, tokens = batches[0].input_ids_BT.shape[1], sum(b.input_ids_BT.numel() for b in batches)
+        tokens, flops = self.work.total_of_groups(sum(b.input_ids_BT.numel() for b in batches), update_flops(setup.costs, batches))
+        seq_len, tokens = batches[0].input_ids_BT.shape[1], int(tokens)
+        self.processes.doing(f"step {step}", self.time_limit(flops))
         self.bar.begin(f"step {step}/{config.train.steps}", seq_len, len(batches))
         try:
-            loss, targets, norm = gradients(model, optimizer, batches, step, setup.device, self.bar)
+            loss, targets, norm = gradients(
+                model, optimizer, batches, step, setup.device, self.bar, work=self.work, seed=config.train.seed
+            )
             spike = self.guard.spike(loss, seq_len)
         except NotFinite as error:  # never saved: the weights may be what is wrong
             spike = self.guard.spike(math.nan, seq_len) and str(error)
@@ -192,12 +214,18 @@ class Trainer:
             seconds = time.monotonic() - started
             self.slowest[seq_len] = max(seconds, self.slowest.get(seq_len, 0.0))
             measured = {"seq_len": seq_len, "loss": loss, "grad_norm": float(norm), "lr": lr, "tokens_per_second": tokens / seconds}
-            measured["mfu"] = update_flops(setup.costs, batches) / seconds / setup.flop_rate
+            measured["mfu"] = flops / seconds / setup.flop_rate
             measured["peak_bytes"] = read_peak(setup.device)
             eta = seconds / tokens * remaining_tokens(config, step)
             print(step_line(step, config.train.steps, **measured, budget_bytes=self.budget, eta_seconds=eta), flush=True)
             self.metrics.write("step", step=step, **measured, tokens=tokens, targets=targets, seconds=seconds)
         self.done, self.random = step, random_states()
+        self.processes.doing(f"after step {step}")
+
+    def time_limit(self, flops: float) -> float:
+        """Seconds in which a step of several processes must get one span ahead."""
+        given = self.config.parallel.step_timeout
+        return parse_time(given) if given else max(LEAST_LIMIT, flops / self.setup.flop_rate * LIMIT)
 
     def leave_out(self, spike: str, batches: Sequence[Batch]) -> None:
         """Forget the gradients of a spike. Raises RunError, with the state before it saved, unless spikes are skipped."""
@@ -217,7 +245,8 @@ class Trainer:
     def validate(self) -> None:
         setup = self.setup
         setup.set_rotary(stage_at(self.config, self.done - 1))
-        self.evaluation = evaluate(setup.model, self.config, setup.validation, setup.rows, setup.device, self.bar)
+        self.processes.doing(f"the validation after step {self.done}")
+        self.evaluation = evaluate(setup.model, self.config, setup.validation, setup.rows, setup.device, self.bar, self.work)
         self.random = random_states()
         if self.done > self.validated:
             print(f"step {self.done}/{self.config.train.steps}  {self.evaluation}", flush=True)
@@ -231,7 +260,7 @@ class Trainer:
             "step": self.done,
             "seconds": self.seconds(),
             "data": self.setup.loader.fingerprint,
-            "frozen": self.frozen,
+            "frozen": self.setup.frozen,
             "guard": self.guard.state(),
             "plan": dataclasses.asdict(self.setup.plan) if self.setup.plan else None,
             "tensors": describe_tensors(tensors),
@@ -255,6 +284,7 @@ class Trainer:
     def end_early(self, stopped: Stopped) -> None:
         """Save what is done, and say how to go on."""
         self.bar.clear()
+        self.processes.doing(f"saving step {self.done}")
         if self.done > self.saver.last_step:
             self.save()
         self.note_saved(self.saver.finish())
@@ -263,9 +293,11 @@ class Trainer:
         print(f"stopped ({stopped}) after step {self.done}/{self.config.train.steps}{saved}; the same command goes on from there", flush=True)
 
     def conclude(self) -> None:
-        """Weights, result, picture, verdict."""
+        """Weights, result, picture, verdict. The first process makes them: the weights of several are those of the last checkpoint."""
         setup, directory, evaluation = self.setup, self.directory, self.evaluation
-        weights = save_model(setup, directory)
+        if self.processes.rank:
+            return
+        weights = save_model(setup, self.where, directory, path_of(directory / output.CHECKPOINTS, self.done))
         self.metrics.write(
             "result",
             step=self.done,

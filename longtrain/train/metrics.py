@@ -27,7 +27,7 @@ class Sink(Protocol):
 
 
 class Metrics:
-    """Hands every record to every sink."""
+    """Hands every record to every sink; of several processes only the first has any."""
 
     def __init__(self, sinks: Sequence[Sink]) -> None:
         self.sinks = sinks
@@ -38,7 +38,8 @@ class Metrics:
 
     def flush(self) -> None:
         """Have the system put `metrics.jsonl` on disk."""
-        self.sinks[0].flush()
+        for sink in self.sinks[:1]:
+            sink.flush()
 
     def close(self) -> None:
         for sink in self.sinks:

@@ -15,22 +15,26 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from longtrain.config.run import TrainConfig
 from longtrain.nn import parameter_groups
+from longtrain.sharded import sharded_parameter
+from longtrain.train.weights import cast
 
 
 class Optimizer:
-    """Updates `model`, which must be float32 when passed in and is cast to the configured dtype here."""
+    """Updates `model`, which must be float32 when passed in and is cast to the configured dtype here.
+
+    A model sharded over processes stays float32: its weights are the masters, and are cast where they are gathered.
+    """
 
     def __init__(self, model: nn.Module, config: TrainConfig, *, on_host: bool = False) -> None:
         self.names = [name for name, p in model.named_parameters() if p.requires_grad]
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.masters: list[nn.Parameter] = self.parameters
         self.grad_clip = config.grad_clip
-        self.separate_masters, self.on_host = config.dtype == "bfloat16" or on_host, on_host
+        self.separate_masters, self.on_host = on_host or (config.dtype == "bfloat16" and sharded_parameter(model) is None), on_host
         self.wide_gradients = hasattr(torch.Tensor, "grad_dtype")
         if self.separate_masters:
             self.masters = [nn.Parameter(p.detach().to("cpu" if on_host else p.device, copy=True)) for p in self.parameters]
-            for parameter in model.parameters():  # buffers stay as they are: rotary frequencies must not be rounded
-                parameter.data = parameter.data.to(getattr(torch, config.dtype))
+            cast(model, getattr(torch, config.dtype))
             if self.wide_gradients:
                 for parameter in self.parameters:
                     parameter.grad_dtype = torch.float32
@@ -57,7 +61,8 @@ class Optimizer:
         if self.separate_masters and self.wide_gradients:
             for parameter, master in zip(self.parameters, self.masters, strict=True):
                 master.grad, parameter.grad = parameter.grad, None
-        return get_total_norm([m.grad for m in self.masters if m.grad is not None])
+        norm = get_total_norm([m.grad for m in self.masters if m.grad is not None])
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
     @torch.no_grad()
     def update(self, lr: float, grad_norm: torch.Tensor) -> None:

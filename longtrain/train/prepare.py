@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from longtrain.config.memory import MemoryConfig
 from longtrain.config.schema import LengthStage
 from longtrain.data.baselines import Baselines, compute_baselines
 from longtrain.data.corpus import Corpus, check_vocabulary
-from longtrain.data.loader import Loader, open_data, pack, validation_rows
+from longtrain.data.loader import Loader, fingerprint, open_data, pack, validation_rows
 from longtrain.data.packing import PackedDocuments
 from longtrain.nn import LanguageModel
 from longtrain.nn.attention import Attention
@@ -27,9 +27,12 @@ from longtrain.nn.rotary import RotaryEmbedding
 from longtrain.planner.pretrained import layers_differ
 from longtrain.train import output
 from longtrain.train.calls import described, is_transformers, vocabulary
+from longtrain.train.distribute import Work, choose_device, sequence_group, shard
 from longtrain.train.flops import RULE, Costs, costs_of, measure_rate
 from longtrain.train.optimizer import Optimizer
-from longtrain.train.weights import load_weights
+from longtrain.train.state import frozen_sum, load_checkpoint_weights, sum_of
+from longtrain.train.watch import SILENT
+from longtrain.train.weights import cast, load_weights
 from longtrain.units import format_bytes
 
 
@@ -53,12 +56,19 @@ class Setup:
     report: lt.Report | None
     costs: Costs
     flop_rate: float
-    """FLOP/s that the MFU is a share of."""
+    """FLOP/s of all devices together, that the MFU is a share of."""
+    frozen: int
+    """A checksum of the weights that are not trained."""
+    work: Work
+    """What of it this process does."""
 
 
-def prepare(config: Config, where: Locations) -> Setup:
-    """Read the data, build the model, stream it as planned. Nothing is written."""
-    device = choose_device(config, where)
+def prepare(config: Config, where: Locations, work: Work = Work()) -> Setup:
+    """Read the data, build the model, stream it as planned. Nothing is written.
+
+    Several processes each make all of it on the CPU, compare what they have, and then keep their parts.
+    """
+    device = choose_device(config, where, work.processes)
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     torch.manual_seed(config.train.seed)
@@ -69,36 +79,56 @@ def prepare(config: Config, where: Locations) -> Setup:
         check_vocabulary(corpus, vocabulary(model))
         if isinstance(config.model, HfModelConfig):
             check_fits(model, corpus, config, where)
-    loader = Loader(config.stages(), config.data, documents, config.train.steps)
     validation = pack(held_out, config.data.seq_len, config.data)
     rows = validation_rows(validation, config.train.validation_tokens)
 
-    model.to(device)
     settle_fallback(model, device, config, where)
     if config.train.init is not None:
         try:
             load_weights(model, Path(config.train.init))
         except ValueError as error:
             raise where.error("train.init", str(error)) from None
+    frozen, costs = frozen_sum(model, getattr(torch, config.train.dtype)), costs_of(model)
+    if work.mesh is None:
+        model.to(device)
+    else:
+        said = {"data": fingerprint(documents, config.data), "held out": fingerprint(held_out, config.data)}
+        said |= {"the sum of the weights": sum_of(model.parameters()), "the first random number": torch.random.initial_seed()}
+        work.processes.check_same(said, "give all of them the same files")
+        shard(model, work, config.memory.segment_layers or 1, getattr(torch, config.train.dtype))
+    if config.memory.optimizer == "host" and work.mesh is not None:
+        raise where.error("memory.optimizer", "host is for one process; sharded over several, the optimizer takes a share on each device: set device")
     optimizer = Optimizer(model, config.train, on_host=config.memory.optimizer == "host")
     plan = make_plan(model, config, where)
-    rate = config.metrics.peak_tflops
+    if plan is None and work.context > 1:
+        plan = lt.Plan(chunk_tokens=config.data.seq_len)  # ranks share what is streamed: all of it is one chunk
+    work.processes.check_same({"the plan": plan}, "give all of them the same memory and the same config")
+    report = None if plan is None else stream(model, plan, where, work)
+    work = replace(work, sharing=None if report is None else report.sharing)
     return Setup(
         config=config,
         device=device,
-        loader=loader,
+        loader=Loader(config.stages(), config.data, documents, config.train.steps, mine=work.of_sequences, held=work.held),
         validation=validation,
         rows=rows,
-        baselines=compute_baselines(documents, validation, rows, documents.vocabulary),
+        baselines=compute_baselines(documents, validation, rows, documents.vocabulary) if work.processes.rank == 0 else None,
         model=model,
         set_rotary=set_rotary,
         notes=notes,
         optimizer=optimizer,
         plan=plan,
-        costs=costs_of(model),
-        report=None if plan is None else stream(model, plan, where),
-        flop_rate=rate * 1e12 if rate else measure_rate(device, getattr(torch, config.train.dtype)),
+        costs=costs,
+        report=report,
+        flop_rate=work.processes.size * work.processes.first(lambda: rate_of(config, device)),
+        frozen=frozen,
+        work=work,
     )
+
+
+def rate_of(config: Config, device: torch.device) -> float:
+    """FLOP/s of one device: the config's, or as measured now."""
+    given = config.metrics.peak_tflops
+    return given * 1e12 if given else measure_rate(device, getattr(torch, config.train.dtype))
 
 
 def build_model(
@@ -143,12 +173,6 @@ def check_fits(model: nn.Module, corpus: Corpus, config: Config, where: Location
     raise where.error("data.seq_len", f"{config.data.seq_len} is more than the {limit} positions that the model has; lower it to {limit}")
 
 
-def choose_device(config: Config, where: Locations) -> torch.device:
-    if config.train.device == "cuda" and not torch.cuda.is_available():
-        raise where.error("train.device", "no GPU is visible to PyTorch; set auto or cpu, or install a CUDA build of torch")
-    return torch.device("cuda" if config.train.device != "cpu" and torch.cuda.is_available() else "cpu")
-
-
 def settle_fallback(model: nn.Module, device: torch.device, config: Config, where: Locations) -> None:
     """Refuse a CPU run without kernels unless `train.kernel_fallback` allows it; on a GPU each attention call decides by it."""
     if is_transformers(model) and config.memory == MemoryConfig():
@@ -160,7 +184,7 @@ def settle_fallback(model: nn.Module, device: torch.device, config: Config, wher
             module.kernel_fallback = config.train.kernel_fallback
 
 
-def stream(model: nn.Module, plan: lt.Plan, where: Locations) -> lt.Report:
+def stream(model: nn.Module, plan: lt.Plan, where: Locations, work: Work = Work()) -> lt.Report:
     """Put the plan on the model; a tier that cannot be had is the configuration's error."""
     if plan.segment_layers > 1 and layers_differ(model):
         why = "the model's layers are of several kinds and are not given the same, so they cannot share a segment; set 1"
@@ -168,9 +192,13 @@ def stream(model: nn.Module, plan: lt.Plan, where: Locations) -> lt.Report:
     try:
         if plan.offload is not None and plan.offload.disk is not None:
             lt.offload.check_disk(plan.offload.disk)
-        report = lt.apply(model, plan)
+        if work.context == 1:
+            report = lt.apply(model, plan)
+        else:
+            report = lt.apply(model, plan, group=sequence_group(work), parallel=work.spread)
     except ValueError as error:
-        raise where.explain(error, "memory") from None
+        said = str(error).replace("parallel.heads", "parallel.cp_ulysses")
+        raise where.explain(ValueError(said), "memory" if work.context == 1 else "parallel") from None
     if left := next((entry for entry in report.entries if entry.why), None):
         report.undo()
         raise where.error("memory", f"{left.name} cannot be streamed: {left.why}; train the model without the section memory")
@@ -198,22 +226,32 @@ def step_count(config: Config) -> int:
     return max(1, -(-tokens // config.data.seq_len))
 
 
-def save_model(setup: Setup, directory: Path) -> str:
-    """Write the model as it is at the run's end; the name of the file or directory in `directory`. A transformers model streams no more."""
-    if not isinstance(setup.config.model, HfModelConfig):
-        output.write_whole(directory / output.WEIGHTS, setup.model.save_safetensors)
+def save_model(setup: Setup, where: Locations, directory: Path, checkpoint: Path) -> str:
+    """Write the model as it is at the run's end; the name of the file or directory in `directory`. A transformers model streams no more.
+
+    One that is kept in parts is made once more, with the weights of its last `checkpoint`.
+    """
+    model, config = setup.model, setup.config
+    if setup.work.mesh is not None:
+        torch.manual_seed(config.train.seed)  # frozen weights may be drawn with it
+        model, set_rotary, _ = build_model(config, where)
+        cast(model, getattr(torch, config.train.dtype))
+        load_checkpoint_weights(model, checkpoint)
+        set_rotary(config.stages()[-1])
+    if not isinstance(config.model, HfModelConfig):
+        output.write_whole(directory / output.WEIGHTS, model.save_safetensors)
         return output.WEIGHTS
     from longtrain.train import pretrained
 
     if setup.report is not None:
         setup.report.undo()  # it changed settings of the model's configuration, which is saved too
-    pretrained.save(setup.model, setup.config, directory / output.MODEL)
+    pretrained.save(model, config, directory / output.MODEL)
     return f"{output.MODEL}/"
 
 
 def describe(setup: Setup) -> None:
     """What is about to happen, before the first step."""
-    config, plan, loader = setup.config, setup.plan, setup.loader
+    config, plan, loader, work = setup.config, setup.plan, setup.loader, setup.work
     print(f"model   {described(setup.model)}, {config.train.dtype}")
     for note in setup.notes:
         print(f"        {note}")
@@ -231,6 +269,14 @@ def describe(setup: Setup) -> None:
             f"memory  chunks of {plan.chunk_tokens} tokens, segments of {plan.segment_layers} layers, "
             f"outputs stored {plan.store_outputs}, K/V stored {plan.store_kv}{predicted}"
         )
+    if work.processes.size > 1:
+        print(
+            f"ranks   {work.processes.size}: {work.data} groups read other sequences, {work.context} ranks share each; one that gives no sign of "
+            f"life for {SILENT:.0f} s ends the run"
+        )
+    if work.sharing is not None:
+        for line in work.sharing.explain(config.data.seq_len).splitlines():
+            print(f"        {line}")
     rate = "metrics.peak_tflops" if config.metrics.peak_tflops else "a matrix product measured now"
     print(f"mfu     share of {setup.flop_rate / 1e12:.3g} TFLOP/s ({rate}) in {RULE}", flush=True)
 

@@ -20,9 +20,11 @@ from torch import nn
 from longtrain.config import Config, Locations
 from longtrain.config.hf import HfModelConfig, LoraConfig
 from longtrain.data.corpus import say_tokenizer
+from longtrain.nn.replacements.frozen import FrozenLinear, freeze_linears
 from longtrain.train.output import said_plainly
 from longtrain.train.rotary import Rope
 
+RANK, ALPHA = 16, 32.0
 CONFIG_FILE, SHARD = "config.json", "5GB"
 BASE = "base"
 """Where a saved adapter's own base model stands, if it was drawn at random."""
@@ -58,7 +60,7 @@ def build(
     """
     transformers = import_transformers(where)
     source, weights = locate(settings.hf, where)
-    read_weights = read_weights and weights
+    read_adapters, read_weights = read_weights, read_weights and weights
     described = load_config(transformers, source, where)
     if change is not None:
         change(described.get_text_config())
@@ -76,9 +78,14 @@ def build(
     else:
         with located(where, f"{source} makes no causal language model"):
             model = transformers.AutoModelForCausalLM.from_config(described, dtype=dtype)
-    check_trainable(model, where)
+    check_trainable(model, settings, where)
+    if settings.quantize is not None:
+        try:
+            notes.append(f"{freeze_linears(model, settings.quantize)} linear layers are kept in {settings.quantize}")
+        except ValueError as error:
+            raise where.error("model.quantize", f"{error}; remove it") from None
     if settings.lora is not None:
-        model = add_adapters(model, settings.lora, where)
+        model = add_adapters(model, settings.lora, where, read_weights=read_adapters)
     return Pretrained(model=model, rope=rope, notes=tuple(notes))
 
 
@@ -103,7 +110,7 @@ def locate(given: str, where: Locations) -> tuple[Path, bool]:
     if not path.is_dir():
         raise where.error("model.hf", f"there is no {path} (from {Path.cwd()}), and nothing is downloaded; fetch it, then name its directory")
     if not (path / CONFIG_FILE).is_file():
-        adapter = " (it is an adapter: name the model it belongs to)" if (path / "adapter_config.json").is_file() else ""
+        adapter = " (it is an adapter: name the model it belongs to, and it in model.lora.adapter)" if (path / "adapter_config.json").is_file() else ""
         raise where.error("model.hf", f"{path} holds no {CONFIG_FILE}{adapter}; name a directory that save_pretrained has written")
     if not any(path.glob("*.safetensors")):
         raise where.error(
@@ -118,6 +125,8 @@ def located(where: Locations, what: str) -> Iterator[None]:
     """Whatever is wrong with files of a model, as the configuration's error: transformers has no class for it."""
     try:
         yield
+    except ImportError as error:  # of a library for quantised weights; transformers says which, and how it is installed
+        raise where.error("model.hf", f"{what} without a library that is not there: {' '.join(str(error).split())}") from error
     except Exception as error:
         raise where.error("model.hf", f"{what} ({type(error).__name__}: {error}); correct its files, or fetch them again") from error
 
@@ -143,11 +152,12 @@ def load_weights(transformers: Any, source: Path, described: Any, dtype: torch.d
     return model, sorted(found["unexpected_keys"])
 
 
-def check_trainable(model: nn.Module, where: Locations) -> None:
+def check_trainable(model: nn.Module, settings: HfModelConfig, where: Locations) -> None:
     """Refuse what a run would get wrong: quantised weights, packed rows that are not kept apart, a result that could not be saved."""
     name = type(model).__name__
-    if getattr(model, "hf_quantizer", None) is not None:
-        raise where.error("model.hf", "its weights are quantised, which cannot be trained here; name the model before quantisation")
+    if (quantizer := getattr(model, "hf_quantizer", None)) is not None and (settings.lora is None or not quantizer.is_trainable):
+        beside = "and cannot be trained beside adapters either" if settings.lora else "which cannot be trained; add lora: {} to train beside them"
+        raise where.error("model.hf", f"its weights are quantised, {beside}; or name the model before quantisation")
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise where.error("model.hf", f"{name} takes no position_ids, by which packed documents are kept apart; use a family that does")
     if getattr(model.config.get_text_config(), "output_router_logits", False):
@@ -160,25 +170,53 @@ def check_trainable(model: nn.Module, where: Locations) -> None:
             raise where.error("model.hf", f"its generation_config.json could not be saved again ({error}); correct it") from None
 
 
-def add_adapters(model: nn.Module, lora: LoraConfig, where: Locations) -> nn.Module:
-    """The peft model around `model`: only its adapters require gradients."""
+def add_adapters(model: nn.Module, lora: LoraConfig, where: Locations, *, read_weights: bool = True) -> nn.Module:
+    """The peft model around `model`: only its adapters require gradients. `read_weights` of an adapter that is there already."""
     try:
         import peft
     except ImportError as error:
         raise where.error("model.lora", f"peft cannot be used ({error}); get it with: pip install longtrain[lora]") from None
+    if lora.adapter is not None:
+        return read_adapter(peft, model, Path(lora.adapter), where, read_weights=read_weights)
+    chosen = lora.target_modules or "all-linear"
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    for index, target in enumerate(() if isinstance(lora.target_modules, str) else lora.target_modules):
+    for index, target in enumerate(() if isinstance(chosen, str) else chosen):
         if not any(name == target or name.endswith(f".{target}") for name, _ in model.named_modules()):
             ends = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
             raise where.error(f"model.lora.target_modules[{index}]", f"{target} matches no layer; the linear layers are called {ends}")
-    targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
     settings = peft.LoraConfig(
-        task_type="CAUSAL_LM", r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets
-    )
+        task_type="CAUSAL_LM", r=lora.rank or RANK, lora_alpha=lora.alpha or ALPHA, lora_dropout=lora.dropout or 0.0,
+        target_modules=chosen if isinstance(chosen, str) else list(chosen),
+    )  # fmt: skip
     try:
         return peft.get_peft_model(model, settings)
     except ValueError as error:
         raise where.error("model.lora.target_modules", f"{error}; name linear layers") from None
+
+
+def read_adapter(peft: Any, model: nn.Module, directory: Path, where: Locations, *, read_weights: bool) -> nn.Module:
+    """The peft model of an adapter that was trained before. Raises ConfigError where it is none of this model's, or not LoRA alone."""
+    wrong = lambda what: where.error("model.lora.adapter", what)
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (directory / file).is_file():
+            raise wrong(f"{directory} holds no {file} (from {Path.cwd()}); name a directory that peft or longtrain has saved an adapter in")
+    try:
+        described = peft.PeftConfig.from_pretrained(str(directory))
+    except (ValueError, TypeError, KeyError) as error:
+        raise wrong(f"{directory} describes no adapter that peft {peft.__version__} has ({error}); correct its files") from None
+    if described.peft_type != peft.PeftType.LORA or described.modules_to_save:
+        kind = f"modules_to_save: {described.modules_to_save}" if described.peft_type == peft.PeftType.LORA else described.peft_type.value
+        raise wrong(f"{directory} is not LoRA alone ({kind}), and only that is trained on here; begin a new adapter")
+    described.inference_mode, described.task_type = False, "CAUSAL_LM"
+    try:
+        adapted = peft.get_peft_model(model, described)
+        found = peft.set_peft_model_state_dict(adapted, peft.utils.load_peft_weights(str(directory), device="cpu")) if read_weights else None
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise wrong(f"{directory} does not fit {type(model).__name__} ({error}); name the model it belongs to in model.hf") from None
+    lacking = [] if found is None else [*found.unexpected_keys, *(name for name in found.missing_keys if ".lora_" in name)]
+    if lacking:
+        raise wrong(f"{directory} and the model have not the same adapters (such as {lacking[0]}); name the model it belongs to in model.hf")
+    return adapted
 
 
 def save(model: nn.Module, config: Config, directory: Path, shard: str | int = SHARD) -> list[str]:
@@ -209,8 +247,11 @@ def save_adapter(model: nn.Module, config: Config, partial: Path, directory: Pat
     model.save_pretrained(str(partial), save_embedding_layers=False)
     if changed:
         adapters = {n for n, _ in model.named_parameters() if ".lora_" in n}
+        frozen = {n: m for n, m in model.named_modules() if isinstance(m, FrozenLinear)}
+        whole = {f"{n}.weight": m.whole_weight().to(m.scale.dtype) for n, m in frozen.items()}
+        left = adapters | {f"{n}.scale" for n in frozen}
         base = {
-            n.removeprefix("base_model.model.").replace(".base_layer.", "."): t for n, t in model.state_dict().items() if n not in adapters
+            n.removeprefix("base_model.model.").replace(".base_layer.", "."): whole.get(n, t) for n, t in model.state_dict().items() if n not in left
         }
         model.get_base_model().save_pretrained(str(partial / BASE), state_dict=base, max_shard_size=shard)
 

@@ -16,12 +16,12 @@ chance is one over their number: the accuracy of a model that knows which tokens
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from longtrain.data.recall import key_value_halves
 from longtrain.span import Layout
@@ -108,11 +108,12 @@ def run_probe(
     text: np.ndarray,
     seed: int,
     device: torch.device,
+    join: Callable[[Tensor], Tensor] = lambda part: part,
 ) -> ProbeResult:
     """Ask `examples` sequences, packed into rows of at most `longest` tokens in which none sees another.
 
     `alphabet [n]`: the tokens in use, sorted; `text`: what needles hide in. The same seed asks the same questions. Only the logits of
-    the asked positions are ever formed. Raises ValueError for a distance that does not fit.
+    the asked positions are ever formed, and `join` sums the parts of processes that share a sequence. Raises ValueError for a distance that does not fit.
     """
     check_distance(name, distance, longest)
     model.eval()
@@ -125,7 +126,7 @@ def run_probe(
         layout = Layout(int(starts[-1]), tuple(starts.tolist()))
         ids_BT = torch.from_numpy(np.concatenate([p.ids for p in row]).astype(np.int64))[None].to(device)
         at = torch.from_numpy(np.concatenate([p.asked + start for p, start in zip(row, starts, strict=False)])).to(device)
-        logits = logits_at(model, ids_BT, layout, at)[:, candidates]
+        logits = join(logits_at(model, ids_BT, layout, at)[:, candidates])
         answers = torch.from_numpy(np.concatenate([p.answers for p in row]).astype(np.int64)).to(device)
         right += int((candidates[logits.argmax(-1)] == answers).sum())
         asked += len(answers)

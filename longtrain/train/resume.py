@@ -108,17 +108,18 @@ def check_facts(facts: dict, fingerprint, frozen: int, checkpoint: Path, config:
 def changed_settings(checkpoint: Path, config: Config) -> list[str]:
     """`train.lr: 0.001 -> 0.0001` for each setting of the trajectory that is not what it was."""
     before = yaml.safe_load((checkpoint / on_disk.CONFIG).read_text(encoding="utf-8"))
-    then, now = dict(_flat(before)), dict(_flat(dataclasses.asdict(config)))
+    then, now = dict(flat(before)), dict(flat(dataclasses.asdict(config)))
     names = [name for name in then | now if name.split(".")[0] not in MAY_DIFFER]
     return [f"{name}: {then.get(name)} -> {now.get(name)}" for name in names if then.get(name) != now.get(name)]
 
 
-def _flat(value, prefix: str = "") -> Iterator[tuple[str, object]]:
+def flat(value, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """`section.key` and value of every setting of a configuration as dicts."""
     if isinstance(value, dict):
         for key, item in value.items():
-            yield from _flat(item, f"{prefix}.{key}" if prefix else key)
+            yield from flat(item, f"{prefix}.{key}" if prefix else key)
     elif isinstance(value, (list, tuple)) and any(isinstance(item, dict) for item in value):
         for index, item in enumerate(value):
-            yield from _flat(item, f"{prefix}[{index}]")
+            yield from flat(item, f"{prefix}[{index}]")
     else:
         yield prefix, list(value) if isinstance(value, tuple) else value

@@ -14,6 +14,7 @@ from torch import Tensor
 from longtrain.config.run import CheckpointConfig
 from longtrain.train.checkpoint import list_checkpoints, path_of, remove_all_but, write_checkpoint
 from longtrain.train.output import RunError, said_plainly
+from longtrain.train.processes import ALONE, Processes
 from longtrain.units import format_bytes
 
 ROOM = 1.05
@@ -31,10 +32,13 @@ class Saved:
 
 
 class Saver:
-    """Writes checkpoints into `directory`, one at a time; the last one is awaited before the next begins, and by `finish`."""
+    """Writes checkpoints into `directory`, one at a time; the last one is awaited before the next begins, and by `finish`.
 
-    def __init__(self, directory: Path, config: CheckpointConfig) -> None:
-        self.directory, self.config = directory, config
+    Several processes write one together: all of them call `save` for the same steps.
+    """
+
+    def __init__(self, directory: Path, config: CheckpointConfig, processes: Processes = ALONE) -> None:
+        self.directory, self.config, self.processes = directory, config, processes
         self.last_step = max((int(c.name.rpartition("-")[2]) for c in list_checkpoints(directory)), default=0)
         self.last_time = time.monotonic()
         self.thread: threading.Thread | None = None
@@ -43,7 +47,8 @@ class Saver:
     def check_room_ahead(self, tensors: Mapping[str, Tensor]) -> None:
         """Raise RunError unless the checkpoints that are kept, and one more beside them, fit on the disk."""
         copies = self.config.keep + 1 - len(list_checkpoints(self.directory))
-        check_room(self.directory.parent, sum(t.nbytes for t in tensors.values()), copies)
+        if self.processes.rank == 0:
+            check_room(self.directory.parent, sum(t.nbytes for t in tensors.values()), copies)
 
     def due(self, step: int, last: bool) -> bool:
         """Whether the state after `step` updates is to be saved now."""
@@ -59,7 +64,8 @@ class Saver:
         """
         before = self.finish()
         size = sum(t.nbytes for t in tensors.values())
-        check_room(self.directory.parent, size)
+        if self.processes.rank == 0:
+            check_room(self.directory.parent, size)
         began = time.monotonic()
         if self.config.asynchronous:
             tensors = {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
@@ -91,8 +97,9 @@ class Saver:
     def _write(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping, config: str, began: float) -> None:
         try:
             with said_plainly(path_of(self.directory, step)):
-                size = write_checkpoint(path_of(self.directory, step), tensors, facts, config)
-                remove_all_but(self.directory, self.config.keep)
+                size = write_checkpoint(path_of(self.directory, step), tensors, facts, config, self.processes.saving)
+                if self.processes.rank == 0:
+                    remove_all_but(self.directory, self.config.keep)
         except BaseException as error:  # raised again where the run waits for it
             self.outcome = error
             return

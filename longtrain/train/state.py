@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from longtrain.train.checkpoint import one_process, read_facts, read_tensors
@@ -27,11 +28,17 @@ def saved_buffers(model: nn.Module) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in model.named_buffers() if name in names}
 
 
-def frozen_sum(model: nn.Module) -> int:
-    """A checksum of the parameters that are not trained, of which a checkpoint holds nothing else; 0 without any."""
-    total, frozen = 0, (p.detach().contiguous() for p in model.parameters() if not p.requires_grad)
-    for number, p in enumerate(frozen, start=1):
-        words = p.view(torch.int16 if p.element_size() == 2 else torch.int32)
+def frozen_sum(model: nn.Module, dtype: torch.dtype | None = None) -> int:
+    """A checksum of the parameters that are not trained, of which a checkpoint holds nothing else; 0 without any. `dtype`: theirs."""
+    return sum_of((p for p in model.parameters() if not p.requires_grad), dtype)
+
+
+def sum_of(parameters: Iterable[Tensor], dtype: torch.dtype | None = None) -> int:
+    """A checksum of parameters, in `dtype` or as they are."""
+    total = 0
+    for number, p in enumerate(parameters, start=1):
+        p = p.detach().to(dtype if dtype and p.element_size() > 1 else p.dtype).contiguous()
+        words = p.view({1: torch.uint8, 2: torch.int16}.get(p.element_size(), torch.int32))
         total += number * int(words.sum(dtype=torch.int64))
     return total % 2**63
 
@@ -48,8 +55,11 @@ def describe_tensors(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
     return {name: list(tensor.shape) for name, tensor in tensors.items()}
 
 
-def restore_state(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> None:
-    """Fill `model` and `optimizer` from a checkpoint and set the generators. Raises ValueError where the shapes are not this model's."""
+def restore_state(checkpoint: Path, model: nn.Module, optimizer: Optimizer, group: dist.ProcessGroup | None = None) -> None:
+    """Fill `model` and `optimizer` from a checkpoint and set the generators. Raises ValueError where the shapes are not this model's.
+
+    `group`: of processes that each keep a part; how many wrote the checkpoint does not matter.
+    """
     held, own, random = read_facts(checkpoint)["tensors"], state_tensors(model, optimizer), random_states()
     state = {name: shape for name, shape in held.items() if not name.startswith("random.")}
     for name in sorted(state.keys() | own.keys()):
@@ -57,7 +67,7 @@ def restore_state(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> N
         if there != here:
             raise ValueError(f"{checkpoint} holds {name} as {there}, this model has {here}: it is a checkpoint of another model")
     random = {name: tensor for name, tensor in random.items() if name in held}
-    read_tensors(checkpoint, {**own, **random})
+    read_tensors(checkpoint, {**own, **random}, group)
     optimizer.copy_to_model()
     torch.set_rng_state(random["random.cpu"])
     if "random.cuda" in random:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +13,7 @@ from longtrain.data.packing import Batch, check_ids
 from longtrain.nn import count_targets
 from longtrain.train.calls import row_loss, vocabulary
 from longtrain.train.console import StepBar
+from longtrain.train.distribute import Work
 from longtrain.train.optimizer import Optimizer
 from longtrain.train.output import RunError
 
@@ -21,10 +23,11 @@ class NotFinite(RunError):
 
 
 def gradients(
-    model: nn.Module, optimizer: Optimizer, batches: Sequence[Batch], step: int, device: torch.device, bar: StepBar
+    model: nn.Module, optimizer: Optimizer, batches: Sequence[Batch], step: int, device: torch.device, bar: StepBar,
+    *, work: Work = Work(), seed: int = 0,
 ) -> tuple[float, int, Tensor]:
-    """Loss, number of targets, and norm of the gradients that the optimizer now has. Raises NotFinite."""
-    loss, targets = accumulate(model, optimizer, batches, step, device, bar)
+    """Loss, number of targets, and norm of the gradients that the optimizer now has. Raises NotFinite, on all processes."""
+    loss, targets = accumulate(model, optimizer, batches, step, device, bar, work, seed)
     norm = optimizer.grad_norm()
     if not math.isfinite(float(norm)):
         raise not_finite("gradient norm", float(norm), step, batches)
@@ -32,28 +35,40 @@ def gradients(
 
 
 def accumulate(
-    model: nn.Module, optimizer: Optimizer, batches: Sequence[Batch], step: int, device: torch.device, bar: StepBar
+    model: nn.Module, optimizer: Optimizer, batches: Sequence[Batch], step: int, device: torch.device, bar: StepBar,
+    work: Work = Work(), seed: int = 0,
 ) -> tuple[float, int]:
-    """Gradients of one update and its loss: every sequence's sum over the targets of all of them. Also their number."""
+    """Gradients of one update and its loss: every sequence's sum over the targets of all of them. Also their number.
+
+    Of an update that several processes share, `batches` are the parts of this one. Dropout is a function of the seed, the step and the
+    sequence's number in the update.
+    """
     model.train()
-    targets = sum(count_targets(b.labels_BT, b.cu_seqlens) for b in batches)
+    targets = int(work.total(sum(count_targets(b.labels_BT, b.cu_seqlens) for b in batches))[0])
     if not targets:
         raise RunError(
             f"step {step}: none of its tokens is a target ({_named(batches)} hold prompts only); raise train.tokens_per_update, or set "
             "data.packing: best_fit, which leaves such pieces out"
         )
     loss = 0.0
-    for batch in batches:
+    for number, batch in enumerate(batches):
         check_ids(batch, vocabulary(model))
-        part = row_loss(model, batch.to(device), normalizer=targets)
-        value = float(part.detach())
+        torch.manual_seed(drawn(seed, step, number * work.data + work.place))
+        part = row_loss(model, batch.to(device), normalizer=targets / work.data)  # gradients are averaged over the groups
+        value = work.total_of_groups(float(part.detach()) / work.data)[0]
         if not math.isfinite(value):
             raise not_finite("loss", value, step, [batch])
         part.backward()
         optimizer.collect()
         loss += value
         bar.sequence_done()
+        work.processes.moved()
     return loss, targets
+
+
+def drawn(*numbers: int) -> int:
+    """A seed made of numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def not_finite(what: str, value: float, step: int, batches: Sequence[Batch]) -> NotFinite:

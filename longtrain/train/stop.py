@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable, Sequence
 
 OUT_OF_TIME = 75
 """Exit code of a run that ended at --stop-after: EX_TEMPFAIL of sysexits.h, "try again later"."""
@@ -22,11 +23,12 @@ class Stopped(Exception):
 class Stop:
     """While it is entered, the first SIGINT or SIGTERM is noted and `check` raises Stopped; the second ends the process at once.
 
-    `deadline`: by `time.monotonic`, which no clock change moves.
+    `deadline`: by `time.monotonic`, which no clock change moves. `agree`: the greatest over several processes, which all `check` at the
+    same places; what one is asked, all do. `name`: of this one.
     """
 
-    def __init__(self, deadline: float | None) -> None:
-        self.deadline = deadline
+    def __init__(self, deadline: float | None, agree: Callable[[Sequence[float]], Sequence[float]] = list, name: str = "") -> None:
+        self.deadline, self.agree, self.name = deadline, agree, name
         self.received: int | None = None
         self.before: dict[int, object] = {}
 
@@ -45,11 +47,13 @@ class Stop:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.received = number
-        os.write(2, f"\nlongtrain: {signal.Signals(number).name}: saving, then ending; once more ends at once\n".encode())
+        os.write(2, f"\nlongtrain: {self.name}{signal.Signals(number).name}: saving, then ending; once more ends at once\n".encode())
 
     def check(self, ahead: float = 0.0) -> None:
         """Raise Stopped if a signal came, or if the deadline is nearer than `ahead` seconds."""
-        if self.received is not None:
-            raise Stopped(signal.Signals(self.received).name, 128 + self.received)
-        if self.deadline is not None and time.monotonic() + ahead > self.deadline:
+        late = self.deadline is not None and time.monotonic() + ahead > self.deadline
+        received, late = self.agree([self.received or 0, late])
+        if received:
+            raise Stopped(signal.Signals(int(received)).name, 128 + int(received))
+        if late:
             raise Stopped("time limit", OUT_OF_TIME)

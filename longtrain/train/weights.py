@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -35,6 +36,13 @@ def load_weights(model: nn.Module, path: Path) -> None:
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise ValueError(f"{path} does not fit the model section: {'; '.join(wrong[:5])}{more}; make that section describe these weights")
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give every parameter that dtype, in place, but those in 8 bits. Buffers stay as they are: rotary frequencies must not be rounded."""
+    for parameter in model.parameters():
+        if parameter.element_size() > 1:
+            parameter.data = parameter.data.to(dtype)
 
 
 def _files_of(path: Path) -> list[Path]:

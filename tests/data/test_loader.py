@@ -17,6 +17,9 @@ from longtrain.data.built import open_built
 from longtrain.data.corpus import corpus_in_memory, join
 from longtrain.data.loader import PERIOD, Loader, Mixture, fingerprint, open_data, pack, validation_rows, whole_shares
 from longtrain.data.sources import DataError, Document
+from longtrain.nn import count_targets
+from longtrain.parallel.layout import spread
+from longtrain.span import Layout
 
 DATA = DataConfig(source="text", files=("x",), seq_len=32)
 STAGES = (LengthStage(from_step=0, seq_len=16, tokens_per_update=32), LengthStage(from_step=3, seq_len=32, tokens_per_update=96))
@@ -55,6 +58,47 @@ def test_an_update_depends_on_its_number_alone(packing, loader):
     assert [len(update) for update in in_order] == [2, 2, 2, 3, 3, 3, 3, 3]
     assert {len(ids[0]) for update in in_order[3:] for _, ids, _ in update} == {32}
     assert read(loader(replace(data, seed=1)), range(8)) != in_order
+
+
+class Counted(np.ndarray):
+    """Tokens that count how many of them are read."""
+
+    read = 0
+
+    def __getitem__(self, key):
+        part = np.asarray(super().__getitem__(key))
+        Counted.read += part.size
+        return part
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped"])
+@pytest.mark.parametrize("chunk_tokens", [None, 10])
+@pytest.mark.parametrize("data", [DATA, replace(DATA, isolate=False, packing="concatenate"), replace(DATA, packing="one_document")])
+def test_processes_that_share_a_sequence_read_their_parts_of_it(data, chunk_tokens, layout):
+    """Ids where a process holds tokens, labels one place behind: targets are right at the borders, and nothing else is read."""
+    documents = corpus(*range(5, 60))
+    documents = replace(documents, blocks=tuple(block.view(Counted) for block in documents.blocks))
+    packed = pack(documents, 32, data)
+    shards = spread(32, 3, inside=layout, chunk_tokens=chunk_tokens, stripe=2)
+    for row in range(len(packed)):
+        whole = packed.read_row(row)
+        edges = Layout.make(32, whole.cu_seqlens).edges
+        expected = Layout(32, edges).next_token_targets(whole.labels_BT)
+        for rank in range(3):
+            Counted.read = 0
+            part, layout_of_rank = packed.read_row(row, shards.spans(rank)), shards.layout(rank, edges)
+            pieces = len(part.documents) * len(shards.spans(rank))
+            assert Counted.read <= shards.length(rank) + pieces and torch.equal(part.cu_seqlens, whole.cu_seqlens)
+            for of_part, of_whole in [(part.input_ids_BT, whole.input_ids_BT), (layout_of_rank.next_token_targets(part.labels_BT), expected)]:
+                assert torch.equal(layout_of_rank.take(of_part), layout_of_rank.take(of_whole))
+        counts = [count_targets(packed.read_row(row, shards.spans(rank)).labels_BT, whole.cu_seqlens) for rank in range(3)]
+        assert sum(counts) == count_targets(whole.labels_BT, whole.cu_seqlens)
+
+
+def test_processes_that_read_other_sequences_take_turns(loader):
+    whole = read(loader(), range(5))
+    parts = [read(loader(mine=lambda numbers, r=r: numbers[r::2]), range(5)) for r in range(2)]
+    assert [[*a, *b] for a, b in zip(*parts, strict=True)] == [[*update[::2], *update[1::2]] for update in whole]
 
 
 def test_updates_are_read_ahead_and_no_further(loader):

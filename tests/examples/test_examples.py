@@ -12,9 +12,9 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
 
 
-def run(name: str) -> str:
+def run(name: str, *launcher: str, arguments: tuple[str, ...] = ()) -> str:
     done = subprocess.run(
-        [sys.executable, ROOT / "examples" / name], capture_output=True, text=True, timeout=300,
+        [sys.executable, *launcher, ROOT / "examples" / name, *arguments], capture_output=True, text=True, timeout=300,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-2000:]
@@ -25,7 +25,9 @@ def numbers(output: str, name: str) -> list[float]:
     return [float(x) for x in re.findall(rf"{name}\W+([0-9.]+)", output)]
 
 
-@pytest.mark.parametrize("name, libraries", [("hf_trainer.py", ["transformers", "accelerate"]), ("trl_sft_lora.py", ["trl", "peft"])])
+@pytest.mark.parametrize("name, libraries", [
+    ("hf_trainer.py", ["transformers", "accelerate"]), ("trl_sft_lora.py", ["trl", "peft"]), ("accelerate_loop.py", ["transformers", "accelerate"]),
+])
 def test_a_trainer_learns(name, libraries):
     for library in libraries:
         pytest.importorskip(library)
@@ -33,6 +35,22 @@ def test_a_trainer_learns(name, libraries):
     assert "streamed loss" in output and "left as it is" not in output
     losses = numbers(output, "'loss'")
     assert len(losses) == 5 and losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("arguments", [(), ("ddp",)], ids=["fsdp", "ddp"])
+def test_two_processes_learn(arguments):
+    pytest.importorskip("transformers")
+    losses = numbers(run("fsdp.py", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", arguments=arguments), "'loss'")
+    assert len(losses) == 5 and losses[-1] < losses[0]
+
+
+def test_preferences_and_rewards_are_trained_on():
+    for library in ("trl", "peft"):
+        pytest.importorskip(library)
+    output = run("trl_dpo_grpo.py")
+    assert "14 linear layers in 4 bits" in output and "streamed loss" in output and "left as it is" not in output
+    losses = numbers(output, "'loss'")
+    assert len(losses) >= 5 and losses[4] < losses[0]
 
 
 def test_compiled_pieces_learn():

@@ -41,6 +41,18 @@ def test_gradients_are_the_models_own(family):
     assert all(not chain.store.names() for chain in report._chains), "extents were left behind"
 
 
+DROPPING = ["llama", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "gpt_neox", "cohere", "olmo2", "glm4", "mixtral", "gpt_oss", "phi", "gpt2",
+            "opt", "starcoder2", "stablelm", "qwen3_moe"]  # fmt: skip
+
+
+@pytest.mark.parametrize("family", quick_or_slow(DROPPING, ["gpt_neox", "mistral"]))
+def test_dropout_is_that_of_the_models_own_graph_given_the_masks(family):
+    """Hidden dropout by masks drawn chunk by chunk and noted; attention's by its hash, of the seeds that were drawn."""
+    error = hf_families.dropout_difference(family)
+    assert error is not None, "nothing was drawn"
+    assert error <= UPCASTS, f"{error:.1e}"
+
+
 @pytest.mark.parametrize("family", quick_or_slow(["gpt_neox", "phi", "starcoder2", "stablelm", "gpt2", "opt", "biogpt"], ["gpt_neox"]))
 def test_a_family_that_never_upcasts_is_exact(family):
     """Seen at the decoder's output: the loss of transformers converts logits to float32 whatever the model."""

@@ -63,6 +63,31 @@ def test_the_trainer_of_transformers(tmp_path, accumulate):
     assert_same(run(True), run(False), 5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("mixed", ["no", "bf16"])
+def test_a_loop_of_accelerate(mixed):
+    accelerate = pytest.importorskip("accelerate")
+    rows = torch.randint(3, hf_families.VOCAB, (4, 2, 29), generator=torch.Generator().manual_seed(0))
+
+    def run(applied):
+        accelerator = accelerate.Accelerator(mixed_precision=mixed, gradient_accumulation_steps=2, cpu=True)
+        built = model(applied)[0]
+        built, optimizer = accelerator.prepare(built, torch.optim.AdamW(built.parameters(), lr=1e-3))
+        found = []
+        for row in rows:
+            with accelerator.accumulate(built):
+                out = built(input_ids=row, labels=row)
+                accelerator.backward(out.loss)
+                accelerator.clip_grad_norm_(built.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+            found.append(float(out.loss.detach()))
+        return found
+
+    with_longtrain, without = run(True), run(False)
+    assert with_longtrain == pytest.approx(without, rel=CLOSE if mixed == "no" else 1e-2)  # bfloat16: 8 bits
+
+
 def test_lora_has_adapter_gradients_alone():
     peft = pytest.importorskip("peft")
     built = peft.get_peft_model(hf_families.build("llama"), peft.LoraConfig(r=4, target_modules="all-linear")).double()

@@ -235,7 +235,7 @@ def test_decayed_scores_by_their_definition():
 def test_the_op_is_registered_as_torch_wants_it(forget, beta):
     data = {name: t.requires_grad_() for name, t in make(T=12, forget=forget, beta=beta, state=beta).items()}
     optional = (data.get("decay"), data.get("beta"), data.get("initial_state"), torch.tensor([0, 5, 12]))
-    full = (data["q"], data["k"], data["v"], *optional, 0.5, 4)
+    full = (data["q"], data["k"], data["v"], *optional, 0.5, 4, "auto")
     torch.library.opcheck(torch.ops.longtrain.linear_attention.default, full)
 
 
@@ -309,7 +309,7 @@ def test_second_derivatives_are_refused_and_the_reference_has_them():
     (dict(cu_seqlens=torch.tensor([0, 36])), "must ascend from 0 to T = 37"),
     (dict(cu_seqlens=torch.tensor([0, 8, 7, 37])), "must ascend"),
     (dict(cu_seqlens=torch.tensor([0.0, 37.0])), "int32 or int64"),
-    (dict(backend="fla"), "backend must be auto or one of chunked, reference"),
+    (dict(backend="fla"), "backend must be auto or one of triton, chunked, reference"),
 ])  # fmt: skip
 def test_what_is_refused(change, match):
     with pytest.raises(ValueError, match=match):
@@ -329,4 +329,5 @@ def test_a_number_is_a_decay_of_all_heads():
 
 
 def test_explain_names_every_backend():
-    assert explain(**make(forget="head")) == {"chunked": None, "reference": None}
+    found = explain(**make(forget="head"))
+    assert list(found) == ["triton", "chunked", "reference"] and found["chunked"] is None and found["reference"] is None

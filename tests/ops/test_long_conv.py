@@ -184,5 +184,5 @@ def test_second_derivatives_are_refused():
 
 def test_explain_names_every_backend():
     found = explain(**make())
-    assert list(found) == ["cpp", "fft", "reference"] and found["fft"] is None and found["reference"] is None
+    assert list(found) == ["cpp", "triton", "fft", "reference"] and found["fft"] is None and found["reference"] is None
     assert "is torch.float32" in explain(**(make(**CASES["gate_in"]) | {"gate_in": torch.ones(2, 19, 5)}))["cpp"] or MISSING

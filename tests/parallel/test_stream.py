@@ -14,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 
 import longtrain as lt
 from longtrain.parallel.cost import received
+from longtrain.span import Layout
 from tests.processes import run_ranks
 from tests.stream.conftest import TOLERANCE, VOCAB, assert_same, loss_and_grads, make_model
 
@@ -68,6 +69,7 @@ TWO_D = {
     "2 x 2, queries": lt.Parallel(heads=2, way="queries", stripe=2),
     "2 x 2, ring": lt.Parallel(heads=2, way="ring", layout="contiguous"),
     "2 x 2": lt.Parallel(heads=2, layout="zigzag"),
+    "two machines": lt.Parallel(heads=1, way="ring", machine=2, layout="zigzag"),
 }
 
 
@@ -113,9 +115,33 @@ def quick(rank: int, world: int) -> None:
         check(model, PLANS[name], WAYS[way], call(tokens=37), f"{name}, {way}")
     windows = make_model(window=(9, 3))
     check(windows, PLANS["chunks"], lt.Parallel(heads=1, way="halo", layout="contiguous"), call(cu_seqlens=documents(5, 40)), "halo")
+    log_probabilities(rank, world)
     same_bits_every_time(rank, world)
     bytes_are_the_formulas(rank, world)
     bad_input(rank, world)
+
+
+def log_probabilities(rank: int, world: int) -> None:
+    """Those of the whole sequence on every process, and the gradients of an objective made of them, summed over processes."""
+    inputs = {"input_ids": call()["input_ids"], "cu_seqlens": documents(1, 21, 47)}
+    weights = torch.randn(2, 1, TOKENS, generator=torch.Generator().manual_seed(3))
+
+    def run(model) -> tuple[torch.Tensor, dict]:
+        model.zero_grad()
+        logp, entropy = lt.token_logprobs(model, **inputs)
+        (weights[0] * logp.exp() + weights[1] * entropy).sum().backward()
+        return torch.stack([logp, entropy]).detach(), {name: p.grad for name, p in model.named_parameters()}
+
+    model = make_model(window=(None, 9))
+    found, expected = run(copy.deepcopy(model))
+    for way in ("heads, striped", "queries"):
+        ours = copy.deepcopy(model)
+        report = lt.apply(ours, PLANS["chunks"], parallel=WAYS[way])
+        of_all, grads = run(ours)
+        assert (of_all - found).norm() <= TOLERANCE * found.norm()
+        assert_same({name: grad / world for name, grad in summed(grads).items()}, expected)
+        report.undo()
+        assert not hasattr(ours, "longtrain_sharing")
 
 
 def same_bits_every_time(rank: int, world: int) -> None:
@@ -156,7 +182,9 @@ def bad_input(rank: int, world: int) -> None:
     with pytest.raises(ValueError, match="1 tokens cannot be spread over"):
         model(**call(tokens=1))
     with pytest.raises(ValueError, match="30 tokens, which is not this process's part of a sequence: call the model itself"):
-        lt.token_logprobs(model, call(tokens=30)["input_ids"])
+        model.model(call(tokens=30)["input_ids"], Layout.make(30), None)
+    with pytest.raises(ValueError, match=f"{world} ranks, of which 1 exchange heads, do not make up machines of 5"):
+        lt.apply(make_model(), lt.Plan(chunk_tokens=16), parallel=lt.Parallel(heads=1, machine=5))
     for wrong, says in [
         (dict(heads=3), "cannot be cut into groups of 3"),
         (dict(heads=1, way="halo"), "halo, and that cannot be: a query sees all that came before"),

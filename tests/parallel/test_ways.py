@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -11,8 +12,9 @@ from longtrain.ops.attention.call import build_call
 from longtrain.ops.attention.mask import visible
 from longtrain.ops.mixers import AttentionMixer
 from longtrain.parallel.alltoall import Alone, AllToAll, Heads
+from longtrain.parallel.double_ring import DoubleRing
 from longtrain.parallel.layout import ARRANGEMENTS, Shards, spread
-from longtrain.parallel.ranks import Ranks
+from longtrain.parallel.ranks import Ranks, Traffic
 from longtrain.parallel.ring import Ring
 from longtrain.parallel.travelling import TravellingQueries
 from longtrain.parallel.way import attend_over_ranks
@@ -76,16 +78,18 @@ def ways(world: Ranks, shards: Shards, heads, groups=()) -> dict:
     if world.size <= heads[0]:
         found["all to all"] = AllToAll(world, spans, Heads(*heads, world.size), Alone(shards.grouped(world.size).spans(0)))
     for name, ranks in groups:
-        if ranks["heads"].size <= heads[0]:
+        found[f"{name}, double ring"] = DoubleRing(ranks["heads"], ranks["ring"], spans)
+        if 1 < ranks["heads"].size <= heads[0] and ranks["ring"].size > 1:
             found[f"{name}, ring"] = two_d(ranks, shards, heads, Ring)
             found[f"{name}, queries"] = two_d(ranks, shards, heads, TravellingQueries)
     return found
 
 
 def two_d_groups(world: int, rank: int) -> list:
-    """2 x 2: the ranks of this one's row (heads) and column (ring); every process makes every group, in one order."""
+    """2 x 2: the ranks of this one's row (heads, or a machine) and column (ring); every process makes every group, in one order. With fewer
+    ranks, one row or one column of them."""
     if world != 4:
-        return []
+        return [("a row", {"heads": Ranks.of(), "ring": Ranks.alone()}), ("a column", {"heads": Ranks.alone(), "ring": Ranks.of()})]
     rows = [torch.distributed.new_group(ranks) for ranks in ([0, 1], [2, 3])]
     columns = [torch.distributed.new_group(ranks) for ranks in ([0, 2], [1, 3])]
     return [("2 x 2", {"heads": Ranks.of(rows[rank // 2]), "ring": Ranks.of(columns[rank % 2])})]
@@ -165,6 +169,18 @@ def bytes_are_the_formulas(rank: int, world: int) -> None:
             if K >= world and K % world:
                 continue
             assert counted(way, mixer, shards, (H, K), torch.bfloat16) == expected[name], (name, H, K, world)
+    for name, ranks in two_d_groups(world, rank):
+        traffic, (n, machines), kv = Traffic(), (ranks["heads"].size, ranks["ring"].size), wide * tokens / world
+        spans = tuple(shards.spans(r) for r in range(world))
+        way = DoubleRing(replace(ranks["heads"], traffic=traffic), replace(ranks["ring"], traffic=traffic), spans)
+        q, k, v, dout = (shards.take(x, rank).to(torch.bfloat16) for x in tensors((4, 1), tokens, batch=1))
+        _, saved = way.forward(mixer, q, k, v)
+        inside, between = machines * (n - 1) * kv, (machines - 1) * kv
+        assert +traffic.received == +Counter({"kv": inside * b, "kv between": between * b})
+        way.backward(mixer, dout, *saved)
+        made = traffic.received["dkv"] + traffic.received["dkv home"], traffic.received["dkv between"]
+        assert made == (inside * w, between * w)
+        assert (traffic.received["kv"], traffic.received["kv between"]) == (2 * inside * b, 2 * between * b)
 
 
 def routes_are_those_of_the_mask(rank: int, world: int) -> None:
@@ -238,8 +254,8 @@ class SwappedGradients(Ring):
 
 class ReplicasNotSummed(Heads):
     def to_tokens(self, ranks, spans, what, queries, keys=()):
-        found = super().to_tokens(ranks, spans, what, queries, keys)
-        return found if not keys else [x / self.ranks for x in found]
+        found = super().to_tokens(ranks, spans, what, queries, keys)()
+        return lambda: found if not keys else [x / self.ranks for x in found]
 
 
 def faults_are_seen(rank: int, world: int) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import io
+
 import pytest
 import torch
 
@@ -10,7 +13,7 @@ from longtrain.nn import count_targets
 from longtrain.ops.mixers import AttentionMixer
 from longtrain.stream.carry import CARRIES, KVCarry
 from longtrain.stream.protocol import KVBlock
-from tests.stream.conftest import VOCAB, assert_streamed_equals_plain, make_model
+from tests.stream.conftest import VOCAB, assert_same, assert_streamed_equals_plain, loss_and_grads, make_model
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -179,3 +182,23 @@ def test_input_gradients(tokens):
         for a, b in zip(run(), plain, strict=True):
             assert (a - b).norm() <= 1e-12 * b.norm()
         report.undo()
+
+
+@pytest.mark.parametrize("segment_layers", [1, 2])
+@pytest.mark.parametrize("how", ["deepcopy", "saved"])
+def test_a_copy_of_an_applied_model_streams_its_own_parameters(segment_layers, how):
+    model = make_model(layers=4)
+    lt.apply(model, lt.Plan(chunk_tokens=16, segment_layers=segment_layers))
+    if how == "deepcopy":
+        copied = copy.deepcopy(model)
+    else:
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        copied = torch.load(file, weights_only=False)
+    inputs = call()
+    loss, grads = loss_and_grads(model, inputs)
+    copied_loss, copied_grads = loss_and_grads(copied, inputs)
+    assert copied_loss == loss
+    assert_same(copied_grads, grads, 0)
+    assert all(copied_grads[name] is not grads[name] for name in grads)

@@ -12,7 +12,6 @@ from longtrain.nn import LanguageModel, ModelConfig
 from longtrain.offload import DiskSettings
 from longtrain.ops.mixers import AttentionMixer
 from longtrain.ops.state_mixers import LaCTMixer, LinearAttentionMixer
-from longtrain.parallel.spread import shapes_of
 from longtrain.plan import Offload, Split
 from longtrain.span import Layout, Span, whole_chunks
 from longtrain.stream import causal
@@ -79,12 +78,6 @@ def test_segments_of_states_and_attention(segment_layers, store_outputs, store_k
 def test_states_beside_attention_in_blocks():
     plan = lt.Plan(chunk_tokens=16, segment_layers=2, store_outputs=0.45, kv_block_tokens=32)
     assert_streamed_equals_plain(hybrid(layers=("linear", "attention", "delta", "attention")), plan, call(edges=(20, 37)))
-
-
-@pytest.mark.parametrize("kind", ["linear", "lact"])
-def test_states_are_not_spread_over_processes(kind):
-    with pytest.raises(ValueError, match="Mixer cannot be spread over processes yet"):
-        shapes_of(hybrid(layers=(kind,)).model.layers[0], 13)
 
 
 def test_a_layer_without_attention_is_never_run_to_restore():

@@ -1,5 +1,6 @@
 """`longtrain task`: settings are checked, all filter settings are trained from all seeds, and what is printed is what was recorded."""
 
+import sys
 import typing
 from pathlib import Path
 
@@ -103,6 +104,12 @@ def test_wrong_files_end_with_a_message(tmp_path, text, message, capsys):
     path.write_text(text)
     assert cli.main(["task", str(path)]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_without_scikit_learn_a_message_says_how_to_get_it(config, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    assert cli.main(["task", str(config), "task=digits", "tokens=64"]) == 1
+    assert "pip install longtrain[tasks]" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)

@@ -20,6 +20,7 @@ def test_table_trace_and_a_slow_link(tmp_path):
     for row in ways:
         assert 0 < row["MB received"] <= 1.01 * row["by formula"]
         assert row["seconds"] >= row["waited seconds"] and row["transfer seconds"] > 0
+        assert row["MB over loopback"] >= row["MB received by all"], "more was counted than was sent"
     assert ways[0]["MB received"] == ways[0]["by formula"]
     lanes = json.loads((tmp_path / "lanes.json").read_text())
     assert {lane["pid"] for lane in lanes} >= {"ring, process 0", "ring, process 1"} and all(lane["dur"] >= 0 for lane in lanes)

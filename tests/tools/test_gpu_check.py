@@ -62,7 +62,7 @@ def test_a_wrong_attention_backend_gives_a_wrong_row(monkeypatch):
     assert first.passed is False
 
 
-@pytest.mark.parametrize("section", ["attn speed", "replay", "layer", "long layer", "model"])
+@pytest.mark.parametrize("section", ["attn speed", "replay", "layer", "long layer", "model", "long conv", "linear", "conv speed", "linear speed"])
 def test_sections_run_at_tiny_sizes(section):
     rows = list(gpu_check_rows.SECTIONS[section](Sizes.tiny_cpu()))
     assert rows and all(row.section == section and row.passed is not False and (row.measured or row.note) for row in rows)

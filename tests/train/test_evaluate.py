@@ -33,7 +33,7 @@ class Rows:
             self.ids[0, change] = (self.ids[0, change] + 1) % 32
         self.edges = [(0, 25, 40), (0, 1, 31, 40)]
 
-    def read_row(self, row: int) -> Batch:
+    def read_row(self, row: int, held=None) -> Batch:
         ids_BT = torch.from_numpy(self.ids[row])[None]
         labels_BT = ids_BT.clone()
         if row == 1:

@@ -1,8 +1,11 @@
 """Runs on models of transformers: streamed as plain, resumed bit for bit, saved so that transformers and peft give the same loss."""
 
+import importlib.util
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -144,6 +147,63 @@ def test_an_adapter_is_saved_as_peft_reads_it(drawn, run_file, out, tmp_path, ca
         assert (tmp_path / "exported" / name).read_bytes() == (out / "model" / name).read_bytes()
 
 
+def test_an_adapter_is_trained_on_with_the_settings_it_came_with(run_file, out, tmp_path, capsys):
+    """The second run begins where the first one ended: its first validation, with steps that change nothing, is the first one's last."""
+    pytest.importorskip("peft")
+    file = run_file(write_weights(tmp_path / "model"))
+    assert train(file, LORA, f"output.dir={tmp_path / 'first'}") == 0
+    adapter = tmp_path / "first" / "model"
+    again = f"model.lora={{adapter: {adapter}}}"
+    assert train(file, again, "train.lr=1e-30", f"output.dir={tmp_path / 'still'}", "train.steps=2") == 0
+    assert last_validation(tmp_path / "still") == pytest.approx(last_validation(tmp_path / "first"), rel=1e-6)
+    assert train(file, again) == 0
+    assert last_validation(out) < last_validation(tmp_path / "first")
+    described = [json.loads((directory / "adapter_config.json").read_text()) for directory in (adapter, out / "model")]
+    assert all(a["r"] == 4 and a["lora_alpha"] == 8 and sorted(a["target_modules"]) == ["down_proj", "q_proj"] for a in described)
+    assert cli.main(["export", str(out), str(tmp_path / "exported")]) == 0
+    assert (tmp_path / "exported" / "adapter_model.safetensors").read_bytes() == (out / "model" / "adapter_model.safetensors").read_bytes()
+    assert cli.main(["verify", str(file), again]) == 0
+
+
+@pytest.mark.parametrize("bits, dtype", [
+    ("int8", "float32"), pytest.param("nf4", "bfloat16", marks=pytest.mark.slow), pytest.param("float8", "bfloat16", marks=pytest.mark.slow),
+])
+def test_frozen_weights_in_fewer_bits_stay_as_they_are_beside_their_adapters(bits, dtype, run_file, out, tmp_path, capsys):
+    peft = pytest.importorskip("peft")
+    from longtrain.nn import FrozenLinear, freeze_linears
+
+    file, settings = run_file(write_shape(tmp_path / "shape", tie_word_embeddings=True)), (LORA, f"model.quantize={bits}", f"train.dtype={dtype}")
+    setup = prepare.prepare(*load_config(file, settings))
+    setup.loader.close()
+    frozen = [module for module in setup.model.modules() if isinstance(module, FrozenLinear)]
+    assert len(frozen) == 2 * 7 and {module.weight.element_size() for module in frozen} == {1}
+    assert setup.optimizer.names and all("lora_" in name for name in setup.optimizer.names)
+    assert setup.costs.parameters == prepare.prepare(*load_config(file, [LORA])).costs.parameters
+    assert train(file, *settings) == 0
+    assert f"14 linear layers are kept in {bits}" in capsys.readouterr().out
+    assert train(file, *settings, "memory.chunk_tokens=null", f"output.dir={tmp_path / 'plain'}") == 0
+    assert last_validation(out) == pytest.approx(last_validation(tmp_path / "plain"), rel=1e-4 if dtype == "float32" else 1e-2)
+    assert cli.main(["train", "--eval", str(out)]) == 0
+    assert json.loads((out / "evaluation.json").read_text())["loss"] == pytest.approx(last_validation(out), rel=1e-6)
+    if dtype == "float32":  # the base is saved whole, as it was after rounding, and rounds to itself
+        loaded = peft.AutoPeftModelForCausalLM.from_pretrained(out / "model")
+        assert last_validation(out) == pytest.approx(loss_of(loaded, load_config(file)[0]), rel=1e-5)
+        base = AutoModelForCausalLM.from_pretrained(out / "model" / "base")
+        freeze_linears(base, bits)
+        loaded = peft.PeftModel.from_pretrained(base, out / "model")
+        assert last_validation(out) == pytest.approx(loss_of(loaded, load_config(file)[0]), rel=1e-5)
+
+
+@pytest.mark.parametrize("model", [pytest.param("hf", marks=pytest.mark.slow), pytest.param("lora", marks=pytest.mark.slow)])
+def test_three_kills_and_a_comparison(model, tmp_path):
+    """kill -9, as `tools/kill_resume.py` does it; of adapters beside weights in 8 bits too."""
+    pytest.importorskip("peft")
+    tool = Path(__file__).parents[2] / "tools" / "kill_resume.py"
+    done = subprocess.run([sys.executable, str(tool), "--model", model, "--kills", "3", "--steps", "16", "--inside", "1"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "equal bit for bit" in done.stdout
+
+
 def test_only_adapters_have_gradients_moments_and_checkpoints(run_file, out, tmp_path, capsys):
     pytest.importorskip("peft")
     file = run_file(write_shape(tmp_path / "model"))
@@ -226,11 +286,19 @@ def changed(**settings):
     return change
 
 
+def quantised(directory):
+    if importlib.util.find_spec("bitsandbytes"):
+        pytest.skip("bitsandbytes is there")
+    changed(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})(directory)
+
+
 # name: (what is done to the model's directory, overrides, setting, words of the message)
 WRONG = {
     "no directory": (None, ["model.hf=nowhere"], "model.hf", "there is no nowhere", "nothing is downloaded"),
     "no config.json": (no_config, [], "model.hf", "holds no config.json", "save_pretrained"),
     "an adapter": (adapter, [], "model.hf", "it is an adapter"),
+    "no such adapter": (None, ["model.lora={adapter: nowhere}"], "model.lora.adapter", "nowhere holds no adapter_config.json"),
+    "quantised by a library that is not there": (quantised, [], "model.hf", "bitsandbytes", "pip install"),
     "no weights": (no_weights, [], "model.hf", "holds no safetensors", "for random weights"),
     "weights missing": (one_tensor_less, [], "model.hf", "lacks 1 tensors", "layers.1.mlp.up_proj.weight", "begin at random"),
     "unknown family": (changed(model_type="none_such"), [], "model.hf", "describes no model", "none_such"),
@@ -259,6 +327,23 @@ def test_what_cannot_be_trained_is_refused_in_one_located_line(name, run_file, o
     assert re.match(rf"{place}: {re.escape(setting)}: ", error), error
     assert all(word in error for word in words), error
     assert not out.exists()
+
+
+@pytest.mark.parametrize("wrong", ["another model's", "another method", "whole modules", "no weights"])
+def test_an_adapter_that_is_not_the_model_s_is_refused_in_one_located_line(wrong, run_file, out, tmp_path, capsys):
+    peft = pytest.importorskip("peft")
+    weights, adapter = write_weights(tmp_path / "model"), tmp_path / "adapter"
+    given = AutoModelForCausalLM.from_pretrained(write_weights(tmp_path / "other", hidden_size=32) if wrong == "another model's" else weights)
+    method = peft.IA3Config(task_type="CAUSAL_LM", target_modules=["q_proj"], feedforward_modules=[]) if wrong == "another method" else None
+    trained = ["lm_head"] if wrong == "whole modules" else None
+    peft.get_peft_model(given, method or peft.LoraConfig(target_modules=["q_proj"], modules_to_save=trained)).save_pretrained(adapter)
+    if wrong == "no weights":
+        (adapter / "adapter_model.safetensors").unlink()
+    assert train(run_file(weights), f"model.lora={{adapter: {adapter}}}") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    words = {"another model's": "does not fit Qwen3ForCausalLM", "another method": "is not LoRA alone (IA3)", "no weights": "holds no adapter_model.safetensors",
+             "whole modules": "is not LoRA alone (modules_to_save: ['lm_head'])"}  # fmt: skip
+    assert error.startswith("command line: model.lora.adapter: ") and words[wrong] in error and not out.exists()
 
 
 def test_conversations_are_trained_on_with_the_model_s_own_tokenizer_alone(run_file, out, tmp_path, capsys):

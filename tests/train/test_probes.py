@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from longtrain.data.recall import recall_document
+from longtrain.nn import ModelOutput
 from longtrain.train.probes import MARKER, VALUE, check_distance, needle, recall, run_probe
 
 ALPHABET = np.array([3, 5, 8, 9, 11, 12, 20, 21, 22, 40])
@@ -17,25 +17,23 @@ class Lookup:
 
     def __init__(self, context: int, vocabulary: int = 64, right: bool = True) -> None:
         self.context, self.vocabulary, self.right = context, vocabulary, right
-        self.model, self.lm_head = self.hidden, nn.Identity()
-        self.hidden.__func__.norm = nn.Identity()
         self.rows = []
 
     def eval(self):
         pass
 
-    def hidden(self, ids_BT, layout, dropout_seed):
-        self.rows.append(layout.tokens)
-        logits = torch.zeros(1, layout.tokens, self.vocabulary)
-        ids = ids_BT[0].tolist()
-        for first, stop in zip(layout.edges, layout.edges[1:], strict=False):
+    def __call__(self, ids_BT, *, cu_seqlens, logits_at):
+        self.rows.append(ids_BT.shape[1])
+        logits = torch.zeros(ids_BT.shape[1], self.vocabulary)
+        ids, edges = ids_BT[0].tolist(), cu_seqlens.tolist()
+        for first, stop in zip(edges, edges[1:], strict=False):
             seen = {}
             for at in range(first + self.context - 1, stop):
                 key = tuple(ids[at - self.context + 1 : at + 1])
                 before = seen.setdefault(key, at)
                 if before < at:
-                    logits[0, at, ids[before + 1] if self.right else 40] = 1.0
-        return logits
+                    logits[at, ids[before + 1] if self.right else 40] = 1.0
+        return ModelOutput(logits=logits[logits_at])
 
 
 @pytest.mark.parametrize("distance, longest", [(2, 3), (2, 64), (8, 64), (40, 41), (40, 64), (62, 64)])

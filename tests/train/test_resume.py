@@ -245,9 +245,9 @@ def test_the_time_limit_leaves_room_for_the_next_update_and_no_clock_change_matt
     monkeypatch.setattr("time.time", lambda: 1e9 - now[0])  # a clock that runs backwards
     original = loop.gradients
 
-    def ten_seconds(*args):
+    def ten_seconds(*args, **share):
         now[0] += 10
-        return original(*args)
+        return original(*args, **share)
 
     monkeypatch.setattr(loop, "gradients", ten_seconds)
     assert train(config_file, "checkpoint.every_steps=null", flags=("--stop-after", "45s")) == 75
@@ -262,7 +262,7 @@ def test_minutes_between_checkpoints(config_file, out, monkeypatch, capsys):
     now = [1000.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     original = loop.gradients
-    monkeypatch.setattr(loop, "gradients", lambda *args: (now.__setitem__(0, now[0] + 60), original(*args))[1])
+    monkeypatch.setattr(loop, "gradients", lambda *args, **share: (now.__setitem__(0, now[0] + 60), original(*args, **share))[1])
     assert train(config_file, "checkpoint.every_steps=null", "checkpoint.every_minutes=2", "checkpoint.asynchronous=false") == 0
     assert [r["step"] for r in read_metrics(out / "metrics.jsonl") if r["kind"] == "checkpoint"] == [2, 4, 6]
 
@@ -392,10 +392,11 @@ def test_a_run_goes_back_to_a_checkpoint_of_its_own_only_when_asked(config_file,
     assert [a == b for a, b in zip(trajectory(out), before, strict=True)] == [t[1] <= 4 for t in before]
 
 
-def test_several_processes_are_refused_by_name(config_file, out, monkeypatch, capsys):
+def test_one_of_several_processes_must_know_its_number(config_file, out, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
     assert train(config_file) == 1
-    assert "2 processes were started (WORLD_SIZE)" in capsys.readouterr().err and not out.exists()
+    assert "WORLD_SIZE is 2 and RANK is not set; start 2 processes with torchrun" in capsys.readouterr().err and not out.exists()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

@@ -11,11 +11,12 @@ sequence. An option that they cannot honour is refused by name.
 from longtrain.nn.replacements.attention import MultiheadAttention
 from longtrain.nn.replacements.conv import Conv1d
 from longtrain.nn.replacements.fp8 import FP8Linear
+from longtrain.nn.replacements.frozen import FrozenLinear, freeze_linears
 from longtrain.nn.replacements.hf import by_chunks, hf_attention
 from longtrain.nn.replacements.loss import LinearCrossEntropy
 from longtrain.nn.replacements.transformer import TransformerDecoderLayer, TransformerEncoderLayer
 
 __all__ = [
-    "Conv1d", "FP8Linear", "LinearCrossEntropy", "MultiheadAttention", "TransformerDecoderLayer", "TransformerEncoderLayer", "by_chunks",
-    "hf_attention",
+    "Conv1d", "FP8Linear", "FrozenLinear", "LinearCrossEntropy", "MultiheadAttention", "TransformerDecoderLayer", "TransformerEncoderLayer",
+    "by_chunks", "freeze_linears", "hf_attention",
 ]

@@ -1,23 +1,23 @@
 """Linear attention: a state of fixed size that every token writes to and reads from, with decay, and with the delta rule.
 
-Read `reference.py` for what is computed and `chunked.py` for how.
+Read `reference.py` for what is computed and `chunked.py` for how; `triton.py` is the same as kernels for GPUs.
 """
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
-from . import chunked, reference
+from . import chunked, reference, triton
 from .call import Call, checked
 from .chunked import footprint_bytes
 
 __all__ = ["explain", "footprint_bytes", "linear_attention", "linear_attention_backward"]
 
 # In order of preference of backend="auto".
-BACKENDS = {"chunked": chunked, "reference": reference}
+BACKENDS = {"triton": triton, "chunked": chunked, "reference": reference}
 
 
 def linear_attention(
@@ -47,18 +47,19 @@ def linear_attention(
     cu_seqlens: int32 or int64 [documents + 1], 0 first and T last: at a document's first token the state is 0 (in every row of the batch
     the same boundaries); the initial state is for the first document, the state returned is the last one's.
     chunk_size: tokens that are worked on as matrices, a power of two.
-    backend: "auto", or one of "chunked", "reference".
+    backend: "auto", or one of "triton", "chunked", "reference".
 
     Returns q's dtype [B, T, H, Dv], with return_state also the last state [B, H, D, Dv]. States and all arithmetic are float32 at least
-    (float64 where an input is). The chunked backend saves its inputs and is differentiable once (it says so), the reference often.
-    Raises ValueError for tensors that do not fit together.
+    (float64 where an input is); "triton" rounds the factors of its matrix products to tf32 where queries have 16 bits. Inputs and a few
+    states are saved; differentiable once (it says so), the reference often.
+    Raises ValueError for tensors that do not fit together, or with a named backend's reason to refuse.
     """
     call = checked(q, k, v, decay, beta, scale, initial_state, cu_seqlens, chunk_size)
-    if _choose(call, backend) == "reference":
+    if backend == "reference":
         with torch.autocast(q.device.type, enabled=False):
             out, state = reference.run(call)
     else:
-        out, state, _ = _forward_op(q, k, v, call.decay_BTHG, beta, initial_state, cu_seqlens, call.scale, chunk_size)
+        out, state, _ = _forward_op(q, k, v, call.decay_BTHG, beta, initial_state, cu_seqlens, call.scale, chunk_size, backend)
     return (out, state) if return_state else out
 
 
@@ -75,11 +76,12 @@ def linear_attention_backward(
     cu_seqlens: Tensor | None = None,
     chunk_size: int = 64,
     dstate: Tensor | None = None,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
     """Gradients of q, k, v, decay, beta and the initial state (also where it was None), for those of the output and of the last state.
 
-    The chunked backend's backward pass, for who carries the state along the sequence; arguments as in `linear_attention`, decay as
-    [B, T, H] or [B, T, H, D].
+    The backward pass alone, for who carries the state along the sequence; arguments as in `linear_attention`, decay as [B, T, H] or
+    [B, T, H, D]. The reference has none: that of "chunked" stands in for it.
     """
     call = checked(q, k, v, decay, beta, scale, initial_state, cu_seqlens, chunk_size)
     state_shape = (q.shape[0], q.shape[2], q.shape[3], v.shape[3])
@@ -87,7 +89,8 @@ def linear_attention_backward(
         if grad is not None and grad.shape != shape:
             raise ValueError(f"linear_attention_backward: {name} must have shape {list(shape)}, not {list(grad.shape)}")
     with torch.autocast(q.device.type, enabled=False), torch.no_grad():
-        dq, dk, dv, ddecay, dbeta, dinitial = chunked.backward(call, chunked.entry_states(call), dout, dstate)
+        chosen = _choose(call, "chunked" if backend == "reference" else backend)
+        dq, dk, dv, ddecay, dbeta, dinitial = chosen.backward(call, chunked.entry_states(call, chosen.forward), dout, dstate)
     return dq, dk, dv, None if ddecay is None else ddecay.view(decay.shape), dbeta, dinitial
 
 
@@ -98,25 +101,29 @@ def explain(q: Tensor, k: Tensor, v: Tensor, *, decay: Tensor | float | None = N
     return {name: module.refuse(call) for name, module in BACKENDS.items()}
 
 
-def _choose(call: Call, backend: str) -> str:
+def _choose(call: Call, backend: str) -> Any:
     if backend == "auto":
-        return next(name for name, module in BACKENDS.items() if module.refuse(call) is None)
+        return next(module for module in BACKENDS.values() if module.refuse(call) is None)
     if backend not in BACKENDS:
         raise ValueError(f"linear_attention: backend must be auto or one of {', '.join(BACKENDS)}, not {backend!r}")
-    return backend
+    reason = BACKENDS[backend].refuse(call)
+    if reason is not None:
+        raise ValueError(f"linear_attention: backend {backend!r} refuses this call ({reason}); name another one, or \"auto\"")
+    return BACKENDS[backend]
 
 
 @torch.library.custom_op("longtrain::linear_attention", mutates_args=())
 def _forward_op(
     q: Tensor, k: Tensor, v: Tensor, decay: Optional[Tensor], beta: Optional[Tensor], initial_state: Optional[Tensor],
-    cu_seqlens: Optional[Tensor], scale: float, chunk_size: int,
+    cu_seqlens: Optional[Tensor], scale: float, chunk_size: int, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     with torch.autocast(q.device.type, enabled=False):
-        return chunked.forward(_call(q, k, v, decay, beta, initial_state, cu_seqlens, scale, chunk_size))
+        call = _call(q, k, v, decay, beta, initial_state, cu_seqlens, scale, chunk_size)
+        return _choose(call, backend).forward(call)
 
 
 @_forward_op.register_fake
-def _(q, k, v, decay, beta, initial_state, cu_seqlens, scale, chunk_size):
+def _(q, k, v, decay, beta, initial_state, cu_seqlens, scale, chunk_size, backend):
     call = _call(q, k, v, decay, beta, initial_state, cu_seqlens, scale, chunk_size)
     B, _, H, D = q.shape
     state = q.new_empty(B, H, D, v.shape[3], dtype=call.wide)
@@ -126,16 +133,16 @@ def _(q, k, v, decay, beta, initial_state, cu_seqlens, scale, chunk_size):
 @torch.library.custom_op("longtrain::linear_attention_backward", mutates_args=())
 def _backward_op(
     dout: Tensor, dstate: Optional[Tensor], entries: Tensor, q: Tensor, k: Tensor, v: Tensor, decay: Optional[Tensor],
-    beta: Optional[Tensor], initial_state: Optional[Tensor], cu_seqlens: Optional[Tensor], scale: float, chunk_size: int,
+    beta: Optional[Tensor], initial_state: Optional[Tensor], cu_seqlens: Optional[Tensor], scale: float, chunk_size: int, backend: str,
 ) -> list[Tensor]:  # fmt: skip
     call = _call(q, k, v, decay, beta, initial_state, cu_seqlens, scale, chunk_size)
     with torch.autocast(q.device.type, enabled=False):
-        *grads, dinitial = chunked.backward(call, entries, dout, dstate)
+        *grads, dinitial = _choose(call, backend).backward(call, entries, dout, dstate)
     return [grad for grad in (*grads, None if initial_state is None else dinitial) if grad is not None]
 
 
 @_backward_op.register_fake
-def _(dout, dstate, entries, q, k, v, decay, beta, initial_state, cu_seqlens, scale, chunk_size):
+def _(dout, dstate, entries, q, k, v, decay, beta, initial_state, cu_seqlens, scale, chunk_size, backend):
     return [t.new_empty(t.shape) for t in (q, k, v, decay, beta, initial_state) if t is not None]
 
 
@@ -147,7 +154,7 @@ def _call(q, k, v, decay, beta, initial_state, cu_seqlens, scale, chunk_size) ->
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.scale, ctx.chunk_size = inputs
+    *tensors, ctx.scale, ctx.chunk_size, ctx.backend = inputs
     ctx.save_for_backward(*tensors, output[2])
     ctx.set_materialize_grads(False)  # an unused last state has no gradient, not one of zeros
 
@@ -155,13 +162,13 @@ def _setup_context(ctx, inputs, output) -> None:
 def _autograd_backward(ctx, dout, dstate, _dentries):
     if torch.is_grad_enabled():
         raise RuntimeError(
-            "linear_attention: the chunked backend has no second derivatives (create_graph=True); backend='reference' has them"
+            "linear_attention: no second derivatives (create_graph=True); backend='reference' has them"
         )
     *given, entries = ctx.saved_tensors
     if dout is None:
         dout = torch.zeros_like(given[2], dtype=given[0].dtype)
-    grads = iter(_backward_op(dout, dstate, entries, *given, ctx.scale, ctx.chunk_size))
-    return *(None if t is None else next(grads) for t in given[:6]), None, None, None
+    grads = iter(_backward_op(dout, dstate, entries, *given, ctx.scale, ctx.chunk_size, ctx.backend))
+    return *(None if t is None else next(grads) for t in given[:6]), None, None, None, None
 
 
 _forward_op.register_autograd(_autograd_backward, setup_context=_setup_context)

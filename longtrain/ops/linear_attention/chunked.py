@@ -20,7 +20,7 @@ workspace is that of one piece. Axes: B batch, H heads, n chunk, c its tokens, D
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -56,7 +56,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """Output ``[B, T, H, Dv]`` in q's dtype, the last state ``[B, H, D, Dv]``, the entry states ``[B, pieces, H, D, Dv]``, both wide."""
     (B, _, H, D), V = call.q_BTHD.shape, call.v_BTHV.shape[3]
     out_BTHV = call.v_BTHV.new_empty(call.v_BTHV.shape, dtype=call.q_BTHD.dtype)
-    pieces, marked = _pieces(call), call.marked_decay()
+    pieces, marked = pieces_of(call), call.marked_decay()
     entries_BPHDV = call.v_BTHV.new_zeros(B, len(pieces), H, D, V, dtype=call.wide)
     state_BHDV = entries_BPHDV.new_zeros(B, H, D, V) if call.state_BHDV is None else call.state_BHDV.to(call.wide, copy=True)
     for p, tokens in enumerate(pieces):
@@ -76,7 +76,7 @@ def backward(call: Call, entries_BPHDV: Tensor, dout_BTHV: Tensor, dstate_BHDV: 
     wide, marked = call.wide, call.marked_decay()
     state_shape = (entries_BPHDV.shape[0], *entries_BPHDV.shape[2:])
     dS = entries_BPHDV.new_zeros(state_shape) if dstate_BHDV is None else dstate_BHDV.to(wide, copy=True)
-    for p, tokens in reversed(list(enumerate(_pieces(call)))):
+    for p, tokens in reversed(list(enumerate(pieces_of(call)))):
         piece = _Piece.make(call, marked, tokens)
         states, U, _ = piece.pass_on(entries_BPHDV[:, p])
         dO = _chunked(dout_BTHV[:, tokens], piece.chunk, wide)
@@ -115,14 +115,14 @@ def backward(call: Call, entries_BPHDV: Tensor, dout_BTHV: Tensor, dstate_BHDV: 
 
 
 def piece_count(call: Call) -> int:
-    return len(_pieces(call))
+    return len(pieces_of(call))
 
 
-def entry_states(call: Call) -> Tensor:
-    """The entry states of the pieces, as `forward` gives them."""
-    pieces = _pieces(call)
+def entry_states(call: Call, run: Callable[[Call], tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    """The entry states of the pieces, as the forward pass `run` gives them."""
+    pieces = pieces_of(call)
     if len(pieces) > 1:
-        return forward(call)[2]
+        return run(call)[2]
     B, _, H, D = call.q_BTHD.shape
     if call.state_BHDV is not None:
         return call.state_BHDV.to(call.wide)[:, None]
@@ -226,7 +226,7 @@ def _piece_tokens(device: str, chunk_size: int) -> int:
     return max(PIECE_TOKENS.get(device, PIECE_TOKENS["other"]), chunk_size)
 
 
-def _pieces(call: Call) -> list[slice]:
+def pieces_of(call: Call) -> list[slice]:
     tokens, size = call.q_BTHD.shape[1], _piece_tokens(call.q_BTHD.device.type, call.chunk_size)
     return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 

@@ -11,10 +11,10 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from . import cpp, fft, reference
+from . import cpp, fft, reference, triton
 from .call import Call, Gradients, Wanted, build_call, check_like, check_tensors, wrong
 
-BACKENDS: dict[str, Any] = {"cpp": cpp, "fft": fft, "reference": reference}
+BACKENDS: dict[str, Any] = {"cpp": cpp, "triton": triton, "fft": fft, "reference": reference}
 """In order of preference of backend="auto": modules with `refuse(call)` -> why not, or None; `forward(call)` -> y; `backward(call, dy,
 wanted)` -> Gradients. `long_conv` runs the reference outside of the ops, so that autograd differentiates it as often as one likes."""
 
@@ -49,8 +49,8 @@ def long_conv(
         out: [B, T, E] in u's dtype, of any strides: y is written there; without gradients, as with torch's own `out`.
 
     Returns:
-        y [B, T, E] in u's dtype. Arithmetic and the gradients' sums are float32 (float64 where an input is). The backward saves u, k,
-        skip and the gates only. A NaN in u, a gate or y's gradient stays in its channel, document and row of the batch (and the
+        y [B, T, E] in u's dtype. Arithmetic and the gradients' sums are float32 (float64 where an input is); "triton" rounds the factors
+        of its matrix products to u's dtype. The backward saves u, k, skip and the gates only. A NaN in u, a gate or y's gradient stays in its channel, document and row of the batch (and the
         gradient of its filter).
 
     Raises:

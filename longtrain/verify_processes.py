@@ -1,0 +1,109 @@
+"""`longtrain verify --nproc P CONFIG`: do P processes that share sequences, weights and batch compute what one does? In float64.
+
+The config's model shrunk as for `longtrain verify`, on gloo processes of this machine: every way of laying P processes out as rings of
+groups that exchange heads, in every arrangement of tokens; weights sharded by FSDP2 as a run shards them. Each process begins with the
+same weights; losses and gathered gradients are held against plain autograd's of the whole.
+"""
+
+from __future__ import annotations
+
+import copy
+import faulthandler
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+
+from longtrain.apply import apply
+from longtrain.config import load_config
+from longtrain.config.hf import HfModelConfig
+from longtrain.config.parallel import DIMENSIONS, ParallelConfig
+from longtrain.parallel.layout import ARRANGEMENTS
+from longtrain.parallel.mesh import DIMS
+from longtrain.parallel.settings import Parallel
+from longtrain.plan import Plan
+from longtrain.train.distribute import Work, shard
+from longtrain.verify import FLOAT64_BOUND, Row, shrink, shrink_plan, worst
+
+SECONDS = 600
+"""A process that takes longer prints where it is and exits."""
+
+
+def run(config_path: str, overrides: Sequence[str], processes: int) -> int:
+    """Print the table and the verdict; 0 when everything holds, 1 otherwise."""
+    config, where = load_config(config_path, overrides)
+    if isinstance(config.model, HfModelConfig):
+        raise where.error("model.hf", "models of transformers share no sequence in a run yet; leave out --nproc")
+    if processes < 1:
+        raise where.error("parallel", f"--nproc must be at least 1, found {processes}")
+    with tempfile.TemporaryDirectory() as directory:
+        meeting = Path(directory) / "ranks"
+        try:
+            mp.spawn(_process, (processes, meeting.as_uri(), config_path, overrides), nprocs=processes)
+        except mp.ProcessExitedException as error:
+            return error.exit_code or 1
+    return 0
+
+
+def _process(rank: int, size: int, meeting: str, config_path: str, overrides: Sequence[str]) -> None:
+    faulthandler.dump_traceback_later(SECONDS, exit=True)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size, timeout=timedelta(seconds=SECONDS))
+    config, _ = load_config(config_path, overrides)
+    plan, tokens = shrink_plan(config)
+    torch.manual_seed(0)
+    model, plan, said = shrink(config, replace(plan, offload=None, kv_block_tokens=None), tokens)
+    failed = 0
+    if rank == 0:
+        print(f"{config_path}: {config.data.seq_len} tokens shrink to {tokens}, chunks to {plan.chunk_tokens}, on {size} processes")
+        print(f"model: {said}\n")
+    for row in check(model, plan, tokens, config.parallel, size):
+        failed += not row.good
+        if rank == 0:
+            print(f"{'ok  ' if row.good else 'FAIL'}  {row.check:58}  {row.value:>32}  {row.bound}", flush=True)
+    if rank == 0:
+        print(f"\n{'exact' if not failed else f'NOT EXACT: {failed} checks failed'}", flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+    if failed:
+        raise SystemExit(1)
+
+
+def check(model: nn.Module, plan: Plan, tokens: int, config: ParallelConfig, size: int) -> Iterator[Row]:
+    """The rows for a small float64 model, one by one; on every process the same."""
+    ids = torch.randint(model.config.vocab_size, (1, tokens))
+    labels = ids.clone()
+    labels[:, : tokens // 5] = -100
+    edges = torch.tensor([0, tokens // 4 + 1, tokens // 4 + 2, tokens], dtype=torch.int32)
+    inputs = {"input_ids": ids, "labels": labels}
+    cases = {"one document": inputs, "three documents": {**inputs, "cu_seqlens": edges}}
+    exact = {name: _step(copy.deepcopy(model), case) for name, case in cases.items()}
+    layouts = [config.layout, *(name for name in ARRANGEMENTS if name != config.layout)]
+    for heads in (n for n in range(1, size + 1) if size % n == 0 and n <= model.config.num_heads):
+        mesh = init_device_mesh("cpu", (1, 1, size // heads, heads), mesh_dim_names=DIMENSIONS)
+        work = Work(mesh=mesh, context=size)
+        for number, layout in enumerate(layouts):
+            name, case = list(cases.items())[number % len(cases)]
+            ours = copy.deepcopy(model)
+            shard(ours, work, plan.segment_layers, torch.float64)
+            report = apply(ours, plan, group=mesh[DIMS], parallel=Parallel(layout=layout, way=config.way, stripe=2))
+            report.check_replay()
+            found = _step(ours, case)
+            error, where, good = worst(found, exact[name], dict.fromkeys(exact[name], FLOAT64_BOUND))
+            said = f"<= {FLOAT64_BOUND:.0e}"
+            yield Row(f"rings of {size // heads} x {heads} that exchange heads, {layout}, {name}", f"{error:.1e} ({where})", said, good)
+
+
+def _step(model: nn.Module, inputs: dict) -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)  # the same dropout
+    loss = model(**inputs).loss
+    loss.backward()
+    whole = lambda grad: grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+    return {"loss": loss.detach(), **{name: whole(p.grad) for name, p in model.named_parameters()}}

@@ -1,0 +1,47 @@
+"""Linear attention by Triton kernels without a GPU: every variant compiles to a cubin, fits, and spills nothing."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed: pip install longtrain[gpu]")
+from tests.kernels.compiled import compiled
+
+from longtrain.ops.linear_attention import triton
+from longtrain.ops.linear_attention.call import checked
+
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+
+def launches(D: int, V: int, dtype: torch.dtype, features: int, delta: bool) -> list:
+    def empty(*shape: int, dtype=dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    B, T, H = 1, 1024, 4
+    q, v = empty(B, T, H, D), empty(B, T, H, V)
+    decay = (None, empty(B, T, H), empty(B, T, H, D))[features]
+    call = checked(q, q, v, decay, empty(B, T, H) if delta else None, None, None, None, 64)
+    state, entries = empty(B, H, D, V, dtype=torch.float32), empty(B, 1, H, D, V, dtype=torch.float32)
+    grads = [None if x is None else torch.empty_like(x) for x in (q, q, v, call.decay_BTHG, call.beta_BTH)]
+    return [*triton.forward_launches(call, v, state, entries), *triton.backward_launches(call, entries, v, state, grads)]
+
+
+def check(launch, capability: int) -> None:
+    found, what = compiled(launch, capability), {n: x for n, x in launch.arguments.items() if n.isupper()}
+    print(f"sm_{capability} {launch.kernel.__name__} {what}: {found.registers} registers, {found.shared} bytes shared, {found.spilled} spilled")
+    assert found.shared <= SHARED[capability], (launch.kernel.__name__, found.shared)
+    assert found.spilled == 0, (launch.kernel.__name__, found.spilled)
+
+
+def test_the_pass_along_the_chunks_compiles():
+    (launch,) = (x for x in launches(64, 64, torch.bfloat16, 1, False)[:1])
+    check(launch, 90)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", SHARED)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("features, delta", [(0, False), (1, False), (2, False), (0, True), (1, True), (2, True)])
+def test_every_kernel_compiles(capability, dtype, features, delta):
+    for D, V in ((64, 64), (128, 128)):
+        for launch in launches(D, V, dtype, features, delta):
+            check(launch, capability)

@@ -1,0 +1,47 @@
+"""Long convolutions by Triton kernels without a GPU: what they compute, in Triton's interpreter (`long_conv_interpreted.py`), is convolution."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed: pip install longtrain[gpu]")
+
+from longtrain.ops.long_conv import explain, long_conv
+
+ROOT = Path(__file__).parents[2]
+
+
+def interpreted(*arguments) -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.kernels.long_conv_interpreted", *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_the_kernels_in_the_interpreter():
+    interpreted(
+        "one_token", "odd_lengths_and_filters_shorter_and_longer", "gates_skip_heads_and_documents", "pieces_of_a_document", "nan_stays_in_its_row",
+        "groups_cut_inside_a_head", "only_what_is_wanted", "through_the_public_functions", "what_is_refused",
+    )
+
+
+@pytest.mark.slow
+def test_large_transforms_in_the_interpreter():
+    interpreted("several_tiles", "order_three")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(5))
+def test_many_drawn_cases_are_convolutions(part):
+    interpreted(*range(part, 60, 5))
+
+
+def test_on_a_cpu_it_is_refused_with_the_reason():
+    u, k = torch.ones(1, 8, 2), torch.ones(2, 8)
+    assert explain(u, k)["triton"] == "GPU kernels: the tensors are on cpu"
+    with pytest.raises(ValueError, match="the tensors are on cpu"):
+        long_conv(u, k, backend="triton")

@@ -1,0 +1,35 @@
+"""`longtrain verify --nproc P` passes on what is right, and says how often it was wrong."""
+
+import pytest
+
+from longtrain import cli
+from tests.train.conftest import write_config
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(write_config(tmp_path, tmp_path / "out").replace("train:", "memory: {chunk_tokens: 24, store_outputs: 0.5}\ntrain:"))
+    return path
+
+
+def verify(file, processes, capfd, *overrides):
+    code = cli.main(["verify", "--nproc", str(processes), str(file), *overrides])
+    return code, capfd.readouterr().out
+
+
+def test_two_processes_compute_what_one_does(file, capfd):
+    code, said = verify(file, 2, capfd)
+    assert code == 0 and said.endswith("\nexact\n") and "FAIL" not in said
+    assert "rings of 2 x 1" in said and "rings of 1 x 2" in said and "zigzag" in said
+
+
+@pytest.mark.slow
+def test_four_processes_and_a_ring(file, capfd):
+    code, said = verify(file, 4, capfd, "parallel.way=ring", "model.num_heads=4", "model.num_kv_heads=2", "memory.segment_layers=1")
+    assert code == 0 and said.endswith("\nexact\n"), said
+
+
+def test_models_of_transformers_are_refused(file, capfd):
+    assert cli.main(["verify", "--nproc", "2", "configs/hf_sft_chat.yaml"]) == 2
+    assert "share no sequence in a run yet" in capfd.readouterr().err

@@ -1,0 +1,247 @@
+"""The driver on several gloo processes: the same YAML gives the same losses, one that dies ends all, and the run goes on with fewer."""
+
+from __future__ import annotations
+
+import random
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from longtrain import cli
+from longtrain.train import step as one_step
+from longtrain.train.output import read_metrics
+from tests.train.conftest import write_config, write_texts
+from tests.train.ranks import Ranks
+
+SETTINGS = (
+    "memory.chunk_tokens=24", "parallel.cp_ulysses=null", "train.steps=6", "checkpoint.every_steps=1", "checkpoint.keep=3", "train.threads=1",
+    "train.validation_tokens=256", "train.tokens_per_update=128",
+)
+LIMIT = 30.0
+"""Seconds in which everybody ends after one has died."""
+
+pytestmark = pytest.mark.usefixtures("no_picture")
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    return write_texts(tmp_path_factory.mktemp("read"))
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, texts):
+    """The run by one process."""
+    directory = tmp_path_factory.mktemp("alone")
+    file = directory / "run.yaml"
+    file.write_text(write_config(texts, directory / "out"))
+    threads = torch.get_num_threads()
+    assert cli.main(["train", str(file), *SETTINGS]) == 0
+    torch.set_num_threads(threads)
+    return directory / "out"
+
+
+def losses(out: Path) -> dict[str, list[float]]:
+    records = read_metrics(out / "metrics.jsonl")
+    steps, validations = ([r for r in records if r["kind"] == kind] for kind in ("step", "validation"))
+    return {
+        "steps": [r["step"] for r in steps],
+        "loss": [r["loss"] for r in steps],
+        "grad_norm": [r["grad_norm"] for r in steps],
+        "targets": [r["targets"] for r in steps],
+        "validation": [r["loss"] for r in validations],
+        "positions": [p["loss"] for r in validations for p in r["positions"]],
+    }
+
+
+def assert_same_run(out: Path, alone: Path) -> None:
+    for name, expected in losses(alone).items():
+        assert losses(out)[name] == pytest.approx(expected, rel=1e-6), name
+    ours, theirs = (load_file(directory / "model.safetensors") for directory in (out, alone))
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_two_processes_train_as_one(tmp_path, config_file, out, alone):
+    """Two that share every sequence and all weights; the second says nothing and writes nothing but its part of checkpoints."""
+    ranks = Ranks(2, tmp_path, config_file, *SETTINGS)
+    assert ranks.wait() == [0, 0], ranks.said(0) + ranks.said(1)
+    assert_same_run(out, alone)
+    assert "2 ranks: heads over 2" in ranks.said() and ranks.said(1) == ""
+    assert {p.name for p in (out / "checkpoints").iterdir()} == {f"step-{n:08}" for n in (4, 5, 6)}
+    assert len(list((out / "checkpoints" / "step-00000006").glob("*.distcp"))) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "size, settings",
+    [
+        (2, ("parallel.cp_ulysses=1", "parallel.cp_ring=2", "parallel.layout=zigzag")),
+        (2, ("parallel.cp_ulysses=1", "parallel.dp_shard=2")),
+        (2, ("parallel.cp_ulysses=1", "parallel.dp_replicate=2", "model.tie_embeddings=true")),
+        (2, ("model.attention_dropout=0.3", "data.isolate=false", "data.packing=concatenate", "memory.segment_layers=2")),
+        (4, ("parallel.cp_ring=2", "eval.probes=[recall]", "eval.examples=4")),
+        (4, ("parallel.dp_replicate=2",)),
+        (4, ("parallel.cp_ulysses=1", "parallel.dp_replicate=2", "parallel.dp_shard=null")),
+        (3, ("parallel.cp_ulysses=1", "parallel.cp_ring=3")),
+    ],
+    ids=lambda value: " ".join(value).replace("parallel.", "") if isinstance(value, tuple) else str(value),
+)
+def test_every_mesh_trains_as_one_process(size, settings, tmp_path, config_file, out):
+    settings = (*SETTINGS, "train.tokens_per_update=256", "train.steps=4", *settings)
+    settings = tuple(f"{key}={value}" for key, value in dict(s.split("=", 1) for s in settings).items())
+    assert cli.main(["train", str(config_file), *settings, f"output.dir={tmp_path / 'alone'}"]) == 0
+    ranks = Ranks(size, tmp_path, config_file, *settings)
+    assert ranks.wait() == [0] * size, ranks.said()
+    assert_same_run(out, tmp_path / "alone")
+    probes = [[r.get("probes") for r in read_metrics(d / "metrics.jsonl") if r["kind"] == "validation"] for d in (out, tmp_path / "alone")]
+    assert probes[0] == probes[1]
+
+
+@pytest.mark.slow
+def test_bfloat16_on_two_processes_is_as_near_as_rounding(tmp_path, config_file, out):
+    settings = (*SETTINGS, "train.dtype=bfloat16")
+    assert cli.main(["train", str(config_file), *settings, f"output.dir={tmp_path / 'alone'}"]) == 0
+    ranks = Ranks(2, tmp_path, config_file, *settings)
+    assert ranks.wait() == [0, 0], ranks.said()
+    assert losses(out)["loss"] == pytest.approx(losses(tmp_path / "alone")["loss"], rel=2**-8)
+    assert (tmp_path / "alone" / "model.safetensors").stat().st_size == (out / "model.safetensors").stat().st_size
+
+
+def kill_and_go_on(tmp_path, config_file, out, alone, chance: random.Random, size: int, then: int) -> None:
+    """Kill a random rank at a random moment after a random step; the others end and say who it was; the run ends on `then` processes."""
+    ranks, victim, after = Ranks(size, tmp_path, config_file, *SETTINGS), chance.randrange(size), chance.randrange(1, 5)
+    ranks.wait_for(f"step +{after}/")
+    time.sleep(chance.uniform(0, 0.1))
+    ranks.signal(victim, signal.SIGKILL)
+    killed = time.monotonic()
+    others = [r for r in range(size) if r != victim]
+    codes = ranks.wait(others, LIMIT)
+    assert time.monotonic() - killed < LIMIT and all(code == 1 for code in codes), codes
+    said = "".join(ranks.said(r) for r in range(size))
+    errors = re.findall(r"(?:step \d+|after step \d+|the validation after step \d+|ending|starting).*: rank (\d) \(process \d+ on \S+, last in .*\) gives no sign of life: dead or stuck; rank \d was at (.+); all ranks end", said)
+    assert [int(who) for who, _ in errors] == [victim], said
+    if then == 1:
+        assert cli.main(["train", str(config_file), *SETTINGS]) == 0
+    else:
+        again = Ranks(then, tmp_path, config_file, *SETTINGS)
+        assert again.wait() == [0] * then, again.said()
+    assert_same_run(out, alone)
+    assert any(r["kind"] == "resume" for r in read_metrics(out / "metrics.jsonl"))
+
+
+def test_a_killed_rank_ends_all_and_one_process_goes_on(tmp_path, config_file, out, alone):
+    kill_and_go_on(tmp_path, config_file, out, alone, random.Random(0), size=2, then=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1, 4))
+def test_any_rank_killed_at_any_moment(seed, tmp_path, config_file, out, alone):
+    kill_and_go_on(tmp_path, config_file, out, alone, random.Random(seed), size=2, then=2)
+
+
+@pytest.mark.slow
+def test_a_stopped_rank_ends_the_others(tmp_path, config_file):
+    """It lives, and does nothing."""
+    ranks = Ranks(2, tmp_path, config_file, *SETTINGS, "train.steps=4000")
+    ranks.wait_for("step +2/")
+    ranks.signal(0, signal.SIGSTOP)
+    assert ranks.wait([1], LIMIT) == [1]
+    assert "rank 0 (process" in ranks.said(1) and "gives no sign of life: dead or stuck; rank 1 was at" in ranks.said(1)
+
+
+def hang(rank: int) -> None:
+    """In a process of the test below: rank 1 stays in step 3, its threads live."""
+    original = one_step.accumulate
+
+    def accumulate(model, optimizer, batches, step, *args):
+        while rank == 1 and step == 3:
+            time.sleep(1)
+        return original(model, optimizer, batches, step, *args)
+
+    one_step.accumulate = accumulate
+
+
+@pytest.mark.slow
+def test_a_rank_that_gets_nowhere_ends_all_after_the_stated_time(tmp_path, config_file):
+    ranks = Ranks(2, tmp_path, config_file, *SETTINGS, "parallel.step_timeout=4s", before="tests.train.test_processes:hang")
+    assert ranks.wait(seconds=LIMIT) == [1, 1]
+    assert re.search(
+        r"step 3: a rank is stuck: nothing moved for 4 s: rank 0 is at all_reduce \(.*\); rank 1 is at no collective, accumulate \(test_processes.py:\d+\)",
+        ranks.said(),
+    )
+    assert ranks.said(1) == ""
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)])
+def test_a_signal_to_one_rank_saves_and_ends_all(number, code, tmp_path, config_file, out):
+    ranks = Ranks(2, tmp_path, config_file, *SETTINGS, "train.steps=4000", "checkpoint.every_steps=null", "train.validate_every=null")
+    ranks.wait_for("step +2/")
+    ranks.signal(1, number)
+    assert ranks.wait() == [code, code], ranks.said()
+    (checkpoint,) = (out / "checkpoints").iterdir()
+    done = int(checkpoint.name.removeprefix("step-"))
+    assert f"after step {done}/4000, saved" in ranks.said()
+    assert "rank 1: " in ranks.said(1) and f"stopped ({signal.Signals(number).name})" not in ranks.said(1)
+
+
+@pytest.mark.parametrize(
+    "overrides, own, says, code",
+    [
+        (("parallel.cp_ulysses=1", "parallel.cp_ring=3"), {}, r"run.yaml:\d+|command line: parallel: .* cp_ring 3 x .* make 3 processes, and 2 were started", 2),
+        ((), {1: ("train.lr=1e-3", "train.seed=7")}, r"not given the same: train.lr is 0.001 on rank 1 and 0.01 on rank 0; train.seed is 7 on rank 1", 1),
+        pytest.param((), {1: ("data.files=[OTHER]",)}, r"data.files\[0\]|data.files is", 1, marks=pytest.mark.slow),
+        pytest.param(("memory.chunk_tokens=1",), {}, r"memory.chunk_tokens: 1 tokens cannot be spread over 2 processes", 2, marks=pytest.mark.slow),
+        pytest.param(("parallel.cp_ulysses=1", "parallel.dp_shard=2", "train.tokens_per_update=64"), {}, r"1 sequences of 64 tokens an update cannot be shared by 2", 2, marks=pytest.mark.slow),
+        pytest.param(("memory.chunk_tokens=null", "memory.budget=1GiB"), {}, r"memory.budget: plans for one process", 2, marks=pytest.mark.slow),
+        pytest.param(("train.init=missing",), {}, r"train.init: missing is no safetensors file", 2, marks=pytest.mark.slow),
+    ],
+)
+def test_what_is_wrong_is_said_once_and_ends_all(overrides, own, says, code, tmp_path, config_file):
+    ranks = Ranks(2, tmp_path, config_file, *SETTINGS, *overrides, own=own)
+    assert ranks.wait() == [code, code], ranks.said()
+    (line,) = [line for line in ranks.said().splitlines() if line]
+    assert re.search(says, line), line
+    assert ranks.said(1) == ""
+
+
+@pytest.mark.slow
+def test_different_data_under_the_same_name_is_found(tmp_path, config_file, texts, monkeypatch):
+    ranks = Ranks(2, tmp_path, config_file, *SETTINGS, before="tests.train.test_processes:other_data")
+    assert ranks.wait() == [1, 1]
+    assert "not given the same: data is" in ranks.said() and ranks.said(1) == ""
+
+
+def other_data(rank: int) -> None:
+    from longtrain.data import loader, sources
+
+    original = sources.read_text
+    loader.read_text = lambda files: original(files)[rank:]
+
+
+@pytest.mark.slow
+def test_one_run_writes_a_directory_at_a_time(tmp_path, config_file, out):
+    ranks = Ranks(2, tmp_path, config_file, *SETTINGS, "train.steps=4000")
+    ranks.wait_for("step +1/")
+    second = Ranks(2, tmp_path, config_file, *SETTINGS, "train.steps=4000")
+    codes = second.wait()
+    ranks.kill()
+    assert codes == [1, 1]
+    assert "is being written by process" in second.said() and second.said(1) == ""
+
+
+@pytest.mark.slow
+def test_torchrun_starts_it(tmp_path, config_file, out, alone):
+    import os
+    import subprocess
+
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "longtrain", "train", str(config_file), *SETTINGS]
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(out, alone)
