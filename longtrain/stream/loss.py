@@ -185,7 +185,7 @@ def loss_lines(norm: nn.Module, head: nn.Linear, options: LossOptions = LossOpti
     for tokens in PROBE_TOKENS:
         hidden_BTE = weight_VE.new_zeros(1, tokens, head.in_features)
         work = _Head(
-            norm=norm, names=tuple(parameters), boundary=None, targets_BT=torch.zeros(1, tokens, dtype=torch.int64, device=weight_VE.device),
+            norm=norm, names=tuple(parameters), boundary=None, stays=False, targets_BT=torch.zeros(1, tokens, dtype=torch.int64, device=weight_VE.device),
             weights_BT=None, options=options, spans=[Span(0, tokens)], logits_tokens=tokens,
             surroundings=Surroundings.capture(torch.device("cpu")),
         )  # fmt: skip
