@@ -45,7 +45,26 @@ def check(family, plan, parallel, call):
     assert abs(again - expected_loss) <= CLOSE * expected_loss, "undo left something behind"
 
 
+def log_probabilities(rank, world):
+    """On every process those of the whole sequence, as one process has them, and an objective's gradients in parts."""
+    ids, weights = batch()["input_ids"], torch.linspace(-1, 1, TOKENS)
+
+    def run(parallel):
+        model = hf_families.build("llama")
+        lt.apply(model, lt.Plan(chunk_tokens=16), parallel=parallel)
+        logp, entropy = lt.token_logprobs(model, ids, cu_seqlens=[0, 1, 21, TOKENS])
+        (weights * (logp.exp() + entropy)).sum().backward()
+        return torch.stack([logp, entropy]).detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    (alone, expected), (shared, grads) = run(None), run(lt.Parallel())
+    assert (shared - alone).norm() <= CLOSE * alone.norm()
+    for name, grad in grads.items():
+        dist.all_reduce(grad)
+        assert (grad / world - expected[name]).norm() <= CLOSE * expected[name].norm(), name
+
+
 def quick(rank, world):
+    log_probabilities(rank, world)
     check("llama", lt.Plan(chunk_tokens=16), lt.Parallel(), batch(packed=True))
     check("mistral", lt.Plan(chunk_tokens=20, segment_layers=2, store_outputs=0.5), lt.Parallel(heads=1, stripe=4), batch(rows=2))
     model = hf_families.build("llama")
