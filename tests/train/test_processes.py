@@ -116,7 +116,7 @@ def test_bfloat16_on_two_processes_is_as_near_as_rounding(tmp_path, config_file,
 def kill_and_go_on(tmp_path, config_file, out, alone, chance: random.Random, size: int, then: int) -> None:
     """Kill a random rank at a random moment after a random step; the others end and say who it was; the run ends on `then` processes."""
     ranks, victim, after = Ranks(size, tmp_path, config_file, *SETTINGS), chance.randrange(size), chance.randrange(1, 5)
-    ranks.wait_for(f"step +{after}/")
+    ranks.wait_for(f"checkpoint of step {after} stands")
     time.sleep(chance.uniform(0, 0.1))
     ranks.signal(victim, signal.SIGKILL)
     killed = time.monotonic()
