@@ -77,7 +77,10 @@ def make_work(config: Config, where: Locations, processes: Processes) -> Work:
         )
     replicate, shard, ring, heads = sizes
     data, context = replicate * shard, ring * heads
-    if context > 1 and isinstance(config.model, HfModelConfig):
+    hf = isinstance(config.model, HfModelConfig)
+    if hf and config.model.lora is not None:
+        raise where.error("model.lora", "adapters are trained by one process: FSDP2 cannot gather what peft has wrapped; start one, or remove lora")
+    if hf and context > 1:
         raise where.error("parallel", "models of transformers share no sequence in a run yet (lt.apply does, in a script); use dp_shard")
     for stage in config.stages():
         sequences = stage.tokens_per_update // stage.seq_len

@@ -245,3 +245,25 @@ def test_torchrun_starts_it(tmp_path, config_file, out, alone):
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
     assert done.returncode == 0, done.stderr
     assert_same_run(out, alone)
+
+
+@pytest.mark.slow
+def test_two_processes_train_a_model_of_transformers(tmp_path, texts, out):
+    """Each reads other sequences and keeps half of the weights; the saved model is one that transformers reads."""
+    transformers = pytest.importorskip("transformers", reason='needs pip install "longtrain[hf]"')
+    from tests.train.tiny_hf import write_run, write_weights
+
+    file = write_run(tmp_path / "hf.yaml", write_weights(tmp_path / "given"), texts, out)
+    settings = ("train.steps=4", "train.tokens_per_update=128", "train.validation_tokens=256", "parallel.dp_shard=2")
+    ranks = Ranks(2, tmp_path, file, *settings)
+    assert ranks.wait() == [0, 0], ranks.said() + ranks.said(1)
+    assert cli.main(["train", str(file), *settings, f"output.dir={tmp_path / 'alone'}"]) == 0
+    for name, expected in losses(tmp_path / "alone").items():
+        assert losses(out)[name] == pytest.approx(expected, rel=1e-5), name
+    ours, theirs = (transformers.AutoModelForCausalLM.from_pretrained(d / "model") for d in (out, tmp_path / "alone"))
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
+    lora = "model.lora={rank: 4, alpha: 8, target_modules: [q_proj]}"
+    for wrong, says in ((lora, "model.lora: adapters are trained by one process"), ("parallel.cp_ring=2", "share no sequence in a run yet")):
+        ranks = Ranks(2, tmp_path, file, *settings, "parallel.dp_shard=null", wrong)
+        assert ranks.wait() == [2, 2] and says in ranks.said(), ranks.said()
