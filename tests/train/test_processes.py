@@ -23,6 +23,7 @@ SETTINGS = (
     "memory.chunk_tokens=24", "parallel.cp_ulysses=null", "train.steps=6", "checkpoint.every_steps=1", "checkpoint.keep=3", "train.threads=1",
     "train.validation_tokens=256", "train.tokens_per_update=128",
 )
+DEAD = re.compile(r"(.*step \d+|ending): rank (\d) \(process \d+ on \S+, last in .*\) gives no sign of life: dead or stuck; rank \d was at (.+); all")
 LIMIT = 30.0
 """Seconds in which everybody ends after one has died."""
 
@@ -124,8 +125,8 @@ def kill_and_go_on(tmp_path, config_file, out, alone, chance: random.Random, siz
     codes = ranks.wait(others, LIMIT)
     assert time.monotonic() - killed < LIMIT and all(code == 1 for code in codes), codes
     said = "".join(ranks.said(r) for r in range(size))
-    errors = re.findall(r"(?:step \d+|after step \d+|the validation after step \d+|ending|starting).*: rank (\d) \(process \d+ on \S+, last in .*\) gives no sign of life: dead or stuck; rank \d was at (.+); all ranks end", said)
-    assert [int(who) for who, _ in errors] == [victim], said
+    errors = DEAD.findall(said)
+    assert [int(who) for _, who, _ in errors] == [victim], said
     if then == 1:
         assert cli.main(["train", str(config_file), *SETTINGS]) == 0
     else:
