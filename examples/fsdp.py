@@ -3,8 +3,9 @@
     torchrun --nproc-per-node 2 examples/fsdp.py          # gloo on CPUs, nccl on GPUs; a tiny random Qwen3
     torchrun --nproc-per-node 2 examples/fsdp.py ddp      # the same with DDP
 
-Each segment of layers is one unit: one gather a pass and one reduce-scatter, whatever the number of chunks. FSDP2 and DDP average over the
-processes, so that the loss is divided by the targets of all of them over their number.
+Each layer is one unit: one gather a pass and one reduce-scatter, whatever the number of chunks. (A segment of several layers can be one unit
+where FSDP2 casts nothing: its casts give the layers of a unit different arguments, which is refused.) FSDP2 and DDP average over the processes,
+so that the loss is divided by the targets of all of them over their number.
 """
 
 import sys
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 import longtrain as lt
 
-TOKENS, STEPS, SEGMENT = 2048, 5, 2
+TOKENS, STEPS = 2048, 5
 
 
 def main() -> None:
@@ -29,21 +30,22 @@ def main() -> None:
         vocab_size=512, hidden_size=64, intermediate_size=192, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=16
     )
     model = AutoModelForCausalLM.from_config(config).to(device)
-    report = lt.apply(model, lt.Plan(chunk_tokens=TOKENS // 8, segment_layers=SEGMENT))
+    report = lt.apply(model, lt.Plan(chunk_tokens=TOKENS // 8))
     if sys.argv[1:] == ["ddp"]:
         module = DistributedDataParallel(model)
     else:
-        policy, layers = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32), list(model.model.layers)
-        for at in range(0, len(layers), SEGMENT):
-            fully_shard(layers[at : at + SEGMENT], mp_policy=policy)
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        for layer in model.model.layers:
+            fully_shard(layer, mp_policy=policy)
         module = fully_shard(model, mp_policy=policy)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
     if rank == 0:
         print(report)
     torch.manual_seed(rank)
+    targets = world * (TOKENS - 1)
     for step in range(STEPS):
         ids = (torch.arange(TOKENS, device=device)[None] + int(torch.randint(512, ()))) % 512
-        loss = module(input_ids=ids, labels=ids, num_items_in_batch=world * (TOKENS - 1) / world).loss
+        loss = module(input_ids=ids, labels=ids, num_items_in_batch=targets / world).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -53,7 +53,6 @@ def build_parser() -> argparse.ArgumentParser:
     for name, command, help_text in (
         ("train", train, "train a model as a YAML file says"),
         ("verify", verify, "check streamed gradients against plain autograd on a config's model"),
-        ("plan", plan, "show what fits a config's memory budget and what it costs"),
     ):
         sub = commands.add_parser(name, help=help_text, description=help_text)
         sub.add_argument("config", metavar="CONFIG", help="YAML file, such as configs/quickstart.yaml")
@@ -64,6 +63,26 @@ def build_parser() -> argparse.ArgumentParser:
             sub.add_argument("--eval", action="store_true", help="evaluate the weights instead; CONFIG may be a run's directory")
             sub.add_argument("--stop-after", metavar="TIME", type=seconds, help="save and end before so much time, such as 11h50m; exit code 75")
         sub.set_defaults(command=command)
+    about = "show what fits a memory budget, how long a step takes, and what would have to change"
+    sub = commands.add_parser("plan", help=about, description=about)
+    sub.add_argument("config", metavar="CONFIG|MODEL", help="YAML file, a shape such as llama3-8b, or a config.json of transformers")
+    sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace those of the file")
+    sub.add_argument("--seq-len", type=int, metavar="T", help="tokens of a sequence (the config's)")
+    sub.add_argument("--budget", metavar="SIZE", help="memory of each device, such as 72GiB (the config's, or 95%% of the device)")
+    sub.add_argument("--device", metavar="NAME", help="a100, h100, h200, b200, rtx4090 ..., or a file of longtrain calibrate (this machine)")
+    sub.add_argument("--gpus", type=int, metavar="N", help="devices (1)")
+    sub.add_argument("--host", metavar="SIZE", help="host memory that may be used, of all devices together (the config's, or none)")
+    sub.add_argument("--disk", metavar="SIZE", help="disk that may be used, likewise")
+    sub.add_argument("--batch", type=int, nargs="+", default=[1], metavar="B", help="sequences of a micro-batch to try (1, as train runs)")
+    sub.add_argument("--out", metavar="DIR", help="write plan.yaml, plan.html and plan.png there")
+    sub.add_argument("--quick", action="store_true", help="leave out the Pareto front and the longest sequence")
+    sub.set_defaults(command=plan)
+    about = "measure what a step's time is made of on this machine, for longtrain plan"
+    sub = commands.add_parser("calibrate", help=about, description=about)
+    sub.add_argument("--out", metavar="FILE", default="machine.json", help="profile to write (machine.json)")
+    sub.add_argument("--path", metavar="DIR", default=".", help="directory on the disk that is to be a tier (.)")
+    sub.add_argument("--dtype", choices=("float32", "bfloat16"), help="of products and attention (bfloat16 on a GPU, float32 on a CPU)")
+    sub.set_defaults(command=calibrate)
     sub = commands.add_parser("profile", help="show what a config's step holds in memory, predicted and measured")
     sub.add_argument("config", metavar="CONFIG", help="YAML file, such as configs/quickstart.yaml")
     sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace those of the file")
@@ -162,7 +181,13 @@ def verify(args: argparse.Namespace) -> int:
 def plan(args: argparse.Namespace) -> int:
     from longtrain.planner import command
 
-    return command.run(args.config, args.overrides)
+    return command.run(args)
+
+
+def calibrate(args: argparse.Namespace) -> int:
+    from longtrain.planner import calibrate
+
+    return calibrate.run(args.out, args.path, args.dtype)
 
 
 def profile(args: argparse.Namespace) -> int:

@@ -13,7 +13,7 @@ from longtrain import cli
     "module, function, arguments, received",
     [
         ("verify", "run", ["verify", "a.yaml", "train.seed=1"], ("a.yaml", ["train.seed=1"])),
-        ("planner.command", "run", ["plan", "a.yaml"], ("a.yaml", [])),
+        ("planner.calibrate", "run", ["calibrate", "--path", "/scratch"], ("machine.json", "/scratch", None)),
         ("doctor", "run", ["doctor"], ()),
     ],
 )

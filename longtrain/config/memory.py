@@ -39,20 +39,23 @@ class SplitConfig:
     """Keep them in FP8 off the device. This is lossy: gradients are no longer exact."""
 
 
+Where = Literal["device", "host", "disk"] | SplitConfig
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OffloadConfig:
-    """What leaves the device between forward and backward pass, by kind of tensor."""
+    """What leaves the device between forward and backward pass, by kind of tensor: one for all layers, or a list with one a layer."""
 
-    inputs: Literal["device", "host", "disk"] | SplitConfig = "device"
+    inputs: Where | tuple[Where, ...] = "device"
     """Hidden states between layers. Example: disk."""
 
-    gradients: Literal["device", "host", "disk"] | SplitConfig = "device"
+    gradients: Where | tuple[Where, ...] = "device"
     """Gradients of the hidden states between layers. Example: disk."""
 
-    outputs: Literal["device", "host", "disk"] | SplitConfig = "device"
+    outputs: Where | tuple[Where, ...] = "device"
     """Stored attention outputs (`memory.store_outputs`). Example: {device: 0.25, host: 0.5}."""
 
-    kv: Literal["device", "host", "disk"] | SplitConfig = "device"
+    kv: Where | tuple[Where, ...] = "device"
     """Stored keys and values (`memory.store_kv`; of windowed layers, all; of long convolutions their inputs). Example: disk."""
 
 
@@ -72,6 +75,10 @@ class MemoryConfig:
 
     disk: DiskConfig | None = None
     """The disk tier. Example: {path: /scratch, budget: 200GiB}."""
+
+    optimizer: Literal["device", "host"] = "device"
+    """Where AdamW's moments and the float32 weights live. `host`: not on the GPU; gradients travel there one by one as the update needs
+    them, and weights back. Without a GPU it makes no difference."""
 
     staging: str | None = None
     """Device memory for bytes on their way to and from the slower tiers; 64MiB when not given. Example: 512MiB."""
@@ -106,7 +113,7 @@ class MemoryConfig:
     Example: 1024."""
 
     def __post_init__(self) -> None:
-        by_hand = [f.name for f in fields(self) if f.name not in ("budget", *TIERS) and getattr(self, f.name) is not None]
+        by_hand = [f.name for f in fields(self) if f.name not in ("budget", "optimizer", *TIERS) and getattr(self, f.name) is not None]
         slower = [name for name in TIERS if getattr(self, name) is not None]
         sizes = {f"memory.{name}": getattr(self, name) for name in ("budget", "host_budget", "staging")}
         if self.disk is not None:
@@ -158,7 +165,7 @@ class MemoryConfig:
 
     def plan_settings(self) -> dict:
         """The settings given by hand, as arguments of `lt.Plan`."""
-        not_plan = ("budget", "offload", *TIERS)
+        not_plan = ("budget", "offload", "optimizer", *TIERS)
         settings = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in not_plan and getattr(self, f.name) is not None}
         return settings | ({"offload": self.tiers()} if settings and self.offload is not None else {})
 
@@ -166,7 +173,9 @@ class MemoryConfig:
 TIERS = ("host_budget", "disk", "staging")
 
 
-def _split(value: str | SplitConfig) -> Split:
+def _split(value: Where | tuple[Where, ...]) -> Split | tuple[Split, ...]:
+    if isinstance(value, tuple):
+        return tuple(map(_split, value))
     if isinstance(value, SplitConfig):
         return Split(device=value.device, host=value.host, compress=value.compress)
     return STAY if value == "device" else Split(host=float(value == "host"))

@@ -18,11 +18,14 @@ from longtrain.memory.sample import COLUMNS
 from longtrain.memory.watch import BACKWARD, OPTIMIZER_END, STEP, Watch
 from longtrain.offload.extent import State
 from longtrain.planner.cost import Phase
+from longtrain.planner.reuse import cached, place_in_two_levels
 
 VERSION = 1
 MOMENTS = 600
 """Of the timeline; each shows the most that was held in its stretch, so that no peak is lost."""
 LARGEST = 20
+PLACED, SMALL = 3000, 4096
+"""Blocks whose places in an arena are planned: the largest, of so many bytes at least."""
 NAMED = 3
 """Items that a moment of the timeline names."""
 
@@ -67,6 +70,7 @@ def account(
         "process": process,
         "phases": compare_phases(measured, predicted, ledger, device, streamed),
         "timeline": timeline(watch, ledger, device, level, first, last),
+        "reuse": reuse(ledger, device, first, last),
     }
     result["sentence"] = sentence(result)
     return result
@@ -85,6 +89,17 @@ def step_with_peak(watch: Watch, level: np.ndarray) -> tuple[int, int]:
     end, peak = len(level) - 1, int(level.argmax())
     steps = [(a, b) for a, b in pairwise([*cuts, end]) if ((backward >= a) & (backward <= b)).any()]
     return next(((a, b) for a, b in steps if a <= peak <= b), (0, end))
+
+
+def reuse(ledger: Ledger, device: int, first: int, last: int) -> dict[str, int]:
+    """What an arena with planned offsets would take for the step's blocks, the largest `PLACED` of them: the liveness bound, the plan
+    (`longtrain.planner.reuse`, grouped by the modules' visits), and an allocator that takes blocks as they come."""
+    here = np.flatnonzero((ledger.device == device) & (ledger.start <= last) & (ledger.stop > first) & (ledger.nbytes >= SMALL))
+    here = here[np.argsort(-ledger.nbytes[here], kind="stable")[:PLACED]]
+    start, stop = np.maximum(ledger.start[here], first - 1), np.minimum(ledger.stop[here], last + 1)
+    visits = [c.start for c in ledger.contexts if first <= c.start <= last]
+    arena = place_in_two_levels(start, stop, ledger.nbytes[here], list(pairwise([*visits, last + 1])))
+    return {"blocks": len(here), "bound": arena.bound, "planned": arena.size, "cached": cached(start, stop, ledger.nbytes[here])}
 
 
 def seconds(ledger: Ledger, moment: int) -> float:
@@ -187,6 +202,8 @@ def row_name(part: dict[str, Any], predicted: Sequence[Phase]) -> str:
             layers = re.fullmatch(r"backward of layers (\d+) to (\d+)", phase.name)
             if layers and number and int(layers[1]) <= int(number[1]) <= int(layers[2]):
                 return phase.name
+        if part["band"].endswith("embed") and any(phase.name == "backward of the embedding" for phase in predicted):
+            return "backward of the embedding"
         return f"backward of {part['band']}" if part["band"] else "backward"
     if part["phase"] == "forward" and not number and re.search(r"loss|head", part["band"]):
         return "loss"

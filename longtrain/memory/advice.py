@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from longtrain.memory.table import gib
 from longtrain.plan import Offload, Plan
-from longtrain.planner.cost import ModelFootprint, peak, relative_time, step_memory
-from longtrain.planner.search import CHUNKS, FRACTIONS, SEGMENTS, longest
+from longtrain.planner.cost import ModelFootprint, peak, step_memory
+from longtrain.planner.rates import usual_rates
+from longtrain.planner.search import CHUNKS, FRACTIONS, SEGMENTS, Asked, longest
+from longtrain.planner.seconds import step_time
 from longtrain.units import format_bytes
 
 if TYPE_CHECKING:
@@ -81,15 +83,16 @@ def changes_that_fit(model: ModelFootprint, plan: Plan, tokens: int, room: int, 
 
     A shorter sequence and a larger budget come last, since they change what is trained or what is bought.
     """
-    layers = len(model.layers)
+    layers, rates = len(model.layers), usual_rates(model.device)
+    seconds = lambda p: step_time(model, p, tokens, batch, rates).total
 
     def cheapest_that_fits(name: str, values) -> tuple[float, str] | None:
         tried = [replace(plan, **{name: value}) for value in values]
         fitting = [p for p in tried if peak(step_memory(model, p, tokens, batch)).total <= room]
         if not fitting:
             return None
-        best = min(fitting, key=lambda p: (relative_time(p, layers, tokens), peak(step_memory(model, p, tokens, batch)).total))
-        return relative_time(best, layers, tokens), f"memory.{name}: {getattr(best, name)} (now {getattr(plan, name)})"
+        best = min(fitting, key=lambda p: (seconds(p), peak(step_memory(model, p, tokens, batch)).total))
+        return seconds(best), f"memory.{name}: {getattr(best, name)} (now {getattr(plan, name)})"
 
     found = [
         cheapest_that_fits("chunk_tokens", [c for c in CHUNKS if c < plan.chunk_tokens and (plan.kv_block_tokens or c) % c == 0]),
@@ -98,7 +101,7 @@ def changes_that_fit(model: ModelFootprint, plan: Plan, tokens: int, room: int, 
         cheapest_that_fits("segment_layers", [k for k in SEGMENTS if k != plan.segment_layers and k <= layers]),
     ]
     texts = [text for _, text in sorted(entry for entry in found if entry is not None)]
-    shorter = longest(model, batch, room, tokens, tiers)
+    shorter = longest(Asked(model, tokens, batch, tiers, rates, 1), room)
     if shorter:
         texts.append(f"data.seq_len: {shorter} (now {tokens}), with the plan that the planner makes for it")
     needed = peak(step_memory(model, plan, tokens, batch)).total

@@ -51,6 +51,12 @@ def closing(result: dict[str, Any]) -> str:
     if "used" in process:
         lines.append(f"{where} {gib(process['used'])} GiB at most, {gib(process['used_at_start'])} GiB when the profile began")
     text = "; ".join(lines)
+    if found := result.get("reuse"):
+        text += (
+            f"\nreuse of memory, {found['blocks']} largest blocks: an allocator that takes them as they come reserves {gib(found['cached'])} GiB, "
+            f"planned offsets {gib(found['planned'])} GiB (fragmentation avoided: {gib(max(0, found['cached'] - found['planned']))} GiB), "
+            f"no arena less than {gib(found['bound'])} GiB"
+        )
     if result["scratch_unseen"]:
         text += f"\nScratch memory inside kernels was not seen: {result['missing']}."
     return text

@@ -1,43 +1,150 @@
-"""`longtrain plan CONFIG`: the plan for a config's budget, and what it is predicted to hold, phase by phase."""
+"""`longtrain plan`: what fits a budget, how long it takes, what it holds and writes, and what would have to change where nothing fits.
+
+    longtrain plan CONFIG [section.key=value ...]
+    longtrain plan llama3-8b --seq-len 1048576 --budget 76GiB --device h100 --host 128GiB --disk 2TB
+    longtrain plan path/to/config.json --seq-len 131072 --device h100 --gpus 8 --out out/plan
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
 
-from longtrain.config import load_config
-from longtrain.planner.cost import measure_model, peak, step_memory
+import torch
+
+from longtrain.config import Config, ConfigError, Locations, load_config
+from longtrain.config.hf import HfModelConfig
+from longtrain.offload import DiskSettings
+from longtrain.plan import Offload, Plan
+from longtrain.planner import explain, picture
+from longtrain.planner.cost import ModelFootprint, measure_model
+from longtrain.planner.explore import Wanted, by_hand, explore, longest_tokens, pareto, refusal
+from longtrain.planner.machines import Machine, find_machine
+from longtrain.planner.rates import usual_rates
 from longtrain.planner.search import held_beside_model
-from longtrain.planner.tiers import describe
-from longtrain.train.prepare import build_model, make_plan, step_count
-from longtrain.units import format_bytes
+from longtrain.planner.shapes import find_shape, on_meta, with_wide_gradients
+from longtrain.train.prepare import build_model, step_count
+from longtrain.units import format_bytes, parse_bytes
+
+STAGING = 2 << 30
+"""Of a GPU, where no config says otherwise."""
 
 
-def run(config_path: str, overrides: Sequence[str]) -> int:
-    """Print the plan and its memory table. Exit code 0; a budget that nothing fits is the config's error."""
-    config, where = load_config(config_path, overrides)
-    model, *_ = build_model(config, where, read_weights=False)
-    tokens = config.data.seq_len
-    chosen = make_plan(model, config, where)
-    if chosen is None:
-        raise where.error("memory", "neither memory.budget nor memory.chunk_tokens is set, so nothing is streamed; set one of them")
+def run(args: argparse.Namespace) -> int:
+    """Print the plans. Exit code 0; 1 where nothing fits; 2 for a command line that is wrong. Raises ConfigError for settings that are."""
     try:
-        footprint = measure_model(model)
+        wanted, title, plan = read(args)
+        return show(wanted, args, title, plan)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        print(f"longtrain plan: {error}", file=sys.stderr)
+        return 2
+
+
+def read(args: argparse.Namespace) -> tuple[Wanted, str, Plan | None]:
+    """What is asked for, what it is called, and the plan where it is made by hand."""
+    for name in ("seq_len", "gpus"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')}: must be at least 1, found {getattr(args, name)}")
+    if min(args.batch) < 1:
+        raise ValueError(f"--batch: must be at least 1, found {min(args.batch)}")
+    shape = find_shape(args.config)
+    machine = find_machine(args.device) if args.device else None
+    if shape is None:
+        return read_config(args, machine)
+    if args.overrides:
+        raise ValueError(f"{args.overrides[0]}: settings are of a YAML file, and {args.config} is none; use the options (longtrain plan --help)")
+    if args.seq_len is None:
+        raise ValueError("--seq-len is missing: say how many tokens a sequence has")
+    machine, model = machine or find_machine("h100"), measure_model(on_meta(shape, torch.bfloat16))
+    return wanted_for(args, machine, model, args.seq_len, Offload(staging_bytes=STAGING), None, masters=True), args.config, None
+
+
+def read_config(args: argparse.Namespace, machine: Machine | None) -> tuple[Wanted, str, Plan | None]:
+    overrides = list(args.overrides)
+    if args.seq_len is not None:
+        overrides += [f"data.seq_len={args.seq_len}", f"train.length_schedule=[{{from_step: 0, seq_len: {args.seq_len}}}]"]
+    overrides += [f"memory.budget={args.budget}"] if args.budget else []
+    config, where = load_config(args.config, overrides)
+    settings = config.memory.plan_settings()
+    if not settings and not (args.budget or config.memory.budget or machine):
+        raise where.error("memory", "neither memory.budget nor memory.chunk_tokens is set, so nothing is streamed; set one of them")
+    here = machine is None and (config.train.device != "cuda" or torch.cuda.is_available())
+    if machine is None:
+        machine = this_machine() if here else find_machine("h100")
+    model = footprint_of(config, where, torch.device(machine.device))
+    places = (config.memory.optimizer,) if settings or config.memory.optimizer == "host" else None
+    wanted = wanted_for(
+        args, machine, model, config.data.seq_len, config.memory.tiers() or Offload(), config.memory.budget, masters=config.train.dtype == "bfloat16",
+        steps=step_count(config), places=places,
+    )  # fmt: skip
+    if here:
+        taken = held_beside_model(model)
+        wanted = replace(wanted, room=wanted.room - taken, taken=taken)
+    return wanted, Path(args.config).stem, Plan(**settings) if settings else None
+
+
+def wanted_for(
+    args: argparse.Namespace, machine: Machine, model: ModelFootprint, tokens: int, tiers: Offload, budget: str | None, *, masters: bool,
+    steps: int = 1, places: tuple[str, ...] | None = None,
+) -> Wanted:  # fmt: skip
+    asked, host, disk = args.budget or budget, tiers.host_bytes, tiers.disk
+    room = parse_bytes(asked, "--budget") if asked else int(0.95 * machine.memory)
+    if machine.device == "cuda" and room > machine.memory:
+        raise ValueError(f"--budget: {asked} is more than the {format_bytes(machine.memory)} of {machine.name}")
+    if args.host:
+        host = parse_bytes(args.host, "--host")
+    if args.disk:
+        disk = replace(disk or DiskSettings(path="/scratch", budget=1), budget=parse_bytes(args.disk, "--disk"))
+    places = places or (("device", "host") if machine.device == "cuda" and host else ("device",))
+    return Wanted(
+        model=replace(model, device=torch.device(machine.device)), tokens=tokens, batches=tuple(args.batch), machine=machine, devices=args.gpus or 1,
+        room=room, taken=0, host=host, disk=disk, staging=tiers.staging_bytes, steps=steps, masters=masters, places=places,
+    )  # fmt: skip
+
+
+def footprint_of(config: Config, where: Locations, device: torch.device) -> ModelFootprint:
+    """Of a config's model as it trains: longtrain's own from its shape alone, others probed."""
+    dtype = getattr(torch, config.train.dtype)
+    try:
+        if not isinstance(config.model, HfModelConfig) and config.model.layers is None:
+            return measure_model(on_meta(config.model, dtype))  # other mixers than attention cannot run on shapes alone
+        model, *_ = build_model(config, where, read_weights=False)
+        return measure_model(with_wide_gradients(model.to(dtype)))
     except ValueError as error:
         raise where.error("model", f"{error}; train it without the section memory") from None
-    phases = step_memory(footprint, chosen, tokens)
-    taken = held_beside_model(footprint)
-    print(f"{tokens} tokens in chunks of {chosen.chunk_tokens}; segments of {chosen.segment_layers} layers")
-    print(f"outputs stored {chosen.store_outputs}, K/V stored {chosen.store_kv}, boundaries: {chosen.boundaries}\n")
-    width = max(len(phase.name) for phase in phases)
-    print(f"{'phase':{width}}  {'predicted':>10}  largest item")
-    for phase in phases:
-        print(f"{phase.name:{width}}  {format_bytes(phase.total + taken):>10}  {phase.largest} {format_bytes(phase.items[phase.largest])}")
-    top = peak(phases)
-    print(f"\nat the peak, {top.name}:")
-    for name, size in sorted({**top.items, "held before the step (imports, data)": taken}.items(), key=lambda item: -item[1]):
-        print(f"  {format_bytes(size):>10}  {name}")
-    total = top.total + taken
-    print(f"  {format_bytes(total):>10}  in all" + (f", of {config.memory.budget}" if config.memory.budget else ""))
-    if tiers := describe(footprint, chosen, tokens, steps=step_count(config)):
-        print("", *tiers, sep="\n")
+
+
+def this_machine() -> Machine:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rates = usual_rates(device)
+    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 1 << 62
+    top = max((rate for _, rate in rates.products), default=rates.flops)
+    return Machine(name="this machine", device=device.type, memory=memory, rates=rates, peak_flops=top, source="usual figures; longtrain calibrate")
+
+
+def show(wanted: Wanted, args: argparse.Namespace, title: str, plan: Plan | None) -> int:
+    machine, several = wanted.machine, f"{wanted.devices} x " if wanted.devices > 1 else ""
+    print(f"{title}: {wanted.tokens:,} tokens on {several}{machine.name}, {format_bytes(wanted.room + wanted.taken)} each ({machine.source})")
+    found = [by_hand(wanted, plan)] if plan else explore(wanted, say=lambda text: print(f"  looking: {text}", file=sys.stderr, flush=True))
+    if not found:
+        print(f"nothing fits. {refusal(wanted)}")
+        return 1
+    best = found[0]
+    for part in (explain.table, explain.memory, explain.time, explain.formulas):
+        print("", *part(found if part is explain.table else best, wanted), sep="\n")
+    front = [best]
+    if not (args.quick or plan):
+        front = pareto(wanted, best)
+        print("", *explain.front(front), sep="\n")
+        print(f"\nlongest sequence in {format_bytes(wanted.room + wanted.taken)}: {longest_tokens(wanted):,} tokens")
+    if args.out:
+        directory = Path(args.out)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "plan.yaml").write_text(explain.as_yaml(best, wanted, title))
+        written = ["plan.yaml", *picture.write(directory, title, found, front, wanted)]
+        print(f"{directory} holds {', '.join(written)}; longtrain train takes the settings of plan.yaml")
     return 0

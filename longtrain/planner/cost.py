@@ -1,4 +1,4 @@
-"""The cost model: memory of a streamed step by phase, and its compute relative to one that recomputes nothing."""
+"""The cost model: memory of a streamed step by phase, from what layers, loss and plan say of themselves."""
 
 from __future__ import annotations
 
@@ -9,18 +9,24 @@ import torch
 from torch import nn
 
 from longtrain.nn.ends import TokenLoss
-from longtrain.ops.linear_cross_entropy import default_chunk_tokens, footprint_bytes
+from longtrain.ops.linear_cross_entropy import default_chunk_tokens
 from longtrain.plan import Plan
 from longtrain.planner.pretrained import layers_differ, probe_transformers
-from longtrain.stream.footprint import LayerFootprint, probe_layer
+from longtrain.span import Span
+from longtrain.stream.footprint import LayerFootprint, gradient_bytes, probe_layer
+from longtrain.stream.loss import loss_lines
 from longtrain.stream.protocol import StreamableLayer
-
-CHUNK_OVERHEAD_TOKENS = 40
-"""A chunk costs about as much time as this many more tokens would: launches, sums of weight gradients (tools/bench_step.py)."""
+from longtrain.stream.work import Line, highest
 
 CPU_WORKSPACE = 112 * 2**20
 """Resident memory of a CPU step that no tensor accounts for: kernel scratch, thread pools, freed blocks that the allocator keeps.
 Measured: configs/quickstart.yaml peaked at 595 to 603 MiB where the tensors and what was held before add up to 486."""
+
+GPU_WORKSPACE = 2 * 10**9
+"""Of a GPU: the CUDA context, libraries' workspaces, and what the caching allocator cannot use (the design's "context" of 3 GB with staging)."""
+
+IDS = 3 * 8
+"""Bytes a token of ids, labels and targets."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,16 +35,34 @@ class ModelFootprint:
 
     layers: tuple[LayerFootprint, ...]
     parameters: int
+    trained: int
+    """Number of trained parameters."""
     other_gradients: int
-    """Gradients of what is not in a layer: embedding, final norm, head."""
+    """What `.grad` holds of parameters that are in no layer: embedding, final norm, head."""
+    embedding_sums: int
+    """The embedding's gradient while it is added up, float32 or wider; 0 where it is not trained."""
     optimizer: int
     vocab_size: int
     head_gradients: int
+    """The head's gradient while the loss adds it up."""
+    head_delivered: int
+    """What `.grad` holds of it."""
+    loss: tuple[Line, ...]
+    """What the loss holds of a part of so many tokens beside hidden states and `head_gradients`."""
     width: int
+    whole_head: bool
+    """Whether the loss is given hidden states of the whole sequence, and gives back their gradient (transformers, whose last norm is a layer of
+    its own: its input is there too)."""
     dtype: torch.dtype
     device: torch.device
     alike: bool = True
     """Whether all layers are given the same arguments, as those of one segment must be."""
+    gathered: int = 0
+    """Bytes of whole layers that parameters sharded over devices are gathered into while they are used."""
+
+    def at(self, chunk_tokens: int) -> tuple[LayerFootprint, ...]:
+        """The layers in chunks of so many tokens."""
+        return tuple(layer.at(chunk_tokens) for layer in self.layers)
 
     def at(self, chunk_tokens: int) -> tuple[LayerFootprint, ...]:
         """The layers in chunks of so many tokens."""
@@ -62,15 +86,17 @@ class Phase:
 
 
 def measure_model(model: nn.Module, optimizer_bytes_per_parameter: int = 8) -> ModelFootprint:
-    """Probe a model's layers and count its parameters. Raises ValueError when it has no layer that can be streamed."""
+    """Probe a model's layers and count its parameters; one on the meta device will do. Raises ValueError when it has no layer that can be
+    streamed."""
     layers = [
         layer
         for module in model.modules()
         if isinstance(module, nn.ModuleList) and len(module) and all(isinstance(m, StreamableLayer) for m in module)
         for layer in module
     ]
-    footprints = list(map(probe_layer, layers))
+    footprints = _probe_alike(layers)
     head = getattr(model, "lm_head", None) if any(isinstance(m, TokenLoss) for m in model.modules()) else None
+    norm = model.model.norm if head is not None else nn.Identity()
     if not layers:
         layers, footprints, head = probe_transformers(model)
     if not layers:
@@ -78,27 +104,50 @@ def measure_model(model: nn.Module, optimizer_bytes_per_parameter: int = 8) -> M
     trainable = {id(p): p for p in model.parameters() if p.requires_grad}
     in_layers = {id(p) for layer in layers for p in layer.parameters()}
     others = [p for key, p in trainable.items() if key not in in_layers]
+    head_trained = head is not None and head.weight.requires_grad
+    embeddings = [m.weight for m in model.modules() if isinstance(m, nn.Embedding) and id(m.weight) in trainable]
     first = next(model.parameters())
     return ModelFootprint(
         layers=tuple(footprints),
         parameters=sum(p.nbytes for p in model.parameters()),
-        other_gradients=sum(p.nbytes for p in others),
+        trained=sum(p.numel() for p in trainable.values()),
+        other_gradients=sum(map(gradient_bytes, others)),
+        embedding_sums=sum(w.numel() * max(w.element_size(), 4) for w in embeddings),
         optimizer=optimizer_bytes_per_parameter * sum(p.numel() for p in trainable.values()),
         vocab_size=head.out_features if head is not None else 0,
-        head_gradients=head.weight.numel() * 4 if head is not None and head.weight.requires_grad else 0,
+        head_gradients=head.weight.numel() * max(head.weight.element_size(), 4) if head_trained else 0,
+        head_delivered=gradient_bytes(head.weight) if head_trained else 0,
+        loss=() if head is None else loss_lines(norm, head),
         width=head.in_features if head is not None else 0,
+        whole_head=isinstance(norm, nn.Identity),
         dtype=first.dtype,
         device=first.device,
         alike=not layers_differ(model),
     )
 
 
-def step_memory(model: ModelFootprint, plan: Plan, tokens: int, batch: int = 1) -> list[Phase]:
-    """Bytes alive on the device at the turning points of a step: the loss, and the backward pass of each segment, where peaks occur.
+def _probe_alike(layers: Sequence[nn.Module]) -> list[LayerFootprint]:
+    """Layers that are printed alike, and whose parameters are, cost alike: one of them is probed."""
+    known: dict = {}
+    found = []
+    for layer in layers:
+        parameters = tuple((p.shape, p.dtype, p.requires_grad, gradient_bytes(p)) for p in layer.parameters())
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            key = (type(layer), repr(layer), parameters, repr(layer.mixers(**layer.example(2)[1])))
+        if key not in known:
+            known[key] = probe_layer(layer)
+        found.append(known[key])
+    return found
 
-    At segment j's backward: the inputs of segments 0..j, what layers 0..j store, the gradient that comes in; what the carries of its k
-    layers hold and their accumulators; the graph of one chunk through k layers; gradients of the head and of segments j.. (its own
-    twice: the sums, and one chunk's). Of what the plan sends to other tiers only the share that stays counts, and the staging.
+
+def step_memory(model: ModelFootprint, plan: Plan, tokens: int, batch: int = 1) -> list[Phase]:
+    """Bytes alive on the device at the turning points of a step: the loss, the backward pass of each segment and of the embedding.
+
+    At segment j's backward, at its second chunk, when sums are there and the first chunk's outputs are done with: the inputs of segments
+    0..j, what layers 0..j store and what restoring adds to it, the gradient that comes in;
+    what the carries of its k layers hold and their accumulators; the graph of one chunk through k layers, with that chunk's parameter
+    gradients; gradients of the head and of later segments as they were delivered, its own as they are added up. Of what the plan sends to
+    other tiers only the share that stays counts, and what is on its way.
     """
     layers, k, n = model.at(plan.chunk_tokens), plan.segment_layers, tokens * batch
     chunk = min(plan.chunk_tokens, tokens)
@@ -111,47 +160,104 @@ def step_memory(model: ModelFootprint, plan: Plan, tokens: int, batch: int = 1) 
         f.carry * batch * (tokens if blocked[i] else len(plan.stored_kv(i, tokens))) * f.causal * stays("kv", i) for i, f in enumerate(layers)
     ]
     states = [f.state * batch * ((tokens - 1) // chunk) * stays("kv", i) for i, f in enumerate(layers)]
-    kept_outputs = [len(f.kept_outputs(plan.stored_outputs(i, tokens), chunk)) for i, f in enumerate(layers)]
-    stored = [kept_kv[i] + states[i] + f.output * batch * kept_outputs[i] * stays("outputs", i) for i, f in enumerate(layers)]
-    fixed = {"parameters": model.parameters, "optimizer": model.optimizer}
-    if model.device.type == "cpu":
-        fixed["workspace"] = CPU_WORKSPACE
-    if plan.offload is not None:
-        fixed["staging"] = plan.offload.staging_bytes
+    kept_outputs = [f.kept_outputs(plan.stored_outputs(i, tokens), chunk) for i, f in enumerate(layers)]
+    outputs = [f.output * batch * len(kept_outputs[i]) * stays("outputs", i) for i, f in enumerate(layers)]
+    stored = [kept_kv[i] + states[i] + outputs[i] for i in range(len(layers))]
+    slides = [f.causal and f.carry_tokens(tokens, chunk) < tokens for f in layers]
+    fixed = {"parameters": model.parameters + model.gathered, "optimizer": model.optimizer, "ids, labels, positions": (IDS + max(f.arguments for f in layers)) * n}
+    fixed["workspace"] = CPU_WORKSPACE if model.device.type == "cpu" else GPU_WORKSPACE
     segments = [range(a, min(a + k, len(layers))) for a in range(0, len(layers), k)]
     inputs = [layers[s[0]].x * n * stays("inputs", s[0]) for s in segments]
-    end, phases = len(layers), []
+    end, phases, several = len(layers), [], tokens > chunk
+
+    def staging(fetched: float, written: float) -> dict[str, float]:
+        """What is on its way: the disk's slab, and up to half of the rest each way (`longtrain.offload.traffic`)."""
+        if plan.offload is None:
+            return {}
+        slab = plan.offload.staging_bytes / 4 if plan.offload.disk is not None else 0
+        half = (plan.offload.staging_bytes - slab) / 2
+        return {"staging": slab + min(half, fetched) + min(half, written)}
+
+    streams = plan.boundaries == "stream"
     if model.vocab_size:
+        to_loss = streams and not model.whole_head
         loss_chunk = plan.loss_chunk_tokens or default_chunk_tokens(model.vocab_size, model.device, model.dtype)
-        logits = footprint_bytes(min(loss_chunk, n), model.vocab_size, model.width, model.dtype, device=model.device.type)
-        hidden = layers[-1].x * n * (2 if plan.boundaries == "tensor" else max(stays("inputs", end), stays("gradients", end)))
-        items = {"layer inputs": sum(inputs), "stored outputs and K/V": sum(stored), "hidden states and gradient": hidden}
-        phases.append(Phase("loss", _whole({**fixed, **items, "logits of a chunk": logits, "gradients": model.head_gradients})))
+        part = min(loss_chunk, n, chunk * batch if to_loss else n)
+        x = layers[-1].x
+        hidden = x * n * (max(stays("inputs", end), stays("gradients", end)) if to_loss else 2 + (model.whole_head and streams) * stays("inputs", end))
+        items = {
+            "layer inputs": sum(inputs), "stored outputs and K/V": sum(stored), "hidden states and gradient": hidden,
+            "logits of a chunk": highest(model.loss, part) + (x * max(0, chunk * batch - part) if to_loss else -x * part), "gradients": model.head_gradients,
+            **staging(x * n * (1 - stays("inputs", end)), x * n * (1 - stays("gradients", end))),
+        }  # fmt: skip
+        phases.append(Phase("loss", _whole({**fixed, **items})))
     for j in reversed(range(len(segments))):
-        own = [layers[i] for i in segments[j]]
-        gradients = sum(layers[i].parameter_gradients for s in segments[j:] for i in s) + model.head_gradients
-        if j == 0:
-            gradients += model.other_gradients - model.head_gradients
-        gradient = 2.0 if plan.boundaries == "tensor" else max(stays("gradients", segments[j][0]), stays("gradients", segments[j][-1] + 1))
-        carries = 0
-        for i in segments[j]:
+        s = segments[j]
+        own, later = [layers[i] for i in s], [i for t in segments[j + 1 :] for i in t]
+        delivered = sum(layers[i].delivered_gradients for i in later) + model.head_delivered
+        gradient = max(stays("gradients", s[0]), stays("gradients", s[-1] + 1)) if streams else 2.0
+        if model.whole_head and j == len(segments) - 1:
+            gradient = max(gradient, 1.0)
+        carries, keeps = 0.0, sum(stored[: s[0]])
+        restored = restored_outputs(layers, plan, s, tokens)
+        for i in s:
+            kept = len(kept_outputs[i]) + len(restored.get(i, ())) - (chunk if several and kept_outputs[i].stop - kept_outputs[i].start >= chunk else 0)
+            keeps += states[i] + layers[i].output * batch * kept * stays("outputs", i)
             if blocked[i]:  # the block that is worked on, and the chunk's own; of the others' sums what the plan leaves on the device
                 carries += layers[i].carry_bytes() * min(tokens, 2 * plan.kv_block_tokens) * batch + layers[i].adjoint * n * stays("kv", i)
+                keeps += kept_kv[i]
                 continue
-            held = layers[i].carry_tokens(tokens, chunk)
-            carries += layers[i].carry_bytes() * held * batch
-            if held < tokens:  # the store has the rest, of which a part is counted as stored
-                carries += layers[i].carry * n * stays("kv", i) - kept_kv[i]
+            held = layers[i].carry_tokens(tokens, chunk) * batch
+            carries += (layers[i].carry_bytes() - (0 if several else layers[i].adjoint)) * held
+            if slides[i]:  # the store has all of it
+                keeps += layers[i].carry * n * stays("kv", i)
+        away = sum(layers[i].output * n * (1 - stays("outputs", i)) for i in s) + own[0].x * n * (1 - stays("inputs", s[0]))
         items = {
             "layer inputs": sum(inputs[: j + 1]),
-            "stored outputs and K/V": sum(stored[: segments[j][-1] + 1]),
+            "stored outputs and K/V": keeps,
             "gradient of the hidden states": own[-1].x * n * gradient,
             "K/V and their gradients": carries,
-            "graph of a chunk": (sum(f.graph for f in own) * chunk + max((w(chunk) for f in own for w in f.workspaces), default=0)) * batch,
-            "gradients": gradients + sum(f.parameter_gradients for f in own),
+            "graph of a chunk": chunk_graph(own, chunk, batch, [len(kept_outputs[i]) + len(restored.get(i, ())) < min(2 * chunk, tokens) for i in s], several),
+            "gradients": delivered + sum(f.parameter_gradients for f in own) * several,
+            **staging(away + own[-1].x * n * (1 - stays("gradients", s[-1] + 1)), own[0].x * n * (1 - stays("gradients", s[0]))),
         }
-        phases.append(Phase(f"backward of layers {segments[j][0]} to {segments[j][-1]}", _whole({**fixed, **items})))
+        phases.append(Phase(f"backward of layers {s[0]} to {s[-1]}", _whole({**fixed, **items})))
+    if model.embedding_sums:
+        delivered = sum(f.delivered_gradients for f in layers) + model.other_gradients
+        items = {"gradient of the hidden states": layers[0].x * n * stays("gradients", 0), "gradients": delivered + model.embedding_sums}
+        phases.append(Phase("backward of the embedding", _whole({**fixed, **items})))
     return phases
+
+
+def chunk_graph(layers: Sequence[LayerFootprint], chunk: int, batch: int, mixes: Sequence[bool], several: bool) -> float:
+    """Most that replay and backward pass of one chunk through consecutive layers hold: the graphs of the layers before one, the highest
+    moment of its own, parameter gradients of those after it. `mixes`: whose outputs are computed again, and so are new. Where there are not
+    `several` chunks, gradients of keys and values begin only when the mixer is differentiated."""
+    tokens = chunk * batch
+    before, most = 0.0, 0.0
+    after = sum(f.chunk_gradients for f in layers)
+    for layer, new in zip(layers, mixes, strict=True):
+        out = layer.output * tokens * new
+        after -= layer.chunk_gradients
+        mixing = layer.mixing_bytes(tokens) + (0 if several else layer.adjoint * tokens)
+        most = max(most, before + out + max(layer.graph_bytes(tokens), mixing) + after)
+        before += layer.saved_bytes(tokens) + out
+    return most
+
+
+def restored_outputs(layers: Sequence[LayerFootprint], plan: Plan, segment: range, tokens: int) -> dict[int, Span]:
+    """The tokens of each layer whose outputs the restoring pass must compute, and so stores (`stream.causal._restore`): of the layers before
+    the last one whose keys and values were not all kept, as far as anything is restored."""
+    chunk = min(plan.chunk_tokens, tokens)
+
+    def missing(i: int) -> int:
+        whole = in_blocks(layers[i], plan, tokens) or not layers[i].causal or (layers[i].state and not layers[i].carry)
+        return 0 if whole else plan.stored_kv(i, tokens).start
+
+    stops = {i: missing(i) for i in segment}
+    last = max((i for i in segment if stops[i]), default=segment[0])
+    restored = min(tokens, -(-max(stops.values()) // chunk) * chunk)
+    return {i: Span(0, min(restored, layers[i].kept_outputs(plan.stored_outputs(i, tokens), chunk).start)) for i in segment if i < last}
 
 
 def in_blocks(layer: LayerFootprint, plan: Plan, tokens: int) -> bool:
@@ -162,21 +268,6 @@ def in_blocks(layer: LayerFootprint, plan: Plan, tokens: int) -> bool:
 
 def _whole(items: dict[str, float]) -> dict[str, int]:
     return {name: round(size) for name, size in items.items()}
-
-
-def relative_time(plan: Plan, layers: int, tokens: int) -> float:
-    """Step time in units of one that recomputes no attention in one chunk: orders plans, does not predict seconds.
-
-    Attention A is weighed against the token-local part N as at long sequences, 2 : 1; a stored last fraction b of one document saves
-    1 - (1 - b)^2 of the second attention forward. Keys and values that are not stored cost their projections again, and in segments of
-    k layers the (k - 1) layers before the last one.
-    """
-    attention, local = 2.0, 1.0
-    recomputed = sum((1 - len(plan.stored_outputs(i, tokens)) / tokens) ** 2 for i in range(layers)) / layers
-    k, kv = plan.segment_layers, len(plan.stored_kv(0, tokens)) / tokens
-    restored = (1 - kv) * (0.1 + 0.9 * (k - 1) / k)
-    work = (3.5 + recomputed) * attention + (4.0 + restored) * local
-    return work / (3.5 * attention + 4.0 * local) * (1 + CHUNK_OVERHEAD_TOKENS / min(plan.chunk_tokens, tokens))
 
 
 def peak(phases: Sequence[Phase]) -> Phase:

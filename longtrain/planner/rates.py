@@ -1,19 +1,24 @@
-"""What a machine does in a second, and how long the parts of a streamed step take by that: data and two formulas."""
+"""What a machine does in a second: data, and how a rate is read at a size between those that were measured."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from bisect import bisect_left
+from dataclasses import dataclass, fields
+from math import inf, log
 
 import torch
 
-from longtrain.planner.cost import CHUNK_OVERHEAD_TOKENS, ModelFootprint
-from longtrain.span import chunk_spans
-from longtrain.stream.footprint import LayerFootprint
+Table = tuple[tuple[int, float], ...]
+"""(size, rate), by size."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rates:
-    """Speeds that the search weighs a transfer against computing again by. What transfers take while the device computes costs nothing."""
+    """Speeds that plans are weighed by. Raises ValueError naming the one that is not above 0.
+
+    Only `flops` and the tiers have to be known: where no table is given, everything that computes runs at `flops`, and what moves
+    memory, launches or sends costs nothing. `longtrain calibrate` measures all of it, `longtrain.planner.machines` has usual figures.
+    """
 
     flops: float
     """FLOP/s of a step: attention and matrix products in the model's dtype, with everything between them."""
@@ -30,16 +35,52 @@ class Rates:
     disk_read: float
     """Bytes/s back."""
 
+    products: Table = ()
+    """FLOP/s of matrix products of many rows, by the smaller side of the matrix."""
+
+    attention: Table = ()
+    """FLOP/s of attention's forward pass, causal, by head dim; FLOP of visible pairs alone are counted."""
+
+    attention_backward: Table = ()
+    """The same of its backward pass."""
+
+    moved: float = inf
+    """Bytes/s that operations read and write which are no products: norms, activations, sums."""
+
+    optimizer: float = inf
+    """Bytes/s that the optimizer's update reads and writes, on the device."""
+
+    host_optimizer: float = inf
+    """The same on the host."""
+
+    launch: float = 0.0
+    """Seconds that an operation takes however small it is."""
+
+    link: float = inf
+    """Bytes/s that a device receives from the others, in collectives."""
+
     def __post_init__(self) -> None:
-        for name in ("flops", "host_write", "host_read", "disk_write", "disk_read"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"rates.{name} must be above 0, found {getattr(self, name)!r}")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            for one in [rate for _, rate in value] if isinstance(value, tuple) else [value]:
+                if not one > 0 and not (field.name == "launch" and one == 0):
+                    raise ValueError(f"rates.{field.name} must be above 0, found {one!r}")
 
     def write(self, tier: str) -> float:
         return {"host": self.host_write, "disk": self.disk_write}[tier]
 
     def read(self, tier: str) -> float:
         return {"host": self.host_read, "disk": self.disk_read}[tier]
+
+    def at(self, table: Table, size: float) -> float:
+        """FLOP/s at a size: between two measured ones on the straight line over the logarithm, beyond them the nearest."""
+        if not table:
+            return self.flops
+        place = bisect_left([s for s, _ in table], size)
+        if place in (0, len(table)):
+            return table[min(place, len(table) - 1)][1]
+        (s0, r0), (s1, r1) = table[place - 1 : place + 1]
+        return r0 + (r1 - r0) * log(size / s0) / log(s1 / s0)
 
 
 def usual_rates(device: torch.device) -> Rates:
@@ -48,30 +89,3 @@ def usual_rates(device: torch.device) -> Rates:
     if device.type == "cuda":
         return Rates(flops=400e12, host_write=22e9, host_read=22e9, disk_write=3e9, disk_read=5e9)
     return Rates(flops=45e9 * torch.get_num_threads(), host_write=4e9, host_read=4e9, disk_write=1.3e9, disk_read=0.9e9)
-
-
-def attention_flops(layer: LayerFootprint, model: ModelFootprint, tokens: int, chunk: int) -> float:
-    """Of one forward pass over one sequence: two products of 2 H D FLOP for each (query, key) that is visible. 0 where nothing attends."""
-    if not layer.lse:
-        return 0.0
-    head_elements = (layer.output - layer.lse) / model.dtype.itemsize / len(layer.mixers)
-    pairs = 0.0
-    for mixer in layer.mixers:
-        for span in chunk_spans(tokens, chunk):
-            keys = len(mixer.keys_for(span)) - len(span) / 2 if layer.causal and hasattr(mixer, "keys_for") else tokens
-            pairs += keys * len(span)
-    return 4 * head_elements * pairs
-
-
-def layer_seconds(model: ModelFootprint, tokens: int, batch: int, chunk: int, rates: Rates) -> list[tuple[float, float, float]]:
-    """Of each layer: forward pass, backward pass, and attention forward once more where no output is stored. With A = attention forward
-    and N = 2 FLOP a parameter and token: A + N, 2.5 A + 3 N (and 0.1 N for keys and values), A."""
-    overhead = 1 + CHUNK_OVERHEAD_TOKENS / min(chunk, tokens)
-    seconds, known = [], {}
-    for layer in model.at(chunk):
-        if (key := (layer.output, layer.lse, layer.causal, tuple(map(repr, layer.mixers)))) not in known:
-            known[key] = attention_flops(layer, model, tokens, chunk)
-        attention = known[key] * batch * overhead / rates.flops
-        local = 2 * layer.parameters / model.dtype.itemsize * tokens * batch * overhead / rates.flops
-        seconds.append((attention + local, 2.5 * attention + 3.1 * local, attention))
-    return seconds

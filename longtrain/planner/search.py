@@ -19,12 +19,17 @@ from longtrain.offload import DiskSettings
 from longtrain.plan import SPLITS, STAY, InfeasibleBudget, Offload, Plan, Split
 from longtrain.planner.cost import ModelFootprint, measure_model, peak, step_memory
 from longtrain.planner.placement import Option, Problem, choose, step_seconds
-from longtrain.planner.rates import Rates, layer_seconds, usual_rates
+from longtrain.planner.rates import Rates, usual_rates
+from longtrain.planner.seconds import layer_seconds, restored_seconds
 from longtrain.planner.tiers import tier_use
 from longtrain.units import format_bytes, parse_bytes
 
 CHUNKS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 SEGMENTS = (1, 2, 4, 8)
+MOST_CHUNKS = 4096
+"""Of a sequence: more cost more in launches than their size saves."""
+SMALL_CHUNKS = 4
+"""The smallest plan has one of so many smallest chunks."""
 FRACTIONS = tuple(i / 20 for i in range(21))
 SHARES = (0.75, 0.5, 0.25, 0.0)
 """Of a tensor's tokens, that stay on the device where the others leave."""
@@ -37,6 +42,7 @@ def plan(
     *,
     batch: int = 1,
     optimizer_bytes_per_parameter: int = 8,
+    optimizer: torch.optim.Optimizer | None = None,
     tiers: Offload | None = None,
     rates: Rates | None = None,
     steps: int | None = None,
@@ -46,7 +52,8 @@ def plan(
         plan = lt.plan(model, seq_len=131_072, budget="72GiB")
 
     budget: bytes, or text such as "72GiB" or "80GB". On a GPU, device memory; on a CPU, resident memory of this process, of which
-    what it holds now beside the model (imports, data) counts as taken. `optimizer_bytes_per_parameter`: AdamW's two float32 moments.
+    what it holds now beside the model (imports, data) counts as taken. `optimizer_bytes_per_parameter`: AdamW's two float32 moments;
+    `optimizer`: the one that will step, so that what it holds already, after its first step, is not counted twice.
     `tiers`: slower tiers that may be used (`host_bytes`, `disk`, `staging_bytes` of an `lt.Offload`; its splits are chosen here, layer by
     layer): what leaves the device is what costs the least time, transfers that hide behind compute none. `rates`: FLOP/s and bytes/s of
     this machine, usual ones when not given. `steps`: of the run, which `tiers.disk.max_written` is for; one step when not given.
@@ -58,12 +65,13 @@ def plan(
         raise ValueError(f"seq_len, batch and steps must be at least 1, found {seq_len}, {batch} and {steps}")
     room = parse_bytes(budget)
     footprint = measure_model(model, optimizer_bytes_per_parameter)
-    taken = held_beside_model(footprint)
+    states = 0 if optimizer is None else state_bytes(optimizer)
+    taken = held_beside_model(footprint, states + sum(p.grad.nbytes for p in model.parameters() if p.grad is not None))
     asked = Asked(footprint, seq_len, batch, tiers, rates or usual_rates(footprint.device), steps or 1)
-    found = _fastest(asked, room - taken)
+    found = fastest_plan(asked, room - taken)
     if found is not None:
         return replace(found, predicted_peak=found.predicted_peak + taken)
-    raise InfeasibleBudget(_what_to_change(asked, room, taken))
+    raise InfeasibleBudget(what_to_change(asked, room, taken))
 
 
 Moves = Sequence[tuple[int, int, int]]
@@ -83,6 +91,8 @@ class Asked:
     tiers: Offload | None
     rates: Rates
     steps: int
+    devices: int = 1
+    """That share every sequence: `model` and `tokens` are what one of them has."""
 
     @property
     def may_write(self) -> float:
@@ -92,6 +102,10 @@ class Asked:
 
     def peak(self, plan: Plan) -> int:
         return peak(step_memory(self.model, plan, self.tokens, self.batch)).total
+
+    def peak_of(self, plan: Plan, *, only: str) -> int:
+        """Of one phase; 0 where there is none of this name."""
+        return max((p.total for p in step_memory(self.model, plan, self.tokens, self.batch) if p.name == only), default=0)
 
     def fits_tiers(self, plan: Plan) -> bool:
         if plan.offload is None:
@@ -103,18 +117,22 @@ class Asked:
 
 def _candidates(model: ModelFootprint, tokens: int) -> list[Plan]:
     # A segment of several layers stores fewer inputs; its layers must all be causal, and be given the same.
-    chunks = [c for c in CHUNKS if c < tokens] or [tokens]
+    chunks = [c for c in CHUNKS if c < tokens and c * MOST_CHUNKS >= tokens] or [min(tokens, CHUNKS[-1])]
     alone = {chunk: not (model.alike and all(f.causal for f in model.at(chunk))) for chunk in chunks}
     segments = [k for k in SEGMENTS if k <= len(model.layers)]
-    return [Plan(chunk_tokens=c, store_outputs=0.0, segment_layers=k) for k in segments for c in chunks if k == 1 or not alone[c]]
+    keeps = (0.0, 1.0) if any(f.carry and f.causal for f in model.layers) else (0.0,)
+    return [
+        Plan(chunk_tokens=c, store_outputs=0.0, store_kv=kv, segment_layers=k)
+        for k in segments for c in chunks for kv in keeps if k == 1 or not alone[c]
+    ]  # fmt: skip
 
 
-def _fastest(asked: Asked, room: int) -> Plan | None:
+def fastest_plan(asked: Asked, room: int) -> Plan | None:
     """Without slower tiers, and with them where they are given: their staging may cost more than they free."""
     tried = []
     for candidate in _candidates(asked.model, asked.tokens):
-        seconds = layer_seconds(asked.model, asked.tokens, asked.batch, candidate.chunk_tokens, asked.rates)
-        tried += [(sum(forward + backward for forward, backward, _ in seconds), candidate, t) for t in dict.fromkeys((None, asked.tiers))]
+        at_least = float(_compute(asked, candidate, with_attention_again=False).sum())
+        tried += [(at_least, candidate, t) for t in dict.fromkeys((None, asked.tiers))]
     best = None
     for at_least, candidate, tiers in sorted(tried, key=lambda entry: entry[0]):
         if best is not None and best[0] <= at_least:
@@ -125,9 +143,28 @@ def _fastest(asked: Asked, room: int) -> Plan | None:
     return None if best is None else best[1]
 
 
+def _segments(model: ModelFootprint, plan: Plan) -> list[range]:
+    return [range(a, min(a + plan.segment_layers, len(model.layers))) for a in range(0, len(model.layers), plan.segment_layers)]
+
+
+def _compute(asked: Asked, candidate: Plan, *, with_attention_again: bool) -> np.ndarray:
+    """Seconds of each stretch of the step: forward of every segment, then backward."""
+    seconds = layer_seconds(asked.model, asked.tokens, asked.batch, candidate.chunk_tokens, asked.rates, asked.devices)
+    segments = _segments(asked.model, candidate)
+    forward = [sum(seconds[i].forward for i in s) for s in segments]
+    backward = [
+        sum(seconds[i].backward + seconds[i].attention * with_attention_again for i in s)
+        + restored_seconds(seconds, candidate, s, asked.tokens)
+        for s in segments
+    ]  # fmt: skip
+    return np.array(forward + backward)
+
+
 def _within(asked: Asked, candidate: Plan, room: int) -> tuple[float, Plan] | None:
     """Seconds and plan of the choice that keeps to all budgets by the formulas, which know a little more than the problem: padding, and
     that two gradients are never held at once."""
+    if asked.peak_of(candidate, only="backward of the embedding") > room:
+        return None
     problem = _problem(asked, candidate, room)
     for _ in range(4):
         choice = choose(problem)
@@ -147,11 +184,11 @@ def _problem(asked: Asked, candidate: Plan, room: int) -> Problem:
     model, tokens, batch, rates = asked.model, asked.tokens, asked.batch, asked.rates
     layers, k, n = model.at(candidate.chunk_tokens), candidate.segment_layers, tokens * batch
     chunk = min(candidate.chunk_tokens, tokens)
-    segments = [range(a, min(a + k, len(layers))) for a in range(0, len(layers), k)]
+    segments = _segments(model, candidate)
     S = len(segments)  # moments: the loss, then the backward pass of each segment; stretches: forward of each, then backward of each
-    seconds = layer_seconds(model, tokens, batch, chunk, rates)
-    compute = np.array([sum(seconds[i][part] for i in s) for part in (0, 1) for s in segments])
-    compute[S:] += [sum(seconds[i][2] for i in s) for s in segments]  # outputs that are stored take it off again
+    seconds = layer_seconds(model, tokens, batch, chunk, rates, asked.devices)
+    compute = _compute(asked, candidate, with_attention_again=True)  # outputs that are stored take it off again
+    restores = candidate.store_kv < 1
     host, disk = (0, 0) if asked.tiers is None else (asked.tiers.host_bytes, asked.tiers.disk.budget if asked.tiers.disk else 0)
     slower = [tier for tier, size in (("host", host), ("disk", disk)) if size]
 
@@ -183,9 +220,9 @@ def _problem(asked: Asked, candidate: Plan, room: int) -> Problem:
     every, ends = range(S + 1), layers[-1].x * n
     for j, s in enumerate(segments):
         until = [0, *range(j + 1, S + 1)]  # alive from the forward pass to this segment's backward pass, which comes after the later ones
-        items.append(places("inputs", s[0], layers[s[0]].x * n, until, [(max(j - 1, 0), 1, 0), (j, 0, 1), (S + j, 0, 1)]))
+        items.append(places("inputs", s[0], layers[s[0]].x * n, until, [(max(j - 1, 0), 1, 0), (j, 0, 1), (S + j, 0, 1 + restores)]))
         for i in s:
-            f, spare, moves = layers[i], seconds[i][2], [(j, 1, 0), (S + j, 0, 1)]
+            f, spare, moves = layers[i], seconds[i].attention, [(j, 1, 0), (S + j, 0, 1)]
             stored = [option(("outputs", i, STAY, 1.0), until, "device", f.output * n, 0, (), [(S + j, spare)])]
             full = f.causal and f.carry_tokens(tokens, chunk) >= tokens
             for share in FRACTIONS[1:-1] if f.causal else ():
@@ -198,7 +235,9 @@ def _problem(asked: Asked, candidate: Plan, room: int) -> Problem:
                 stored.append(replace(o, value=(*o.value[:3], 1.0), compute=stored[0].compute))
             items.append([*stored, option(("outputs", i, STAY, 0.0), [0], "device", 0, 0, ())])
             if f.causal and not full:  # all keys and values of a window lie in the store while its segment runs backward
-                items.append(places("kv", i, f.carry * n, [j + 1], [(S + j, 1, 1)]))
+                items.append(places("kv", i, f.carry * n, [j + 1] if restores else until, [(S + j, 1, 1)]))
+            elif f.causal and not restores and f.carry:
+                items.append(places("kv", i, f.carry * n, [0, *range(j + 2, S + 1)], [(j, 1, 0), (S + j, 0, 1)]))
     items.append(places("gradients", 0, ends, every, [(S + j, 1, 1) for j in range(S)], times=S + 1))
 
     everything = step_memory(model, candidate, tokens, batch)
@@ -235,26 +274,32 @@ def _one(values: Sequence) -> object:
 
 def _least(asked: Asked, candidate: Plan) -> Plan:
     """`candidate` with all that the tiers hold off the device: to the host as far as it goes, the rest to the disk."""
-    for on_host in reversed(FRACTIONS) if asked.tiers is not None else ():
-        if (on_host == 1 or asked.tiers.disk is not None) and (on_host == 0 or asked.tiers.host_bytes):
-            split = Split(host=on_host)
-            tried = replace(candidate, offload=replace(asked.tiers, **dict.fromkeys(SPLITS, split)))
+    if asked.tiers is None:
+        return candidate
+    whole = replace(asked.tiers, host_bytes=1 << 62, **dict.fromkeys(SPLITS, Split(host=1.0)))
+    held = max(1, tier_use(asked.model, replace(candidate, offload=whole), asked.tokens, asked.batch)["host"].held)
+    possible = [f for f in reversed(FRACTIONS) if f * held <= asked.tiers.host_bytes * 1.1]
+    for on_host in possible if asked.tiers.disk is not None else [1.0]:
+        if on_host == 0 or asked.tiers.host_bytes:
+            tried = replace(candidate, offload=replace(asked.tiers, **dict.fromkeys(SPLITS, Split(host=on_host))))
             if asked.fits_tiers(tried):
                 return min((candidate, tried), key=asked.peak)
     return candidate
 
 
-def _smallest(model: ModelFootprint, tokens: int, batch: int, tiers: Offload | None, steps: int = 1) -> tuple[Plan, int]:
+def smallest_plan(asked: Asked) -> tuple[Plan, int]:
     """The plan with the lowest peak: nothing stored that can be computed, everything that the tiers hold off the device."""
-    asked = Asked(model, tokens, batch, tiers, usual_rates(model.device), steps)
-    plans = [_least(asked, candidate) for candidate in _candidates(model, tokens)]
-    smallest = min(plans, key=asked.peak)
-    return smallest, asked.peak(smallest)
+    candidates = [candidate for candidate in _candidates(asked.model, asked.tokens) if candidate.store_kv == 0]
+    chunks = sorted({candidate.chunk_tokens for candidate in candidates})[:SMALL_CHUNKS]
+    plans = [_least(asked, candidate) for candidate in candidates if candidate.chunk_tokens in chunks]
+    peaks = [asked.peak(plan) for plan in plans]
+    least = min(range(len(plans)), key=peaks.__getitem__)
+    return plans[least], peaks[least]
 
 
-def _what_to_change(asked: Asked, room: int, taken: int) -> str:
+def what_to_change(asked: Asked, room: int, taken: int) -> str:
     model, tokens, batch, tiers = asked.model, asked.tokens, asked.batch, asked.tiers
-    smallest, needed = _smallest(model, tokens, batch, tiers, asked.steps)
+    smallest, needed = smallest_plan(asked)
     phase = peak(step_memory(model, smallest, tokens, batch))
     message = (
         f"no plan for {batch} x {tokens} tokens fits {format_bytes(room)}: the smallest needs {format_bytes(needed + taken)}, "
@@ -262,7 +307,7 @@ def _what_to_change(asked: Asked, room: int, taken: int) -> str:
         f"{phase.name}); set the budget to {-(-(needed + taken) // 2**20)}MiB"
     )
     endless = replace(Offload() if tiers is None else tiers, disk=DiskSettings(path=".", budget=2**62))
-    offloaded, least = _smallest(model, tokens, batch, endless)
+    offloaded, least = smallest_plan(replace(asked, tiers=endless, steps=1))
     if least <= room - taken and offloaded.offload is not None:
         use = tier_use(model, offloaded, tokens, batch)["disk"]
         if tiers is None or tiers.disk is None:
@@ -272,28 +317,34 @@ def _what_to_change(asked: Asked, room: int, taken: int) -> str:
                 message += f", or memory.disk.budget to {-(-use.held // 2**20)}MiB ({format_bytes(use.held - tiers.disk.budget)} more)"
             if use.written > asked.may_write:
                 message += f", or memory.disk.max_written to {-(-use.written * asked.steps // 2**20)}MiB ({asked.steps} steps)"
-    fits = longest(model, batch, room - taken, tokens, tiers)
+    fits = longest(asked, room - taken)
     return message + (f", or the sequence length to {fits}" if fits else "; no shorter sequence fits either")
 
 
-def longest(model: ModelFootprint, batch: int, room: int, below: int, tiers: Offload | None = None) -> int:
-    """The longest sequence under `below` tokens that some plan fits into `room`; 0 when none does."""
-    low, high = 0, below
+def longest(asked: Asked, room: int) -> int:
+    """The longest sequence, shorter than what was asked for, that some plan fits into `room`; 0 when none does."""
+    low, high = 0, asked.tokens
     while high - low > 1:
         middle = (low + high) // 2
-        if _smallest(model, middle, batch, tiers)[1] <= room:
+        if smallest_plan(replace(asked, tokens=middle))[1] <= room:
             low = middle
         else:
             high = middle
     return low
 
 
-def held_beside_model(model: ModelFootprint) -> int:
-    """Bytes the device holds now that are not the model's parameters; what counts as taken before the step begins."""
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """What an optimizer's state takes now."""
+    return sum(t.nbytes for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor))
+
+
+def held_beside_model(model: ModelFootprint, counted: int = 0) -> int:
+    """Bytes the device holds now that are not the model's parameters, nor `counted` in its footprint (gradients, optimizer state): what is
+    taken before the step begins."""
     if model.device.type == "cuda":
-        return max(0, torch.cuda.memory_allocated(model.device) - model.parameters)
+        return max(0, torch.cuda.memory_allocated(model.device) - model.parameters - counted)
     status = Path("/proc/self/status")
     if model.device.type != "cpu" or not status.exists():
         return 0
     line = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS:"))
-    return max(0, int(line.split()[1]) * 1024 - model.parameters)
+    return max(0, int(line.split()[1]) * 1024 - model.parameters - counted)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from longtrain.offload.disk import room
 from longtrain.plan import SPLITS, Plan
-from longtrain.planner.cost import ModelFootprint, in_blocks
+from longtrain.planner.cost import ModelFootprint, in_blocks, restored_outputs
 from longtrain.span import Span, chunk_spans
 from longtrain.units import format_bytes
 
@@ -34,25 +35,32 @@ def tier_use(model: ModelFootprint, plan: Plan, tokens: int, batch: int = 1) -> 
     chunk = min(plan.chunk_tokens, tokens)
     spans = chunk_spans(tokens, chunk)
 
+    def placed(what: str, layer: int, starts: range) -> Counter:
+        """How many of the extents that begin at `starts` (rising) go to each slower tier: where one goes is decided by its first token."""
+        split = plan.offload.split(what, layer)
+        stay, host = (bisect_left(starts, round(share * tokens)) for share in (1 - split.device, split.disk))
+        return Counter(host=max(0, stay - host), disk=min(host, stay))
+
     def extents(what: str, layer: int, token_bytes: Sequence[int], kept: Span, *, exact: Sequence[int] = ()) -> Counter:
-        """Bytes by tier of tensors with `token_bytes` each (`exact`: never compressed), extent by extent."""
-        split, sizes = plan.offload.split(what, layer), Counter()
-        for span in spans:
-            for part in span.split(kept.start):
-                place = split.place(part, tokens)
-                if part.start >= kept.start and place.tier != "device":
-                    factor = FP8_SHARE[model.dtype.itemsize] if place.compress else 1
-                    sizes[place.tier] += sum(room(round(b * factor) * len(part) * batch) for b in token_bytes)
-                    sizes[place.tier] += sum(room(b * len(part) * batch) for b in exact if b)
+        """Bytes by tier of tensors with `token_bytes` each (`exact`: never compressed), extent by extent: whole chunks, and what `kept` cuts."""
+        factor = FP8_SHARE[model.dtype.itemsize] if plan.offload.split(what, layer).compress else 1
+        first, last = -(-kept.start // chunk), kept.stop // chunk
+        if not len(kept):
+            return Counter()
+        cut = [Span(kept.start, min(first * chunk, kept.stop)), Span(max(last * chunk, kept.start), kept.stop)] if first <= last else [kept]
+        sizes = Counter()
+        for starts, length in [(range(first * chunk, last * chunk, chunk), chunk), *((range(c.start, c.stop, tokens), len(c)) for c in cut if len(c))]:
+            size = sum(room(round(b * factor) * length * batch) for b in token_bytes) + sum(room(b * length * batch) for b in exact if b)
+            for tier, count in placed(what, layer, starts).items():
+                sizes[tier] += size * count
         return sizes
 
     def states(layer: int) -> Counter:
         """Bytes by tier of the entry states, one for every chunk but the first."""
-        split, sizes = plan.offload.split("kv", layer), Counter()
-        for span in spans[1:] if layers[layer].state else []:
-            if (tier := split.place(span, tokens).tier) != "device":
-                sizes[tier] += room(layers[layer].state * batch)
-        return sizes
+        if not layers[layer].state:
+            return Counter()
+        size = room(layers[layer].state * batch)
+        return Counter({tier: size * count for tier, count in placed("kv", layer, range(chunk, tokens, chunk)).items()})
 
     def block_sums(layer: int) -> tuple[Counter, Counter]:
         """Bytes by tier of the gradient sums of K/V in blocks: held at most, and written, once for every later block's chunk."""
@@ -69,7 +77,8 @@ def tier_use(model: ModelFootprint, plan: Plan, tokens: int, batch: int = 1) -> 
     starts = [*range(0, end, plan.segment_layers), end] if plan.boundaries == "stream" else []
     inputs, gradients = ({i: extents(what, i, [layers[min(i, end - 1)].x], whole) for i in starts} for what in ("inputs", "gradients"))
     kept_outputs = [f.kept_outputs(plan.stored_outputs(i, tokens), chunk) for i, f in enumerate(layers)]
-    outputs = [extents("outputs", i, [f.output - f.lse], kept_outputs[i], exact=[f.lse]) for i, f in enumerate(layers)]
+    of_outputs = lambda i, kept: extents("outputs", i, [layers[i].output - layers[i].lse], kept, exact=[layers[i].lse])
+    outputs = [of_outputs(i, kept_outputs[i]) for i in range(end)]
     halves = [[f.carry // 2] * 2 for f in layers]
     blocked = [in_blocks(f, plan, tokens) for f in layers]
     kept_kv = [extents("kv", i, halves[i], whole if blocked[i] else plan.stored_kv(i, tokens)) + states(i) for i in range(end)]
@@ -77,14 +86,16 @@ def tier_use(model: ModelFootprint, plan: Plan, tokens: int, batch: int = 1) -> 
     all_kv = [extents("kv", i, halves[i], whole) + states(i) if slides[i] else kept_kv[i] for i in range(end)]
     sums = [block_sums(i) if blocked[i] else (Counter(), Counter()) for i in range(end)]
 
-    moments = [_sum([*inputs.values(), *outputs, *kept_kv])]
+    moments, restored = [_sum([*inputs.values(), *outputs, *kept_kv])], []
     for first in range(0, end, plan.segment_layers):
         after = min(first + plan.segment_layers, end)
+        more = [of_outputs(i, kept) for i, kept in restored_outputs(layers, plan, range(first, after), tokens).items() if len(kept)]
+        restored += more
         moments.append(_sum([
-            *(size for i, size in inputs.items() if i <= first), *outputs[:after], *kept_kv[:first], *all_kv[first:after],
+            *(size for i, size in inputs.items() if i <= first), *outputs[:after], *more, *kept_kv[:first], *all_kv[first:after],
             *(held for held, _ in sums[first:after]), gradients.get(after, Counter()),
         ]))  # fmt: skip
-    written = _sum([*inputs.values(), *gradients.values(), *outputs, *all_kv, *(written for _, written in sums)])
+    written = _sum([*inputs.values(), *gradients.values(), *outputs, *restored, *all_kv, *(written for _, written in sums)])
     return {tier: TierUse(max(moment[tier] for moment in moments), written[tier]) for tier in ("host", "disk")}
 
 

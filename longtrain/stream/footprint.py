@@ -4,7 +4,7 @@
     output   what the mixers give for a token, with its LSE (`lse` of it): kept for the stored share
     carry    K/V of a token; adjoint: their accumulators, float32 or wider
     state    of fixed size instead: what a chunk's entry state takes (bytes, not bytes a token)
-    graph    what autograd saves of a token while its chunk is replayed, with what the backward of a chunk holds at once
+    graph    what a chunk holds while it is replayed and differentiated, at its highest (`longtrain.stream.work`)
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from sys import maxsize
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from longtrain.stream.carry import is_causal, make_carry
 from longtrain.span import Span, whole_chunks
 from longtrain.stream.replay import BareLayer, Mix, call_layer
 from longtrain.stream.sliding import capacity
+from longtrain.stream.work import Counting, Line, Work, highest, lines, work_between
 
 PROBE_TOKENS = (24, 56)
-GRADIENTS_AT_ONCE = 3
-"""Gradients of the widest activation that are alive at one time in a chunk's backward (SwiGLU: of product, gate and up)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,13 +32,32 @@ class LayerFootprint:
     """Bytes a token of a batch of one, and the parameters' bytes; all in the dtypes the layer has now."""
 
     x: int
+    arguments: int
+    """Tensors that the layer is given beside the hidden states (positions, rotary tables): the same ones in every layer."""
     output: int
     lse: int
     carry: int
     adjoint: int
-    graph: int
+    graph_lines: tuple[Line, ...]
+    """Of the moments of a chunk's replay and backward pass those that can be the highest; a chunk's parameter gradients are in it, mixer
+    outputs and what the carry holds are not."""
+    saved: Line
+    """When the replay ends and the backward pass begins."""
+    mixing: Line
+    """When the mixer is differentiated."""
+    forward: Work
+    """Of the layer without its mixers."""
+    to_mix: Work
+    """The part of `forward` before the last mixer: what keys and values cost to make again."""
+    backward: Work
+    """Of a chunk's backward pass, without replay and mixers."""
     parameters: int
     parameter_gradients: int
+    """Their sums over chunks, float32 or wider."""
+    delivered_gradients: int
+    """What `.grad` holds of them afterwards."""
+    chunk_gradients: int
+    """Of one chunk, in the parameters' dtype."""
     causal: bool
     mixers: tuple
     state: int = 0
@@ -51,6 +70,21 @@ class LayerFootprint:
         """What it costs under a plan of such chunks: a convolution with more taps runs in two passes, by channel group."""
         by_span = self.in_passes is None or all(is_causal(mixer, chunk_tokens) for mixer in self.mixers)
         return self if by_span else self.in_passes
+
+    @property
+    def graph(self) -> int:
+        """Bytes a token at the highest moment of a long chunk."""
+        return round(max((slope for slope, _ in self.graph_lines), default=0))
+
+    def graph_bytes(self, chunk: int) -> float:
+        return highest(self.graph_lines, chunk)
+
+    def saved_bytes(self, chunk: int) -> float:
+        return highest([self.saved], chunk)
+
+    def mixing_bytes(self, chunk: int) -> float:
+        """With the workspace of `mix_vjp`."""
+        return highest([self.mixing], chunk) + max((workspace(chunk) for workspace in self.workspaces), default=0)
 
     def kept_outputs(self, kept: Span, chunk: int) -> Span:
         """The tokens whose outputs are stored where a plan says `kept`: a state carry stores those of whole chunks."""
@@ -76,37 +110,51 @@ def probe_layer(layer: nn.Module) -> LayerFootprint:
 
 
 def _probe(layer: nn.Module, chunk_tokens: int) -> LayerFootprint:
-    small, large = (_observe(layer, tokens, chunk_tokens) for tokens in PROBE_TOKENS)
+    seen = [_observe(layer, tokens, chunk_tokens) for tokens in PROBE_TOKENS]
+    counted = [observed.pop("counting") for observed in seen]
+    small, large = seen
     fixed = {key: large.pop(key) for key in ("mixers", "state", "workspaces", "causal")}
+    moments = {key: (small.pop(key), large.pop(key)) for key in ("begun", "mixed", "ended", "differentiated", "forward_operations", "at_mixers")}
     slopes = {key: (large[key] - small[key]) // (PROBE_TOKENS[1] - PROBE_TOKENS[0]) for key in large}
     trainable = [p for p in layer.parameters() if p.requires_grad]
+    of = lambda first, last: work_between(moments[first], moments[last], PROBE_TOKENS)
+    before = [c.levels[: n or None][-1:] or [0] for c, n in zip(counted, moments["forward_operations"], strict=True)]
     return LayerFootprint(
         x=slopes["x"],
+        arguments=slopes["arguments"],
         output=slopes["output"],
         lse=slopes["lse"],
         carry=slopes["carry"],
         adjoint=slopes["adjoint"],
-        graph=slopes["saved"] + GRADIENTS_AT_ONCE * slopes["widest"],
+        graph_lines=lines([c.levels for c in counted], PROBE_TOKENS),
+        saved=lines(before, PROBE_TOKENS)[0],
+        mixing=lines(moments["at_mixers"], PROBE_TOKENS)[0],
+        forward=of("begun", "ended"),
+        to_mix=of("begun", "mixed"),
+        backward=of("ended", "differentiated"),
         parameters=sum(p.nbytes for p in layer.parameters()),
         parameter_gradients=sum(p.numel() * max(p.element_size(), 4) for p in trainable),
+        delivered_gradients=sum(map(gradient_bytes, trainable)),
+        chunk_gradients=sum(p.nbytes for p in trainable),
         **fixed,
     )
 
 
-def _observe(layer: nn.Module, tokens: int, chunk_tokens: int) -> dict[str, int]:
+def gradient_bytes(parameter: Tensor) -> int:
+    """What `.grad` (or `main_grad`) holds of a parameter between a step's backward pass and its optimizer (`stream.replay.delivered`)."""
+    if (main_grad := getattr(parameter, "main_grad", None)) is not None:
+        return main_grad.nbytes
+    dtype = getattr(parameter, "grad_dtype", parameter.dtype)
+    return parameter.numel() * (torch.promote_types(parameter.dtype, torch.float32) if dtype is None else dtype).itemsize
+
+
+def _observe(layer: nn.Module, tokens: int, chunk_tokens: int) -> dict[str, Any]:
     device = next(layer.parameters()).device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad():
         x, arguments = layer.example(tokens)
-        seen = {"x": x.nbytes // x.shape[0], **dict.fromkeys(("output", "lse", "carry", "adjoint", "widest", "state"), 0), "workspaces": ()}
-        parameters = {p.untyped_storage().data_ptr() for p in layer.parameters()}
-        storages: dict[int, int] = {}
-
-        def saved(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in parameters:
-                storages[storage.data_ptr()] = storage.nbytes()
-                seen["widest"] = max(seen["widest"], storage.nbytes())
-            return tensor
+        given = sum({id(t): t.nbytes for t in tree_leaves(arguments) if isinstance(t, Tensor)}.values())
+        seen = {"x": x.nbytes // x.shape[0], "arguments": given, **dict.fromkeys(("output", "lse", "carry", "adjoint", "state"), 0), "workspaces": ()}
+        counting = seen["counting"] = Counting(tokens)
 
         def observed(mixer, *inputs: Tensor) -> Tensor:
             if causal and hasattr(mixer, "carried"):
@@ -114,46 +162,65 @@ def _observe(layer: nn.Module, tokens: int, chunk_tokens: int) -> dict[str, int]
             return noted(mixer, inputs, *inputs)
 
         def noted(mixer, mixed: Sequence[Tensor], *inputs: Tensor) -> Tensor:
-            with torch.no_grad():
+            seen["mixed"] = counting.so_far()
+            with counting.paused(), torch.no_grad():
                 out = mixer(*mixed)
-            carry = None
-            if causal:
-                carry = make_carry(mixer, [Span(0, tokens)])
-                carry.append(Span(0, tokens), *inputs[1:])
-            is_state = carry is not None and carry.spec.kind == "state"
-            lse = out.shape[:3].numel() * 4 if out.ndim == 4 and not is_state else 0
-            seen["output"] += out.nbytes + lse
-            seen["lse"] += lse
-            if carry is not None:
-                seen["state"] += carry.spec.state_bytes
-                seen["workspaces"] += (carry.spec.workspace,) if carry.spec.workspace else ()
-                seen["carry"] += carry.spec.bytes_per_token * tokens
-                seen["adjoint"] += carry.spec.adjoint_bytes_per_token * tokens
-            else:  # two passes hold the inputs and their gradients whole
-                seen["carry"] += sum(t.nbytes for t in inputs)
-                seen["adjoint"] += sum(t.nbytes for t in inputs)
-            return _Node.apply(out, len(inputs) if is_state else 1, *inputs)
+                carry = None
+                if causal:
+                    carry = make_carry(mixer, [Span(0, tokens)])
+                    carry.append(Span(0, tokens), *inputs[1:])
+                is_state = carry is not None and carry.spec.kind == "state"
+                lse = out.shape[:3].numel() * 4 if out.ndim == 4 and not is_state else 0
+                seen["output"] += out.nbytes + lse
+                seen["lse"] += lse
+                if carry is not None:
+                    seen["state"] += carry.spec.state_bytes
+                    seen["workspaces"] += (carry.spec.workspace,) if carry.spec.workspace else ()
+                    seen["carry"] += carry.spec.bytes_per_token * tokens
+                    seen["adjoint"] += carry.spec.adjoint_bytes_per_token * tokens
+                else:  # two passes hold the inputs and their gradients whole
+                    seen["carry"] += sum(t.nbytes for t in inputs)
+                    seen["adjoint"] += sum(t.nbytes for t in inputs)
+            return _Node.apply(counting, out, is_state, *inputs)
 
-        # Everything saved stays alive until the graph goes, so that no address is counted for two tensors.
-        with torch.autograd.graph.saved_tensors_hooks(saved, lambda t: t):
+        bare = BareLayer(layer)
+        aliases = {name: p.detach().requires_grad_(p.requires_grad) for name, p in bare.named_parameters()}  # as replays have them
+        parameters = [p for p in aliases.values() if p.requires_grad]
+        x.requires_grad_()
+        with counting:
+            seen["begun"] = seen["mixed"] = counting.so_far()
             mixers = layer.mixers(**arguments)
             causal = all(is_causal(mixer, chunk_tokens) for mixer in mixers)
-            mix = Mix([partial(observed, mixer) for mixer in mixers])
-            y = call_layer(BareLayer(layer), x.requires_grad_(), arguments, mix, None)
-        del y
-    return {**seen, "saved": sum(storages.values()), "mixers": tuple(mixers), "causal": causal}
+            y = call_layer(bare, x, arguments, Mix([partial(observed, mixer) for mixer in mixers]), aliases)
+            seen["ended"], seen["forward_operations"] = counting.so_far(), len(counting.levels)
+            with counting.paused():
+                dy = torch.ones_like(y)
+            grads = torch.autograd.grad(y, [x, *parameters], dy, allow_unused=True)
+            seen["differentiated"] = counting.so_far()
+            seen["at_mixers"] = [max(counting.noted, default=0)]
+            del grads, y
+    return {**seen, "mixers": tuple(mixers), "causal": causal}
 
 
 class _Node(torch.autograd.Function):
-    """Stands for the mixer in the graph: holds what the streaming node holds (output and query; with a state all inputs)."""
+    """Stands for the mixer in the graph: holds what the streaming node holds (output and query; with a state all inputs), and gives
+    gradients of zeros: new tensors, or views where the carry's own sums are handed out (`KVCarry.take_grad`)."""
 
     @staticmethod
-    def forward(ctx, out: Tensor, held: int, *inputs: Tensor) -> Tensor:
-        ctx.save_for_backward(out, *inputs[:held])
+    def forward(ctx, counting: Counting, out: Tensor, is_state: bool, *inputs: Tensor) -> Tensor:
+        ctx.counting, ctx.is_state = counting, is_state
+        ctx.like = [(t.shape, t.dtype) for t in inputs]
+        ctx.save_for_backward(out, *(inputs if is_state else inputs[:1]))
         return out.view_as(out)
 
     @staticmethod
-    def backward(ctx, *grads: Tensor):
-        raise NotImplementedError("a probe is not differentiated")
-
-
+    def backward(ctx, dout: Tensor):
+        ctx.counting.noted.append(ctx.counting.now)
+        grads = []
+        for place, (shape, dtype) in enumerate(ctx.like):
+            if place and dtype.itemsize >= 4 and not ctx.is_state:
+                with ctx.counting.paused():
+                    grads.append(dout.new_zeros((), dtype=dtype).expand(shape))
+            else:
+                grads.append(dout.new_zeros(shape, dtype=dtype))
+        return None, None, None, *grads

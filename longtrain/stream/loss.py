@@ -29,6 +29,7 @@ from longtrain.stream.boundary import Boundary
 from longtrain.stream.call import Sequenced, WholeTensor, announce
 from longtrain.stream.replay import GradientSums, Surroundings, delivered
 from longtrain.stream.segment import Chain
+from longtrain.stream.work import Counting, Line, lines
 
 
 def streamed_token_loss(
@@ -170,6 +171,30 @@ class _Head:
         if want_hidden:
             dhidden = dhidden.tensor if self.boundary is None else self.boundary.stand_in
         return total, [dhidden if want_hidden else None, dweight_VE, dbias_V, *sums.totals]
+
+
+PROBE_TOKENS = (24, 56)
+
+
+def loss_lines(norm: nn.Module, head: nn.Linear, options: LossOptions = LossOptions()) -> tuple[Line, ...]:
+    """What `_Head.run` holds of a part of so many tokens at its highest, beside hidden states and the sums of the head's gradient: for the
+    planner, seen on two tiny examples (of the meta device, where the head is there)."""
+    levels = []
+    weight_VE, parameters = head.weight, dict(norm.named_parameters())
+    sums = weight_VE.numel() * max(weight_VE.element_size(), 4) if weight_VE.requires_grad else 0
+    for tokens in PROBE_TOKENS:
+        hidden_BTE = weight_VE.new_zeros(1, tokens, head.in_features)
+        work = _Head(
+            norm=norm, names=tuple(parameters), boundary=None, stays=False, targets_BT=torch.zeros(1, tokens, dtype=torch.int64, device=weight_VE.device),
+            weights_BT=None, options=options, spans=[Span(0, tokens)], logits_tokens=tokens,
+            surroundings=Surroundings.capture(torch.device("cpu")),
+        )  # fmt: skip
+        inputs = (hidden_BTE, weight_VE, head.bias, *parameters.values())
+        wanted = [True, *(p is not None and p.requires_grad for p in inputs[1:])]
+        with Counting(tokens) as counting, torch.no_grad():
+            work.run(inputs, wanted, None, torch.ones((), dtype=torch.promote_types(weight_VE.dtype, torch.float32), device=weight_VE.device))
+        levels.append([level - sums for level in counting.levels])
+    return lines(levels, PROBE_TOKENS)
 
 
 class _SummedLoss(torch.autograd.Function):

@@ -2,6 +2,9 @@
 
 In bfloat16 training the optimizer owns a float32 master copy of every parameter. Gradients are summed in float32 too: by autograd
 itself where torch lets a parameter's gradient have its own dtype (`grad_dtype`), otherwise after every backward pass.
+
+On the host (`memory.optimizer: host`) masters and moments are in host memory whatever the dtype, and an update goes parameter by parameter:
+its gradient down, AdamW there, its weights back, so that no more than one gradient is there at a time.
 """
 
 from __future__ import annotations
@@ -22,16 +25,16 @@ class Optimizer:
     A model sharded over processes stays float32: its weights are the masters, and are cast where they are gathered.
     """
 
-    def __init__(self, model: nn.Module, config: TrainConfig) -> None:
+    def __init__(self, model: nn.Module, config: TrainConfig, *, on_host: bool = False) -> None:
         self.names = [name for name, p in model.named_parameters() if p.requires_grad]
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.masters: list[nn.Parameter] = self.parameters
         self.grad_clip = config.grad_clip
-        self.separate_masters = config.dtype == "bfloat16" and sharded_parameter(model) is None
+        self.separate_masters, self.on_host = on_host or (config.dtype == "bfloat16" and sharded_parameter(model) is None), on_host
         self.wide_gradients = hasattr(torch.Tensor, "grad_dtype")
         if self.separate_masters:
-            self.masters = [nn.Parameter(p.detach().clone()) for p in self.parameters]
-            cast(model, torch.bfloat16)
+            self.masters = [nn.Parameter(p.detach().to("cpu" if on_host else p.device, copy=True)) for p in self.parameters]
+            cast(model, getattr(torch, config.dtype))
             if self.wide_gradients:
                 for parameter in self.parameters:
                     parameter.grad_dtype = torch.float32
@@ -47,12 +50,14 @@ class Optimizer:
             return
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             if parameter.grad is not None:
-                wide = parameter.grad.float()
+                wide = parameter.grad.to(master.device, torch.float32)
                 master.grad = wide if master.grad is None else master.grad.add_(wide)
                 parameter.grad = None
 
     def grad_norm(self) -> torch.Tensor:
         """Norm of all gradients together, before clipping."""
+        if self.on_host and self.wide_gradients:
+            return get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         if self.separate_masters and self.wide_gradients:
             for parameter, master in zip(self.parameters, self.masters, strict=True):
                 master.grad, parameter.grad = parameter.grad, None
@@ -62,13 +67,30 @@ class Optimizer:
     @torch.no_grad()
     def update(self, lr: float, grad_norm: torch.Tensor) -> None:
         """One step with gradients clipped by `grad_norm`; then the gradients are gone. Filters keep their share of `lr`."""
-        if self.grad_clip is not None:
-            clip_grads_with_norm_(self.masters, self.grad_clip, grad_norm)
         for group in self.adamw.param_groups:
             group["lr"] = lr * group["share"]
+        if self.on_host:
+            self._update_on_host(grad_norm)
+            return
+        if self.grad_clip is not None:
+            clip_grads_with_norm_(self.masters, self.grad_clip, grad_norm)
         self.adamw.step()
         self.discard()
         self.copy_to_model()
+
+    def _update_on_host(self, grad_norm: torch.Tensor) -> None:
+        given = [(p.grad if m.grad is None else m.grad) for p, m in zip(self.parameters, self.masters, strict=True)]
+        self.discard()
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            grad = given.pop(0)
+            if grad is None:
+                continue
+            master.grad = grad.to(master.device, torch.float32)
+            if self.grad_clip is not None:
+                clip_grads_with_norm_([master], self.grad_clip, grad_norm.to(master.device))
+            self.adamw.step()  # those without a gradient are left alone
+            master.grad = None
+            parameter.copy_(master)
 
     def discard(self) -> None:
         """Forget the gradients."""

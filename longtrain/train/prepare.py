@@ -96,7 +96,9 @@ def prepare(config: Config, where: Locations, work: Work = Work()) -> Setup:
         said |= {"the sum of the weights": sum_of(model.parameters()), "the first random number": torch.random.initial_seed()}
         work.processes.check_same(said, "give all of them the same files")
         shard(model, work, config.memory.segment_layers or 1, getattr(torch, config.train.dtype))
-    optimizer = Optimizer(model, config.train)
+    if config.memory.optimizer == "host" and work.mesh is not None:
+        raise where.error("memory.optimizer", "host is for one process; sharded over several, the optimizer takes a share on each device: set device")
+    optimizer = Optimizer(model, config.train, on_host=config.memory.optimizer == "host")
     plan = make_plan(model, config, where)
     if plan is None and work.context > 1:
         plan = lt.Plan(chunk_tokens=config.data.seq_len)  # ranks share what is streamed: all of it is one chunk
@@ -208,7 +210,8 @@ def make_plan(model: nn.Module, config: Config, where: Locations) -> lt.Plan | N
     if config.memory.budget is not None:
         try:
             tokens, tiers = config.data.seq_len, config.memory.tiers()
-            return lt.plan(model, seq_len=tokens, budget=config.memory.budget, tiers=tiers, steps=step_count(config))
+            here = config.memory.optimizer == "device" or next(model.parameters()).device.type == "cpu"  # 8: AdamW's moments
+            return lt.plan(model, seq_len=tokens, budget=config.memory.budget, tiers=tiers, steps=step_count(config), optimizer_bytes_per_parameter=8 * here)
         except ValueError as error:  # nothing fits, or a layer cannot be streamed
             raise where.error("memory.budget", str(error)) from None
     settings = config.memory.plan_settings()
@@ -268,8 +271,8 @@ def describe(setup: Setup) -> None:
         )
     if work.processes.size > 1:
         print(
-            f"ranks   {work.processes.size}: {work.data} groups read other sequences, {work.context} ranks share each; one that gives no sign of "
-            f"life for {SILENT:.0f} s ends the run"
+            f"ranks   {work.processes.size}: {work.data} groups read other sequences, {work.context} ranks share each; one that gives no "
+            f"sign of life for {SILENT:.0f} s ends the run"
         )
     if work.sharing is not None:
         for line in work.sharing.explain(config.data.seq_len).splitlines():

@@ -64,13 +64,13 @@ def test_the_trainer_of_transformers(tmp_path, accumulate):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mixed", ["no", "bf16"])
-def test_a_loop_of_accelerate(mixed):
+def test_a_loop_of_accelerate():
+    """In float32: accelerate's state is one for the process. Its autocast is in examples/accelerate_loop.py."""
     accelerate = pytest.importorskip("accelerate")
     rows = torch.randint(3, hf_families.VOCAB, (4, 2, 29), generator=torch.Generator().manual_seed(0))
 
     def run(applied):
-        accelerator = accelerate.Accelerator(mixed_precision=mixed, gradient_accumulation_steps=2, cpu=True)
+        accelerator = accelerate.Accelerator(gradient_accumulation_steps=2, cpu=True)
         built = model(applied)[0]
         built, optimizer = accelerator.prepare(built, torch.optim.AdamW(built.parameters(), lr=1e-3))
         found = []
@@ -84,8 +84,7 @@ def test_a_loop_of_accelerate(mixed):
             found.append(float(out.loss.detach()))
         return found
 
-    with_longtrain, without = run(True), run(False)
-    assert with_longtrain == pytest.approx(without, rel=CLOSE if mixed == "no" else 1e-2)  # bfloat16: 8 bits
+    assert_same(run(True), run(False), 4)
 
 
 def test_lora_has_adapter_gradients_alone():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ import longtrain as lt
 from longtrain.nn import LanguageModel, ModelConfig
 from longtrain.planner import measure_model, peak, step_memory
 from longtrain.planner.placement import Option, Problem, choose, step_seconds
-from longtrain.planner.rates import Rates, layer_seconds
+from longtrain.planner.rates import Rates
+from longtrain.planner.seconds import layer_seconds
 from longtrain.planner.search import Asked, _least, _problem
 from longtrain.planner.tiers import tier_use
 
@@ -90,12 +92,12 @@ def test_nothing_that_fits_is_none():
 
 def plan_at(share: float, rates: Rates, offered: lt.Offload | None, **settings) -> tuple[lt.Plan, Asked]:
     """The planner's plan for a budget that is `share` of the way from the least to the most."""
-    from longtrain.planner.search import _fastest, _smallest
+    from longtrain.planner.search import fastest_plan, smallest_plan
 
     asked = Asked(measure_model(model(**settings)), TOKENS, 1, offered, rates, 1)
-    least, most = _smallest(asked.model, TOKENS, 1, None)[1], asked.peak(lt.Plan(chunk_tokens=4096))
+    least, most = smallest_plan(replace(asked, tiers=None))[1], asked.peak(lt.Plan(chunk_tokens=4096))
     room = int(least + share * (most - least)) + (offered.staging_bytes if offered else 0)
-    found = _fastest(asked, room)
+    found = fastest_plan(asked, room)
     assert peak(step_memory(asked.model, found, TOKENS)).total <= room
     return found, asked
 
@@ -131,5 +133,5 @@ def test_rates_are_above_zero(rate):
 
 def test_attention_of_a_window_takes_less_time():
     m = measure_model(model(num_layers=2, window=(None, 64)))
-    (full, *_), (windowed, *_) = layer_seconds(m, TOKENS, 1, 512, FAST)
-    assert full > 2 * windowed
+    full, windowed = layer_seconds(m, TOKENS, 1, 512, FAST)
+    assert full.forward > 2 * windowed.forward

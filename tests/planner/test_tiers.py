@@ -13,7 +13,7 @@ import longtrain as lt
 from longtrain.nn import LanguageModel, ModelConfig
 from longtrain.planner import measure_model, peak, step_memory
 from longtrain.planner.rates import usual_rates
-from longtrain.planner.search import Asked, _fastest, _smallest, _what_to_change, held_beside_model
+from longtrain.planner.search import Asked, fastest_plan, held_beside_model, smallest_plan, what_to_change
 from longtrain.config import load_config
 from longtrain.planner.tiers import describe, tier_use
 from longtrain.train.prepare import step_count
@@ -24,6 +24,11 @@ TOKENS = 4096
 def model(**changes) -> LanguageModel:
     shape = dict(vocab_size=64, num_layers=3, hidden_size=64, intermediate_size=96, num_heads=4, num_kv_heads=2)
     return LanguageModel(ModelConfig(**{**shape, **changes}))
+
+
+def least(footprint, tokens: int, tiers: lt.Offload | None) -> int:
+    """Bytes of the smallest plan."""
+    return smallest_plan(Asked(footprint, tokens, 1, tiers, usual_rates(footprint.device), 1))[1]
 
 
 @pytest.fixture
@@ -72,21 +77,21 @@ def compare(m: LanguageModel, plan: lt.Plan, written: bool = True) -> None:
 def test_as_little_leaves_as_the_budget_asks(tiers):
     m = model()
     footprint = measure_model(m)
-    without = _smallest(footprint, TOKENS, 1, None)[1]
-    least = _smallest(footprint, TOKENS, 1, tiers)[1]
+    without = least(footprint, TOKENS, None)
+    smallest = least(footprint, TOKENS, tiers)
     taken = held_beside_model(footprint) + 2**22
-    tight, loose = (lt.plan(m, TOKENS, room + taken, tiers=tiers) for room in (least + (without - least) // 8, 4 * without))
+    tight, loose = (lt.plan(m, TOKENS, room + taken, tiers=tiers) for room in (smallest + (without - smallest) // 8, 4 * without))
     assert loose.offload is None
     used = tier_use(footprint, tight, TOKENS)
     assert 0 < used["host"].held <= tiers.host_bytes and used["disk"].held <= tiers.disk.budget
-    assert peak(step_memory(footprint, tight, TOKENS)).total <= tight.predicted_peak <= least + (without - least) // 8 + taken
+    assert peak(step_memory(footprint, tight, TOKENS)).total <= tight.predicted_peak <= smallest + (without - smallest) // 8 + taken
 
 
 def test_a_budget_that_a_disk_would_fit_says_so():
     m = model()
     footprint = measure_model(m)
     everything = lt.Offload(disk=lt.DiskSettings(path=".", budget=2**62))
-    needed = _smallest(footprint, 200_000, 1, everything)[1] + held_beside_model(footprint) + 2**24
+    needed = least(footprint, 200_000, everything) + held_beside_model(footprint) + 2**24
     with pytest.raises(lt.InfeasibleBudget, match=r"memory\.disk \(of \d+ MiB\) or memory\.host_budget"):
         lt.plan(m, seq_len=200_000, budget=needed)
 
@@ -96,7 +101,7 @@ def test_a_wear_limit_is_respected(tmp_path):
     footprint = measure_model(m)
     disk = lt.DiskSettings(path=str(tmp_path), budget=1 << 30, max_written=1 << 16)
     tiers = lt.Offload(disk=disk, staging_bytes=1 << 20)
-    without = _smallest(footprint, TOKENS, 1, None)[1]
+    without = least(footprint, TOKENS, None)
     with pytest.raises(lt.InfeasibleBudget):
         lt.plan(m, TOKENS, without - 2**21 + held_beside_model(footprint), tiers=tiers)
 
@@ -108,15 +113,15 @@ def test_a_disk_that_is_too_small_says_which_size_would_do(tmp_path):
         disk = lt.DiskSettings(path=str(tmp_path), budget=budget, **limits)
         return Asked(footprint, TOKENS, 1, lt.Offload(disk=disk, staging_bytes=1 << 20), usual_rates(footprint.device), steps)
 
-    room = _smallest(footprint, TOKENS, 1, asked(1 << 40).tiers)[1] + 2**20
-    assert _fastest(asked(1 << 16), room) is None
-    message = _what_to_change(asked(1 << 16), room, 0)
+    room = least(footprint, TOKENS, asked(1 << 40).tiers) + 2**20
+    assert fastest_plan(asked(1 << 16), room) is None
+    message = what_to_change(asked(1 << 16), room, 0)
     enough = int(re.search(r"memory\.disk\.budget to (\d+)MiB \(.* more\)", message)[1]) << 20
-    assert _fastest(asked(enough), room).offload is not None
+    assert fastest_plan(asked(enough), room).offload is not None
     worn = asked(1 << 40, steps=50, max_written=1 << 20)
-    assert _fastest(worn, room) is None
-    enough = int(re.search(r"max_written to (\d+)MiB \(50 steps\)", _what_to_change(worn, room, 0))[1]) << 20
-    assert _fastest(asked(1 << 40, steps=50, max_written=enough), room).offload is not None
+    assert fastest_plan(worn, room) is None
+    enough = int(re.search(r"max_written to (\d+)MiB \(50 steps\)", what_to_change(worn, room, 0))[1]) << 20
+    assert fastest_plan(asked(1 << 40, steps=50, max_written=enough), room).offload is not None
 
 
 def test_what_leaves_is_described_with_its_wear(tmp_path):

@@ -156,3 +156,20 @@ def test_the_tensors_are_the_live_ones_and_filling_them_goes_on_bit_for_bit(dtyp
             o.update(1e-2, o.grad_norm())
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
     assert all(torch.equal(tensor, another.tensors()[name]) for name, tensor in optimizer.tensors().items())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_on_the_host_it_is_the_same_to_the_bit_and_holds_one_gradient_at_a_time(dtype, clip):
+    runs = []
+    for on_host in (False, True):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(8, 16), nn.RMSNorm(16), nn.Linear(16, 4))
+        optimizer = Optimizer(model, TrainConfig(steps=10, dtype=dtype, grad_clip=clip), on_host=on_host)
+        assert (optimizer.masters[0] is model[0].weight) == (not on_host and dtype == "float32")
+        for step in range(3):
+            backward(model, optimizer, [torch.randn(5, 8, generator=torch.Generator().manual_seed(step))])
+            optimizer.update(1e-2, optimizer.grad_norm())
+        assert all(p.grad is None for p in (*model.parameters(), *optimizer.masters))
+        runs.append([p.detach() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))

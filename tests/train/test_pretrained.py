@@ -413,7 +413,7 @@ def test_a_missing_library_is_named_with_the_command_that_installs_it(module, ov
 def test_a_plan_is_made_for_a_budget_and_verify_says_that_it_is_exact(run_file, tmp_path, capsys):
     file = str(run_file(write_shape(tmp_path / "shape", "gemma3_text")))
     assert cli.main(["plan", file, "memory.chunk_tokens=null", "memory.budget=16GiB"]) == 0
-    assert "of 16GiB" in capsys.readouterr().out
+    assert "of 16.00 GiB" in capsys.readouterr().out
     assert train(file, "memory.chunk_tokens=null", "memory.budget=16GiB", "train.steps=1") == 0
     assert "predicted peak" in capsys.readouterr().out
     assert cli.main(["verify", file]) == 0

@@ -90,7 +90,8 @@ def chunk_loss_and_grad(
     None skips them. `logits_buffer` is a `workspace(...)` with room for the chunk; None allocates one. Targets are not checked
     here: call `check_targets` once for the sequence.
     """
-    with torch.no_grad(), torch.autocast(hidden_CE.device.type, enabled=False):
+    kind = hidden_CE.device.type
+    with torch.no_grad(), torch.autocast(kind if torch.amp.is_autocast_available(kind) else "cpu", enabled=False):  # shapes alone have none
         valid_C = target_C != options.ignore_index
         factor_C = valid_C.to(scale.dtype) * scale
         if token_weight_C is not None:

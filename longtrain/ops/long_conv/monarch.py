@@ -139,7 +139,7 @@ class Matrices:
     twiddle: Tensor
     """``[2, N1, N2]``"""
     columns: Tensor
-    """``[2, N2, N2]``"""
+    """``[3, N2, N2]``"""
     outer_first: Tensor | None
     """``[3, N0, N0]``, zeros up to whole tiles"""
     outer_last: Tensor | None
@@ -180,6 +180,6 @@ def matrices(size: Size, dtype: torch.dtype, device: torch.device) -> Matrices:
         }
     return Matrices(
         first=_parts(first, 3, dtype, device), last=_parts(first.conj().mT.resolve_conj(), 3, dtype, device),
-        twiddle=_parts(twiddle, 2, fine, device), columns=_parts(_root(columns[:, None] * columns / size.columns, size.columns**-0.5), 2, dtype, device),
+        twiddle=_parts(twiddle, 2, fine, device), columns=_parts(_root(columns[:, None] * columns / size.columns, size.columns**-0.5), 3, dtype, device),
         **constants,
     )

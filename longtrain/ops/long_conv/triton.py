@@ -159,22 +159,34 @@ def _inner(group: _Group, kernel, programs: int, scratch_rows: int, **arguments:
         "columns": constants.columns, "N1": size.rows, "N2": size.columns, "BLOCK": size.block, "STAGES": 2,
         "PRECISION": "tf32x3" if narrow(group.call) == torch.float32 else "ieee",
     }
-    return Launch(kernel=kernel, grid=(programs,), arguments=common | arguments)
+    common |= {"COLS": min(32, size.columns), "DEPTH": min(32, size.columns)}
+    named = common | arguments
+    return Launch(kernel=kernel, grid=(programs,), arguments={name: named[name] for name in kernel.arg_names}, warps=8)
 
 
-def _outer(group: _Group, x: tuple[Tensor, Tensor | None], y: tuple[Tensor, Tensor | None], inverse: bool) -> Launch:
-    """x, y: planes of [rows, N]; an imaginary part that is 0 or not wanted is None."""
+def _outer(group: _Group, x: Tensor, plane: int | None, y: Tensor, y_plane: int | None, inverse: bool) -> Launch:
+    """x, y: rows of N, and how far behind them their imaginary parts lie, None where there are none."""
     from longtrain.kernels.long_conv_monarch import monarch_outer
 
     size, constants = group.work.size, group.constants
     arguments = {
-        "x_re": x[0], "x_im": x[1], "y_re": y[0], "y_im": y[1], "f": constants.outer_last if inverse else constants.outer_first,
+        "x": x, "plane": plane, "y": y, "y_plane": y_plane, "f": constants.outer_last if inverse else constants.outer_first,
         "high": constants.outer_high, "low": constants.outer_low, "outer": size.outer, "padded": size.padded_outer, "N1": size.rows,
         "N2": size.columns, "INVERSE": inverse, "BLOCK": size.outer_block, "STAGES": 2,
         "PRECISION": "tf32x3" if narrow(group.call) == torch.float32 else "ieee",
     }
-    grid = (x[0].numel() // size.total, size.rows, size.padded_outer // size.outer_block)
-    return Launch(kernel=monarch_outer, grid=grid, arguments=arguments)
+    rows = x.numel() // size.total // (1 if plane is None else 2)
+    return Launch(kernel=monarch_outer, grid=(rows, size.rows, size.padded_outer // size.outer_block), arguments=arguments, warps=8)
+
+
+def _entered(group: _Group, x: Tensor, plane: int | None) -> Generator[Launch, None, tuple[Tensor, int | None]]:
+    """Rows as the inner kernels take them: behind the outer matrix, where there is one, and how far behind are their imaginary parts."""
+    if group.work.size.outer == 1:
+        return x, plane
+    count = x.numel() // (1 if plane is None else 2)
+    y = group.empty(2, count)
+    yield _outer(group, x, plane, y, count, inverse=False)
+    return y, count
 
 
 def _spectrum(group: _Group) -> Generator[Launch, None, Tensor]:
@@ -183,19 +195,13 @@ def _spectrum(group: _Group) -> Generator[Launch, None, Tensor]:
 
     work, size, k_HW = group.work, group.work.size, group.call.k_HW
     H, W = k_HW.shape
-    rows = [group.empty(H, size.total).zero_() for _ in range(1 + (work.future > 0))]
-    rows[0][:, : work.past] = k_HW[:, : work.past]
+    x = group.empty(1 + (work.future > 0), H, size.total).zero_()
+    x[0, :, : work.past] = k_HW[:, : work.past]
     if work.future:  # lag -l: x^-l = -x^(2N - l) = -i z^(N - l)
-        rows[1][:, size.total - work.future :].copy_(k_HW[:, W - work.future :]).neg_()
-    x = (rows[0], rows[1] if work.future else None)
-    if size.outer > 1:
-        planes = group.empty(2, H, size.total)
-        yield _outer(group, x, (planes[0], planes[1]), inverse=False)
-        x = (planes[0], planes[1])
-    spectrum = group.empty(H, size.outer, 2, size.inner)
-    count = H * size.outer
-    yield _inner(group, monarch_spectrum, _programs(count, k_HW.device), 1, x_re=x[0], x_im=x[1], spectrum=spectrum, count=count,
-                 scale=size.total**0.5)
+        x[1, :, size.total - work.future :].copy_(k_HW[:, W - work.future :]).neg_()
+    x, plane = yield from _entered(group, x, H * size.total if work.future else None)
+    spectrum, count = group.empty(H, size.outer, 2, size.inner), H * size.outer
+    yield _inner(group, monarch_spectrum, _programs(count, k_HW.device), 1, x=x, plane=plane, spectrum=spectrum, count=count, scale=size.total**0.5)
     return spectrum
 
 
@@ -203,47 +209,36 @@ def _convolved(group: _Group, rows: Tensor, spectrum: Tensor, conjugate: bool) -
     """Of rows [groups, channels, N], in place."""
     from longtrain.kernels.long_conv_monarch import monarch_convolve
 
-    size = group.work.size
-    groups, width, _ = group.rows
-    x, count = (rows, None), groups * width * size.outer
-    if size.outer > 1:
-        planes = group.empty(2, *rows.shape)
-        x = (planes[0], planes[1])
-        yield _outer(group, (rows, None), x, inverse=False)
+    size, (groups, width, _) = group.work.size, group.rows
+    x, plane = yield from _entered(group, rows, None)
+    count = groups * width * size.outer
     yield _inner(
-        group, monarch_convolve, _programs(count, rows.device), 1, x_re=x[0], x_im=x[1], spectrum=spectrum, last=group.constants.last,
+        group, monarch_convolve, _programs(count, rows.device), 1, x=x, plane=plane, spectrum=spectrum, last=group.constants.last,
         count=count, outer=size.outer, width=width, share=group.share, shift=group.shift, CONJUGATE=conjugate,
     )
     if size.outer > 1:
-        yield _outer(group, x, (rows, None), inverse=True)
+        yield _outer(group, x, plane, rows, None, inverse=True)
 
 
-def _correlated(group: _Group, v: Tensor, g: Tensor) -> Generator[Launch, None, tuple[Tensor, Tensor | None]]:
-    """Returns planes [filters, N] of the filters' gradient as they are laid out, over the root of N."""
+def _correlated(group: _Group, v: Tensor, g: Tensor) -> Generator[Launch, None, Tensor]:
+    """Returns the filters' gradient as they are laid out, [2, filters, N], over the root of N; the second plane where filters have one."""
     from longtrain.kernels.long_conv_monarch import monarch_correlate
 
-    size, H = group.work.size, group.call.k_HW.shape[0]
-    groups, width, _ = group.rows
-    two_sided, wide = group.work.future > 0, torch.float32
-    inputs = [(v, None), (g, None)]
-    if size.outer > 1:
-        for index, (rows, _) in enumerate(inputs):
-            planes = group.empty(2, *rows.shape)
-            inputs[index] = (planes[0], planes[1])
-            yield _outer(group, (rows, None), inputs[index], inverse=False)
-    out = group.empty(2, H, size.total, dtype=wide)
-    complex_out = two_sided or size.outer > 1
-    programs = _programs(H * size.outer, v.device)
+    size, H, (groups, width, _) = group.work.size, group.call.k_HW.shape[0], group.rows
+    v, plane = yield from _entered(group, v, None)
+    g, _ = yield from _entered(group, g, None)
+    out, count, programs = group.empty(2, H, size.total, dtype=torch.float32), H * size.total, _programs(H * size.outer, v.device)
+    two_sided = count if group.work.future else None
     yield _inner(
-        group, monarch_correlate, programs, 2, v_re=inputs[0][0], v_im=inputs[0][1], g_re=inputs[1][0], g_im=inputs[1][1], out_re=out[0],
-        out_im=out[1] if complex_out else None, sums=group.empty(programs, 2, size.inner, dtype=wide), last=group.constants.last, filters=H,
-        groups=groups, outer=size.outer, width=width, share=group.share, shift=group.shift, COLS=min(64, size.columns),
+        group, monarch_correlate, programs, 2, v=v, g=g, plane=plane, out=out, out_plane=two_sided if plane is None else count,
+        sums=group.empty(programs, 2, size.inner, dtype=torch.float32), last=group.constants.last, filters=H, groups=groups, outer=size.outer,
+        width=width, share=group.share, shift=group.shift,
     )
-    if size.outer > 1:
-        found = group.empty(2, H, size.total, dtype=wide)
-        yield _outer(group, (out[0], out[1]), (found[0], found[1] if two_sided else None), inverse=True)
-        out = found
-    return out[0], out[1] if two_sided else None
+    if size.outer == 1:
+        return out
+    found = torch.empty_like(out)
+    yield _outer(group, out, count, found, two_sided, inverse=True)
+    return found
 
 
 # --- a call ----------------------------------------------------------------------------------------------------------------------
@@ -271,12 +266,11 @@ def backward_launches(call: Call, dy_BTE: Tensor, found: Gradients) -> Iterator[
             yield _packed(group, u, gate_in, table, 0, v)
         if found.dk_HW is not None:
             yield _packed(group, dy, gate_out, table, 2, g)
-            past_HN, future_HN = yield from _correlated(group, v, g)
-            root, dk_HW = group.work.size.total**0.5, found.dk_HW[group.filters]
-            dk_HW[:, : group.work.past].add_(past_HN[:, : group.work.past], alpha=root)
-            if future_HN is not None:
-                span = group.work.future
-                dk_HW[:, dk_HW.shape[1] - span :].sub_(future_HN[:, future_HN.shape[1] - span :], alpha=root)
+            laid_2HN = yield from _correlated(group, v, g)
+            root, dk_HW, past, future = group.work.size.total**0.5, found.dk_HW[group.filters], group.work.past, group.work.future
+            dk_HW[:, :past].add_(laid_2HN[0, :, :past], alpha=root)
+            if future:
+                dk_HW[:, dk_HW.shape[1] - future :].sub_(laid_2HN[1, :, laid_2HN.shape[2] - future :], alpha=root)
         if dout is not None or du is not None or din is not None:
             spectrum = yield from _spectrum(group)
         if dout is not None:

@@ -1,0 +1,67 @@
+"""What `longtrain plan` can be asked about without a config: shapes of published models, and config.json files of transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from longtrain.nn import LanguageModel, ModelConfig
+
+SHAPES = {
+    "llama3-8b": ModelConfig(vocab_size=128256, num_layers=32, hidden_size=4096, intermediate_size=14336, num_heads=32, num_kv_heads=8, rope_base=5e5),
+    "llama3-70b": ModelConfig(vocab_size=128256, num_layers=80, hidden_size=8192, intermediate_size=28672, num_heads=64, num_kv_heads=8, rope_base=5e5),
+    "qwen3-8b": ModelConfig(vocab_size=151936, num_layers=36, hidden_size=4096, intermediate_size=12288, num_heads=32, num_kv_heads=8, head_dim=128),
+    "gpt-7b": ModelConfig(vocab_size=50257, num_layers=32, hidden_size=4096, intermediate_size=10923, num_heads=32, num_kv_heads=32),
+}  # fmt: skip
+"""Public configurations; gpt-7b is MEMO's 7B GPT (arXiv:2407.12117, table 1) with its MLP of 2 x 4E as three matrices of as many parameters."""
+
+KEYS = {
+    "vocab_size": "vocab_size", "num_layers": "num_hidden_layers", "hidden_size": "hidden_size", "intermediate_size": "intermediate_size",
+    "num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads", "head_dim": "head_dim", "tie_embeddings": "tie_word_embeddings",
+}  # fmt: skip
+"""Ours by the name that config.json has."""
+
+UNKNOWN = ("num_experts", "num_local_experts", "n_routed_experts", "kv_lora_rank", "linear_num_value_heads", "mamba_d_state")
+"""What a Llama-style decoder has not: shapes with these are planned from a YAML file with model.hf, which probes the model itself."""
+
+
+def find_shape(name: str) -> ModelConfig | None:
+    """Of a shape's name, or of a config.json or the directory that holds it; None where `name` is none of these. Raises ValueError for a
+    config.json of a model that is no plain decoder."""
+    if (found := SHAPES.get(name.lower())) is not None:
+        return found
+    path = Path(name)
+    path = path / "config.json" if path.is_dir() else path
+    if path.suffix != ".json" or not path.is_file():
+        return None
+    data = json.loads(path.read_text())
+    data = data.get("text_config") or data
+    data.setdefault("num_key_value_heads", data.get("num_attention_heads"))
+    missing = [key for key in KEYS.values() if key not in data and key not in ("head_dim", "tie_word_embeddings")]
+    strange = [key for key in UNKNOWN if data.get(key)]
+    if missing or strange:
+        what = f"lacks {missing[0]}" if missing else f"has {strange[0]}, and is no plain decoder"
+        raise ValueError(f"{path}: {what}; plan it from a YAML file with model: {{hf: {path.parent}}}")
+    shape = {ours: data[theirs] for ours, theirs in KEYS.items() if data.get(theirs) is not None}
+    window = data.get("sliding_window") if data.get("use_sliding_window", True) else None
+    kinds = data.get("layer_types") or (["sliding_attention"] * shape["num_layers"] if window else [])
+    if window and "sliding_attention" in kinds:
+        shape["window"] = tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    return ModelConfig(**shape)
+
+
+def on_meta(config: ModelConfig, dtype: torch.dtype) -> LanguageModel:
+    """The model as shapes alone, its gradients as training has them: float32."""
+    with torch.device("meta"):
+        model = LanguageModel(config)
+    return with_wide_gradients(model.to(dtype))
+
+
+def with_wide_gradients(model: torch.nn.Module) -> torch.nn.Module:
+    """Gradients in float32, as `longtrain.train.optimizer` sets them where torch can."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.element_size() < 4 and hasattr(parameter, "grad_dtype"):
+            parameter.grad_dtype = torch.float32
+    return model

@@ -1,0 +1,135 @@
+"""What runs on a token, counted operation by operation on a tiny example, or on shapes alone (tensors of the meta device).
+
+    products   FLOP of matrix products, by the smaller side of their matrix: small ones run at a lower rate
+    moved      bytes that all other operations read and write
+    calls      operations: each costs its launch, however few tokens it is given
+    levels     bytes alive after each operation, of what was made since counting began
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"}
+"""Their last two tensors are the factors."""
+
+Line = tuple[float, float]
+"""Bytes a token, and bytes beside: what is alive at one moment of a chunk of any length."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Of one token; `calls` of a chunk, whatever its length."""
+
+    products: tuple[tuple[int, float], ...] = ()
+    moved: float = 0.0
+    calls: int = 0
+
+    @property
+    def flops(self) -> float:
+        return sum(flops for _, flops in self.products)
+
+
+class Counting(TorchDispatchMode):
+    def __init__(self, tokens: int) -> None:
+        """`tokens`: of the example, by which the side of a product that runs along them is known."""
+        super().__init__()
+        self._tokens = tokens
+        self.products: Counter[int] = Counter()
+        self.moved = self.calls = self.now = 0
+        self.levels: list[int] = []
+        self.noted: list[int] = []
+        """Levels at moments that somebody else wants to know of."""
+        self._alive: set[int] = set()
+        self._paused = False
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What runs here is not counted, and what it makes is not alive."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if self._paused:
+            return out
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        storages = {t.untyped_storage()._cdata for t in given}
+        fresh = [t for t in made if t.untyped_storage()._cdata not in storages]
+        for tensor in fresh:
+            self._count(tensor)
+        self.levels.append(self.now)
+        if func._schema.name in PRODUCTS:
+            a, b = given[-2:]
+            sides = [a.shape[-2], a.shape[-1], b.shape[-1]]
+            flops = 2 * a.shape[:-2].numel() * prod(sides)
+            sides.remove(self._tokens if self._tokens in sides else min(sides))
+            self.products[min(sides)] += flops
+        elif fresh or func._schema.is_mutable:
+            self.moved += sum(map(_bytes, (*given, *fresh)))
+        else:  # a view
+            return out
+        self.calls += 1
+        return out
+
+    def _count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._alive:
+            self._alive.add(key)
+            self.now += size
+            weakref.finalize(storage, self._free, key, size)
+
+    def _free(self, key: int, size: int) -> None:
+        self._alive.discard(key)
+        self.now -= size
+
+    def so_far(self) -> tuple[Counter[int], int, int]:
+        return self.products.copy(), self.moved, self.calls
+
+
+def _bytes(tensor: Tensor) -> int:
+    """What an operation touches of a tensor: of an expanded one, what is there."""
+    return tensor.element_size() * torch.Size(n for n, step in zip(tensor.shape, tensor.stride(), strict=True) if step).numel()
+
+
+Snapshot = tuple[Counter[int], int, int]
+
+
+def work_between(first: Sequence[Snapshot], last: Sequence[Snapshot], tokens: Sequence[int]) -> Work:
+    """A token's share of what was done between two moments, seen with `tokens` of two lengths."""
+    (small, large), more = ((b[0] - a[0], b[1] - a[1], b[2] - a[2]) for a, b in zip(first, last, strict=True)), tokens[1] - tokens[0]
+    products = tuple(sorted((size, (large[0][size] - small[0][size]) / more) for size in large[0]))
+    return Work(products, (large[1] - small[1]) / more, large[2])
+
+
+def lines(levels: Sequence[Sequence[int]], tokens: Sequence[int]) -> tuple[Line, ...]:
+    """The highest of `levels`, seen with `tokens` of two lengths, for chunks of any length: the largest of these lines."""
+    small, large = levels
+    if len(small) != len(large):  # operations differ (experts that no token went to): the highest alone
+        small, large = [max(small)], [max(large)]
+    slopes = [(b - a) / (tokens[1] - tokens[0]) for a, b in zip(small, large, strict=True)]
+    found = sorted({(slope, a - slope * tokens[0]) for slope, a in zip(slopes, small, strict=True)}, reverse=True)
+    kept: list[Line] = []
+    for slope, constant in found:  # a line that is neither steeper nor higher than another never decides
+        if not kept or constant > kept[-1][1]:
+            kept.append((slope, constant))
+    return tuple(kept)
+
+
+def highest(of: Sequence[Line], tokens: int) -> float:
+    return max((slope * tokens + constant for slope, constant in of), default=0.0)

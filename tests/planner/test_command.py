@@ -1,0 +1,99 @@
+"""`longtrain plan`: plans for machines that are not here, and settings that train takes."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import yaml
+
+from longtrain import cli
+from longtrain.config import load_config
+from longtrain.plan import Plan
+
+SHAPE = {
+    "vocab_size": 4096, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 8,
+    "head_dim": 64,
+}  # fmt: skip
+
+
+@pytest.fixture
+def shape(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(SHAPE))
+    return str(path)
+
+
+@pytest.fixture
+def run_file(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({
+        "model": {"vocab_size": 256, "num_layers": 4, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "num_kv_heads": 1},
+        "data": {"source": "stdlib", "seq_len": 4096}, "train": {"steps": 1, "device": "cpu"}, "output": {"dir": str(tmp_path / "out")},
+    }))  # fmt: skip
+    return str(path)
+
+
+def test_a_shape_on_a_machine_that_is_not_here(shape, tmp_path, capsys):
+    out = tmp_path / "plan"
+    command = ["plan", shape, "--seq-len", "262144", "--budget", "8GiB", "--device", "h100", "--host", "8GiB", "--disk", "64GiB", "--out", str(out)]
+    assert cli.main(command) == 0
+    said = capsys.readouterr().out
+    for part in ("tokens/s", "at the peak", "binding:", "by hand", "Pareto front", "longest sequence in 8.00 GiB", "MFU"):
+        assert part in said
+    assert int(re.search(r"longest sequence in 8.00 GiB: ([\d,]+)", said)[1].replace(",", "")) >= 262144
+    page = (out / "plan.html").read_text()
+    assert "Time against memory" in page and "http" not in re.sub(r"http://www\.w3\.org\S*", "", page)
+    settings = yaml.safe_load((out / "plan.yaml").read_text())["memory"]
+    assert settings["chunk_tokens"] > 0 and settings["segment_layers"] in (1, 2, 4)
+
+
+def test_several_devices(shape, capsys):
+    assert cli.main(["plan", shape, "--seq-len", "65536", "--device", "h100", "--gpus", "4", "--quick"]) == 0
+    said = capsys.readouterr().out
+    assert "devices a sequence x replicas" in said and all(f"{s} x {4 // s}" in said for s in (1, 2, 4))
+
+
+def test_the_plan_that_is_written_is_taken(run_file, tmp_path, capsys):
+    out = tmp_path / "plan"
+    disk = f"memory.disk={{path: {tmp_path}, budget: 64MiB}}"
+    assert cli.main(["plan", run_file, disk, "--budget", "2GiB", "--out", str(out), "--quick"]) == 0
+    settings = yaml.safe_load((out / "plan.yaml").read_text())
+    (tmp_path / "planned.yaml").write_text(yaml.safe_dump({**yaml.safe_load(open(run_file)), **settings}))
+    config, _ = load_config(tmp_path / "planned.yaml")
+    assert isinstance(Plan(**config.memory.plan_settings()), Plan)
+    assert cli.main(["plan", str(tmp_path / "planned.yaml")]) == 0
+    assert f"chunks of {settings['memory']['chunk_tokens']} tokens" in capsys.readouterr().out
+
+
+def test_what_leaves_the_device_may_differ_by_layer(run_file, tmp_path):
+    config, _ = load_config(run_file, [
+        "memory.chunk_tokens=512", "memory.host_budget=1GiB", "memory.offload={inputs: [host, device, {device: 0.5, host: 0.5}, host], kv: host}",
+    ])  # fmt: skip
+    offload = config.memory.plan_settings()["offload"]
+    assert [split.device for split in offload.inputs] == [0.0, 1.0, 0.5, 0.0] and offload.kv.host == 1.0
+
+
+@pytest.mark.parametrize("options, problem", [
+    (["--seq-len", "0"], "--seq-len: must be at least 1"), (["--gpus", "0", "--seq-len", "8"], "--gpus: must be at least 1"), ([], "--seq-len is missing"),
+    (["--seq-len", "8192", "--budget=-3GiB"], "--budget"), (["--seq-len", "8192", "--budget", "200GiB", "--device", "h100"], "more than the"),
+    (["--seq-len", "8192", "--device", "h101"], "no machine that is known"), (["model.num_layers=2", "--seq-len", "8"], "settings are of a YAML file"),
+    (["--seq-len", "8192", "--batch", "0"], "--batch: must be at least 1"),
+])  # fmt: skip
+def test_requests_that_are_wrong(shape, options, problem, capsys):
+    assert cli.main(["plan", shape, *options]) == 2
+    error = capsys.readouterr().err
+    assert problem in error and error.count("\n") == 1
+
+
+def test_a_model_that_is_no_plain_decoder(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps({**SHAPE, "num_experts": 8}))
+    assert cli.main(["plan", str(tmp_path), "--seq-len", "8192"]) == 2
+    assert "num_experts" in capsys.readouterr().err
+
+
+def test_what_would_make_it_possible(shape, capsys):
+    assert cli.main(["plan", shape, "--seq-len", "4194304", "--budget", "4GiB", "--device", "h100"]) == 1
+    said = capsys.readouterr().out
+    assert "nothing fits" in said and "set the budget to" in said and "the sequence length to" in said

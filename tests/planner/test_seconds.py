@@ -1,0 +1,98 @@
+"""Step time: the formulas by hand, what transfers expose, what a machine's profile says."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import longtrain as lt
+from longtrain.nn import LanguageModel, ModelConfig
+from longtrain.planner import calibrate, measure_model
+from longtrain.planner.machines import MACHINES, find_machine
+from longtrain.planner.rates import Rates
+from longtrain.planner.seconds import step_time
+
+TOKENS, E, F, H, K, D, V, L = 4096, 64, 96, 4, 2, 16, 64, 3
+ONLY_FLOPS = Rates(flops=1e9, host_write=1e12, host_read=1e12, disk_write=1e12, disk_read=1e12)
+
+
+@pytest.fixture(scope="module")
+def footprint():
+    return measure_model(LanguageModel(ModelConfig(vocab_size=V, num_layers=L, hidden_size=E, intermediate_size=F, num_heads=H, num_kv_heads=K)))
+
+
+def by_hand(b: float, restored: float) -> float:
+    """FLOP of a step."""
+    A = 4 * H * D * TOKENS * TOKENS / 2
+    projections = E * (H + 2 * K) * D
+    N = 2 * TOKENS * (projections + E * H * D + 3 * E * F)
+    return L * ((3.5 + (1 - b) ** 2) * A + 4 * N + restored * 2 * TOKENS * projections) + 6 * E * V * TOKENS
+
+
+@pytest.mark.parametrize("outputs, kv", [(1.0, 1.0), (0.5, 1.0), (0.0, 0.0), (1.0, 0.0)])
+def test_without_other_rates_time_is_flops(footprint, outputs, kv):
+    plan = lt.Plan(chunk_tokens=512, store_outputs=outputs, store_kv=kv)
+    found = step_time(footprint, plan, TOKENS, 1, ONLY_FLOPS, optimizer="none")
+    assert found.total == pytest.approx(by_hand(outputs, 1 - kv) / 1e9, rel=1e-6)
+    assert found.done_flops == pytest.approx(by_hand(outputs, 0), rel=1e-6)
+
+
+def test_segments_restore_the_layers_before_the_last(footprint):
+    alone, three = (step_time(footprint, lt.Plan(chunk_tokens=512, segment_layers=k), TOKENS, 1, ONLY_FLOPS, optimizer="none").total for k in (1, 3))
+    projections, N = 2 * TOKENS * E * (H + 2 * K) * D, 2 * TOKENS * (E * (H + 2 * K) * D + E * H * D + 3 * E * F)
+    assert three - alone == pytest.approx(2 * (N - projections) / 1e9, rel=1e-6)
+
+
+def test_small_chunks_cost_launches_and_sums_of_gradients(footprint):
+    rates = replace(ONLY_FLOPS, launch=1e-5, moved=1e9)
+    few, many = (step_time(footprint, lt.Plan(chunk_tokens=c), TOKENS, 1, rates).total for c in (1024, 128))
+    layer = footprint.layers[0]
+    calls = layer.to_mix.calls + 2 * layer.forward.calls + layer.backward.calls
+    assert many - few == pytest.approx(28 * L * (calls * 1e-5 + 3 * layer.parameter_gradients / 1e9), rel=1e-6)
+
+
+def test_transfers_cost_what_compute_does_not_hide(footprint, tmp_path):
+    disk = lt.DiskSettings(path=str(tmp_path), budget=1 << 30)
+    plan = lt.Plan(chunk_tokens=512, offload=lt.Offload(inputs=lt.Split(), outputs=lt.Split(), disk=disk))
+    fast, slow = (step_time(footprint, plan, TOKENS, 1, replace(ONLY_FLOPS, disk_write=r, disk_read=r)) for r in (1e12, 1e3))
+    assert fast.parts["exposed transfers"] == 0
+    moved = L * TOKENS * (footprint.layers[0].x + footprint.layers[0].output)
+    assert slow.moved["disk"][0] == pytest.approx(moved)
+    assert slow.moved["disk"][1] == pytest.approx(moved + 2 * L * TOKENS * footprint.layers[0].x)  # forward, restoring, backward
+    compute = slow.total - slow.parts["exposed transfers"] - slow.parts["loss"] - slow.parts["optimizer"]
+    assert slow.parts["exposed transfers"] == pytest.approx(sum(slow.moved["disk"]) / 1e3 - compute, rel=1e-3)
+
+
+def test_a_rate_between_two_sizes_lies_between_theirs():
+    rates = replace(ONLY_FLOPS, products=((64, 1.0), (1024, 5.0)))
+    assert [rates.at(rates.products, size) for size in (1, 64, 256, 1024, 9999)] == [1.0, 1.0, 3.0, 5.0, 5.0]
+
+
+def test_machines_name_their_sources_and_rates():
+    assert {"a100", "h100", "h200", "b200", "rtx4090", "rtx5090"} <= MACHINES.keys()
+    for machine in MACHINES.values():
+        assert "datasheet" in machine.source or "whitepaper" in machine.source
+        assert machine.rates.flops < machine.peak_flops and machine.memory > 20e9
+
+
+def test_what_calibration_writes_is_what_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(calibrate, "SECONDS", 0.0)
+    monkeypatch.setattr(calibrate, "MOVED", 1 << 22)
+    monkeypatch.setitem(calibrate.SHAPES, "cpu", {"rows": 64, "sizes": (16, 32), "tokens": 64, "heads": 4, "dims": (16,), "elements": 1 << 12})
+    said = []
+    machine = calibrate.calibrate(torch.device("cpu"), torch.float32, tmp_path, say=said.append, name="here")
+    machine.save(tmp_path / "machine.json")
+    assert find_machine(str(tmp_path / "machine.json")) == machine
+    assert len(said) >= 10 and machine.rates.launch > 0
+    assert not list(tmp_path.glob("tmp*"))
+
+
+@pytest.mark.parametrize("device, problem", [("h101", "no machine that is known (a100"), ("{}", "no profile of a machine"), ("nonsense", "no profile")])
+def test_devices_that_are_none(tmp_path, device, problem):
+    if device != "h101":
+        (tmp_path / "machine.json").write_text(device)
+        device = str(tmp_path / "machine.json")
+    with pytest.raises(ValueError, match=problem.replace("(", r"\(")):
+        find_machine(device)

@@ -1,0 +1,111 @@
+"""Published settings of long-sequence systems, predicted by the cost model: python tools/published_settings.py [--out FILE]
+
+A row is a setting that is known: model, devices, tokens, and the method (checkpointing whole layers, hidden states offloaded or not, how many
+devices share a sequence). The prediction is made of the same parts as `longtrain plan`: `Work` of a layer on shapes alone, the machine's
+built-in rates, 4.5 A + 4 N for full checkpointing (3.5 A where attention outputs are kept), exchanges by `longtrain.parallel.cost`. Where a
+source gives MFU or tokens/s, time follows. Bounds: 20%; what is outside, or not known, is said so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+from longtrain.plan import Plan
+from longtrain.planner.axes import Axes, between, on_one_device
+from longtrain.planner.cost import GPU_WORKSPACE, measure_model
+from longtrain.planner.machines import MACHINES
+from longtrain.planner.seconds import _token_seconds, attention_flops, head_dim
+from longtrain.planner.shapes import SHAPES, on_meta
+
+BOUND = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One published number. `unit`: "tokens/s" a device, "s" a step, "MFU", "GB" a device at the peak."""
+
+    system: str
+    source: str
+    shape: str
+    machine: str
+    devices: int
+    tokens: int
+    unit: str
+    value: float
+    forwards: float = 2.0
+    """Of attention in a step: 2 with full checkpointing, 1 where outputs are kept."""
+    away: float = 1.0
+    """Share of the layer inputs that is on the host."""
+    resident: bool = False
+    """Whether float32 masters and moments are on the devices, sharded."""
+    tile: int | None = None
+    """Tokens of the MLP at a time; all of a device's where nothing is told of tiles."""
+    known: str = ""
+    """What of the setting is not published, where that is much."""
+
+
+SETTINGS = (
+    Setting("UPipe", "arXiv:2602.21196", "llama3-8b", "h100", 8, 131_072, "tokens/s", 2281),
+    Setting("UPipe", "the same", "llama3-8b", "h100", 8, 1_048_576, "tokens/s", 473),
+    Setting("MEMO", "arXiv:2407.12117, section 5", "gpt-7b", "a800", 8, 1_048_576, "MFU", 0.523, forwards=1.0),
+    Setting("FPDT", "arXiv:2408.16978: 2M on 4 GPUs, 4M on 8 at 56% MFU", "llama3-8b", "a100", 8, 4_194_304, "MFU", 0.56, known="kind of A100 and what is recomputed are not told"),
+    Setting("TRL (ALST)", "TRL 1.13, guide to long contexts (huggingface.co/docs/trl)", "qwen3-8b", "h100", 8, 1_048_576, "s", 380, known="attention kernel not told"),
+    Setting("TRL (ALST)", "the same", "qwen3-8b", "h100", 8, 1_048_576, "GB", 56.2, resident=True),
+)  # fmt: skip
+
+
+def predict(s: Setting) -> dict[str, float]:
+    """Seconds a step, tokens a second and device, MFU, and GB a device."""
+    model, machine = measure_model(on_meta(SHAPES[s.shape], torch.bfloat16)), MACHINES[s.machine]
+    rates, layer, L, n = machine.rates, model.layers[0], len(model.layers), s.tokens / s.devices
+    attention = attention_flops(layer, model, s.tokens, s.tokens) / s.devices
+    dim = head_dim(layer, model)
+    compute = L * (
+        s.forwards * attention / rates.at(rates.attention, dim) + 2.5 * attention / rates.at(rates.attention_backward, dim)
+        + n * (2 * _token_seconds(layer.forward, rates) + _token_seconds(layer.backward, rates))
+    )  # fmt: skip
+    head = 6 * model.width * model.vocab_size * n
+    compute += head / rates.at(rates.products, model.width)
+    axes = Axes(sequence=s.devices)
+    exchanged = between(model, Plan(chunk_tokens=s.tokens), axes, s.tokens, 1, rates, compute)
+    seconds = compute + exchanged.seconds + model.trained / s.devices * 40 / rates.optimizer
+    flops = 3 * L * (layer.forward.flops * n + attention) + head
+    own = on_one_device(model, axes, optimizer="device" if s.resident else "host", masters=True)
+    f = own.layers[0]
+    peak = (
+        own.parameters + own.gathered + own.optimizer + L * f.delivered_gradients + own.other_gradients + (1 - s.away) * L * f.x * n
+        + 3 * f.x * n + (f.carry + 2 * f.output) * n + min(n, s.tile or n) * f.graph + GPU_WORKSPACE
+    )  # fmt: skip
+    return {"s": seconds, "tokens/s": n / seconds, "MFU": flops / seconds / machine.peak_flops, "GB": peak / 1e9}
+
+
+def table() -> str:
+    lines = ["| system | setting | published | predicted | error | source |", "|" + "---|" * 6]
+    for s in SETTINGS:
+        found = predict(s)[s.unit]
+        error = found / s.value - 1
+        show = (lambda v: f"{v:.1%} MFU") if s.unit == "MFU" else (lambda v: f"{v:,.0f} {s.unit}")
+        verdict = "" if abs(error) <= BOUND else " (outside 20%" + (f": {s.known})" if s.known else ")")
+        lines.append(f"| {s.system} | {s.shape}, {s.tokens:,} tokens, {s.devices} x {s.machine} | {show(s.value)} | {show(found)} | {error:+.0%}{verdict} | {s.source} |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="a Markdown file to write too")
+    a = parser.parse_args(argv)
+    text = table()
+    print(text)
+    if a.out:
+        a.out.write_text(f"`python tools/published_settings.py`\n\n{text}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
