@@ -31,7 +31,7 @@ SMALL = dict(
     attention_dropout=0.0, hidden_dropout=0.0, residual_dropout=0.0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, dropout=0.0,
     hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, embedding_dropout=0.0, router_jitter_noise=0.0,
 )
-# And those as they are where they are drawn.
+# And with them; what a family says of its own holds.
 DROPOUT = {name: 0.2 for name in SMALL if "drop" in name}
 EXPERTS = dict(num_experts=4, num_local_experts=4, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
 DELTA = dict(layer_types=["linear_attention", "full_attention", "linear_attention"], linear_num_value_heads=4, linear_num_key_heads=2,
@@ -68,7 +68,7 @@ FAMILIES: dict[str, dict] = {
     "lfm2": dict(layer_types=["conv", "full_attention", "conv"]),
     "qwen3_next": dict(EXPERTS, **DELTA, shared_expert_intermediate_size=24),
     "jamba": dict(EXPERTS, attn_layer_period=2, attn_layer_offset=1, mamba_d_state=4, mamba_dt_rank=4, use_mamba_kernels=False),
-    "minimax": EXPERTS, "diffllama": {}, "doge": {}, "bloom": dict(n_head=4, n_layer=3), "gptj": dict(n_embd=32, n_head=4, n_layer=3, rotary_dim=4), "mamba": {},
+    "minimax": EXPERTS, "diffllama": dict(attention_dropout=0.0), "doge": {}, "bloom": dict(n_head=4, n_layer=3), "gptj": dict(n_embd=32, n_head=4, n_layer=3, rotary_dim=4), "mamba": {},
 }
 
 
@@ -175,7 +175,7 @@ class Dropouts(TorchFunctionMode):
 
 def dropout_difference(family: str) -> float | None:
     """How far streamed gradients with dropout are from those of the family's own eager graph, given the masks; None where it has none."""
-    model = build(family, **DROPOUT)
+    model = build(family, **{**DROPOUT, **FAMILIES[family]})
     batch = next(iter(batches()))[1]
     torch.manual_seed(7)
     report = lt.apply(model, lt.Plan(chunk_tokens=CHUNK, loss_chunk_tokens=CHUNK, layer_fallback="unstreamed"))
@@ -256,9 +256,9 @@ HEADER = f"""# Families of transformers
 Made by `python tools/hf_families.py --write` with transformers {{version}}; there is no code for any family. Each is built tiny with random
 weights in float64, and its gradients with longtrain are compared with its own over one row, a packed row, left padding, right padding,
 masked prompts ({TOKENS} tokens in chunks of {CHUNK}), and dropout where it has any, against its eager graph given the masks that were drawn. The error is
-that of the worst: norm of the difference over norm, of all gradients or of the loss. transformers computes the loss, and many families their norms and eager attention, in float32 whatever the model: hence 1e-7. Recurrent
-layers (delta rules, state spaces) compute in float32 altogether, and take the error of one rounding of their input as far as the error here;
-the command stops where an error is more than 1e-6 and more than four such roundings.
+that of the worst: norm of the difference over norm, of all gradients or of the loss. transformers computes the loss, and many families their norms
+and eager attention, in float32 whatever the model: hence 1e-7. Recurrent layers (delta rules, state spaces) compute in
+float32 altogether, and take the error of one rounding of their input as far as the error here; the command stops where an error is more than 1e-6 and more than four such roundings.
 
 A layer that is not streamed is left as it is (with `Plan(layer_fallback="unstreamed")`; by default the model is refused), and its attention
 still runs on longtrain's kernels. Convolutions and recurrent states of hybrid models are carried from chunk to chunk through the layer's own cache; jamba's

@@ -1,4 +1,4 @@
-"""What a configuration may say of several processes: how many share the batch, the parameters and each sequence. Docstrings are the reference."""
+"""What a configuration may say of several processes: how many share the batch, the weights, each sequence. Docstrings are the reference."""
 
 from __future__ import annotations
 

@@ -73,11 +73,14 @@ def make_work(config: Config, where: Locations, processes: Processes) -> Work:
         return Work(processes)
     if config.memory.budget is not None:
         raise where.error(
-            "memory.budget", "plans for one process; where several share the work give memory.chunk_tokens, and what is to be stored, by hand"
+            "memory.budget", "plans for one process; where several share the work give memory.chunk_tokens, and what is stored, by hand"
         )
     replicate, shard, ring, heads = sizes
     data, context = replicate * shard, ring * heads
-    if context > 1 and isinstance(config.model, HfModelConfig):
+    hf = isinstance(config.model, HfModelConfig)
+    if hf and config.model.lora is not None:
+        raise where.error("model.lora", "adapters are trained by one process: FSDP2 cannot gather what peft wraps; start one, or remove it")
+    if hf and context > 1:
         raise where.error("parallel", "models of transformers share no sequence in a run yet (lt.apply does, in a script); use dp_shard")
     for stage in config.stages():
         sequences = stage.tokens_per_update // stage.seq_len
@@ -105,7 +108,8 @@ def choose_device(config: Config, where: Locations, processes: Processes = ALONE
     if processes.size == 1:
         return torch.device("cuda")
     if processes.local >= count:
-        raise where.error("train.device", f"process {processes.local + 1} of this machine has no GPU: {count} are visible; start {count}, or set cpu")
+        found = f"process {processes.local + 1} of this machine has no GPU: {count} are visible"
+        raise where.error("train.device", f"{found}; start {count}, or set cpu")
     torch.cuda.set_device(processes.local)
     return torch.device("cuda", processes.local)
 

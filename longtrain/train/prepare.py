@@ -271,8 +271,8 @@ def describe(setup: Setup) -> None:
         )
     if work.processes.size > 1:
         print(
-            f"ranks   {work.processes.size}: {work.data} groups read other sequences, {work.context} ranks share each; one that gives no sign of "
-            f"life for {SILENT:.0f} s ends the run"
+            f"ranks   {work.processes.size}: {work.data} groups read other sequences, {work.context} ranks share each; one that gives no "
+            f"sign of life for {SILENT:.0f} s ends the run"
         )
     if work.sharing is not None:
         for line in work.sharing.explain(config.data.seq_len).splitlines():

@@ -109,7 +109,8 @@ def join(explain: Callable[[BaseException], tuple[str, int] | None]) -> Iterator
         yield ALONE
         return
     if "RANK" not in os.environ:
-        raise RunError(f"WORLD_SIZE is {size} and RANK is not set; start {size} processes with torchrun, which numbers them, or unset WORLD_SIZE")
+        found = f"WORLD_SIZE is {size} and RANK is not set"
+        raise RunError(f"{found}; start {size} processes with torchrun, which numbers them, or unset WORLD_SIZE")
     rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
     try:
         store, _, _ = next(rendezvous(os.environ.get("LONGTRAIN_MEET", "env://"), rank, size, timeout=MEET))

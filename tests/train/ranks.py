@@ -19,7 +19,9 @@ LONGEST = 120.0
 class Ranks:
     """The processes of one job, started; each writes into a log of its own."""
 
-    def __init__(self, size: int, directory: Path, config: Path, *overrides: str, own: dict[int, tuple[str, ...]] | None = None, before: str = ""):
+    def __init__(
+        self, size: int, directory: Path, config: Path, *overrides: str, own: dict[int, tuple[str, ...]] | None = None, before: str = ""
+    ) -> None:
         """`own`: overrides of single ranks. `before`: ``module:function``, called with the rank in each process first."""
         number = len(list(directory.glob("job*")))
         self.directory = directory / f"job{number}"

@@ -23,6 +23,7 @@ SETTINGS = (
     "memory.chunk_tokens=24", "parallel.cp_ulysses=null", "train.steps=6", "checkpoint.every_steps=1", "checkpoint.keep=3", "train.threads=1",
     "train.validation_tokens=256", "train.tokens_per_update=128",
 )
+DEAD = re.compile(r"(.*step \d+|ending): rank (\d) \(process \d+ on \S+, last in .*\) gives no sign of life: dead or stuck; rank \d was at (.+); all")
 LIMIT = 30.0
 """Seconds in which everybody ends after one has died."""
 
@@ -116,7 +117,7 @@ def test_bfloat16_on_two_processes_is_as_near_as_rounding(tmp_path, config_file,
 def kill_and_go_on(tmp_path, config_file, out, alone, chance: random.Random, size: int, then: int) -> None:
     """Kill a random rank at a random moment after a random step; the others end and say who it was; the run ends on `then` processes."""
     ranks, victim, after = Ranks(size, tmp_path, config_file, *SETTINGS), chance.randrange(size), chance.randrange(1, 5)
-    ranks.wait_for(f"step +{after}/")
+    ranks.wait_for(f"checkpoint of step {after} stands")
     time.sleep(chance.uniform(0, 0.1))
     ranks.signal(victim, signal.SIGKILL)
     killed = time.monotonic()
@@ -124,8 +125,8 @@ def kill_and_go_on(tmp_path, config_file, out, alone, chance: random.Random, siz
     codes = ranks.wait(others, LIMIT)
     assert time.monotonic() - killed < LIMIT and all(code == 1 for code in codes), codes
     said = "".join(ranks.said(r) for r in range(size))
-    errors = re.findall(r"(?:step \d+|after step \d+|the validation after step \d+|ending|starting).*: rank (\d) \(process \d+ on \S+, last in .*\) gives no sign of life: dead or stuck; rank \d was at (.+); all ranks end", said)
-    assert [int(who) for who, _ in errors] == [victim], said
+    errors = DEAD.findall(said)
+    assert [int(who) for _, who, _ in errors] == [victim], said
     if then == 1:
         assert cli.main(["train", str(config_file), *SETTINGS]) == 0
     else:
@@ -245,3 +246,25 @@ def test_torchrun_starts_it(tmp_path, config_file, out, alone):
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
     assert done.returncode == 0, done.stderr
     assert_same_run(out, alone)
+
+
+@pytest.mark.slow
+def test_two_processes_train_a_model_of_transformers(tmp_path, texts, out):
+    """Each reads other sequences and keeps half of the weights; the saved model is one that transformers reads."""
+    transformers = pytest.importorskip("transformers", reason='needs pip install "longtrain[hf]"')
+    from tests.train.tiny_hf import write_run, write_weights
+
+    file = write_run(tmp_path / "hf.yaml", write_weights(tmp_path / "given"), texts, out)
+    settings = ("train.steps=4", "train.tokens_per_update=128", "train.validation_tokens=256", "parallel.dp_shard=2")
+    ranks = Ranks(2, tmp_path, file, *settings)
+    assert ranks.wait() == [0, 0], ranks.said() + ranks.said(1)
+    assert cli.main(["train", str(file), *settings, f"output.dir={tmp_path / 'alone'}"]) == 0
+    for name, expected in losses(tmp_path / "alone").items():
+        assert losses(out)[name] == pytest.approx(expected, rel=1e-5), name
+    ours, theirs = (transformers.AutoModelForCausalLM.from_pretrained(d / "model") for d in (out, tmp_path / "alone"))
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
+    lora = "model.lora={rank: 4, alpha: 8, target_modules: [q_proj]}"
+    for wrong, says in ((lora, "model.lora: adapters are trained by one process"), ("parallel.cp_ring=2", "share no sequence in a run yet")):
+        ranks = Ranks(2, tmp_path, file, *settings, "parallel.dp_shard=null", wrong)
+        assert ranks.wait() == [2, 2] and says in ranks.said(), ranks.said()
