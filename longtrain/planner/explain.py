@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from math import gcd
 
 import yaml
 
@@ -127,7 +128,7 @@ def front(found: Sequence[Found]) -> list[str]:
 
 
 def as_yaml(found: Found, wanted: Wanted, title: str) -> str:
-    """Settings that `longtrain train` takes: the section memory, and how many devices share a sequence."""
+    """Settings that `longtrain train` takes: the sections memory and, for several devices, parallel."""
     plan, settings = found.plan, {"chunk_tokens": found.plan.chunk_tokens, "segment_layers": found.plan.segment_layers}
     settings |= {name: plain(getattr(plan, name)) for name in ("store_outputs", "store_kv")}
     if plan.offload is not None:
@@ -145,9 +146,11 @@ def as_yaml(found: Found, wanted: Wanted, title: str) -> str:
         f"# {title}, {wanted.tokens:,} tokens on {wanted.devices} x {wanted.machine.name}: predicted {format_bytes(found.peak.total)} a device, "
         f"{found.time.total:,.1f} s a step ({found.rate:,.0f} tokens/s).",
     ]  # fmt: skip
+    sections = {"memory": settings}
     if wanted.devices > 1:
-        about.append(f"# Each sequence on {found.axes.sequence} devices, {found.axes.replicas} replicas; parameters sharded over all.")
-    return "\n".join([*about, yaml.safe_dump({"memory": settings}, sort_keys=False, default_flow_style=None, width=140)])
+        heads = gcd(found.axes.sequence, max((f.lse // 4 for f in wanted.model.layers), default=0) or 1)
+        sections["parallel"] = {"dp_shard": found.axes.replicas, "cp_ring": found.axes.sequence // heads, "cp_ulysses": heads}
+    return "\n".join([*about, yaml.safe_dump(sections, sort_keys=False, default_flow_style=None, width=140)])
 
 
 def plain(value: object) -> object:

@@ -49,8 +49,10 @@ def test_a_shape_on_a_machine_that_is_not_here(shape, tmp_path, capsys):
     assert settings["chunk_tokens"] > 0 and settings["segment_layers"] in (1, 2, 4)
 
 
-def test_several_devices(shape, capsys):
-    assert cli.main(["plan", shape, "--seq-len", "65536", "--device", "h100", "--gpus", "4", "--quick"]) == 0
+def test_several_devices(shape, tmp_path, capsys):
+    assert cli.main(["plan", shape, "--seq-len", "65536", "--device", "h100", "--gpus", "4", "--quick", "--out", str(tmp_path)]) == 0
+    axes = yaml.safe_load((tmp_path / "plan.yaml").read_text())["parallel"]
+    assert axes["dp_shard"] * axes["cp_ring"] * axes["cp_ulysses"] == 4
     said = capsys.readouterr().out
     assert "devices a sequence x replicas" in said and all(f"{s} x {4 // s}" in said for s in (1, 2, 4))
 
