@@ -39,7 +39,7 @@ def prove(layer: nn.Module, model: nn.Module | None = None) -> str | None:
             own = copied.difference_from_eager() if hasattr(copied, "difference_from_eager") else None
             return own or _difference_in_chunks(copied)
         except Exception as error:  # whatever it is, it is the reason: reported by name, never dropped
-            return f"{type(error).__name__}: {error}"
+            return f"{type(error).__name__}: {error}{_quantised(layer)}"
 
 
 def _difference_in_chunks(layer: nn.Module) -> str | None:
@@ -123,6 +123,14 @@ def _what_changed(layer: nn.Module, before: dict[str, Tensor]) -> str:
             owner = layer.get_submodule(name.rpartition(".")[0])
             scaled = f", as in 8-bit products with delayed scaling, whose scales come from earlier calls: {ROW_WISE}" if _is_linear(owner) else ""
             return f"{name} of {type(owner).__name__}{scaled}"
+    return ""
+
+
+def _quantised(layer: nn.Module) -> str:
+    """The first module in it whose weights are codes, which may be why it cannot be run on a copy, and the remedy; "" without one."""
+    for name, module in layer.named_modules():
+        if any(not p.is_floating_point() for p in module.parameters(recurse=False)):
+            return f" ({name}, a {type(module).__name__}, keeps its weights quantised: longtrain.nn.freeze_linears does so in a way that streams)"
     return ""
 
 

@@ -256,9 +256,9 @@ HEADER = f"""# Families of transformers
 Made by `python tools/hf_families.py --write` with transformers {{version}}; there is no code for any family. Each is built tiny with random
 weights in float64, and its gradients with longtrain are compared with its own over one row, a packed row, left padding, right padding,
 masked prompts ({TOKENS} tokens in chunks of {CHUNK}), and dropout where it has any, against its eager graph given the masks that were drawn. The error is
-that of the worst: norm of the difference over norm, of all gradients or of the loss. transformers computes the loss, and many families their norms and eager attention, in float32 whatever the model: hence 1e-7. Recurrent
-layers (delta rules, state spaces) compute in float32 altogether, and take the error of one rounding of their input as far as the error here;
-the command stops where an error is more than 1e-6 and more than four such roundings.
+that of the worst: norm of the difference over norm, of all gradients or of the loss. transformers computes the loss, and many families their norms
+and eager attention, in float32 whatever the model: hence 1e-7. Recurrent layers (delta rules, state spaces) compute in
+float32 altogether, and take the error of one rounding of their input as far as the error here; the command stops where an error is more than 1e-6 and more than four such roundings.
 
 A layer that is not streamed is left as it is (with `Plan(layer_fallback="unstreamed")`; by default the model is refused), and its attention
 still runs on longtrain's kernels. Convolutions and recurrent states of hybrid models are carried from chunk to chunk through the layer's own cache; jamba's
