@@ -60,8 +60,8 @@ def _inverse(system, CHUNK: tl.constexpr, LEVELS: tl.constexpr):
     """(I + system)^-1 of a strictly lower triangular system: of two diagonal blocks' inverses and what lies between them, again and again."""
     i, j = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
     x = tl.where(i == j, 1.0, 0.0)
-    for level in tl.static_range(LEVELS):
-        corner = tl.where((i // (2 * 2**level) == j // (2 * 2**level)) & (i // 2**level != j // 2**level), system, 0.0)
+    for level in tl.range(0, LEVELS, num_stages=1):
+        corner = tl.where((i >> (level + 1) == j >> (level + 1)) & (i >> level != j >> level), system, 0.0)
         x -= tl.dot(x, tl.dot(corner, x, input_precision="tf32x3"), input_precision="tf32x3")
     return x
 
@@ -209,8 +209,8 @@ def linear_grads(
     db = tl.zeros((CHUNK,), tl.float32)
     if beta is not None:
         b = tl.load(_at(beta, beta_strides, batch, head) + rows * beta_strides[1], mask=valid, other=0.0).to(tl.float32)
-        at = (index.to(tl.int64) * tokens + rows)[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
-        inverse = tl.load(x + at, mask=valid[:, None], other=0.0)
+        own = (index.to(tl.int64) * tokens + rows)[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
+        inverse = tl.load(x + own, mask=valid[:, None], other=0.0)
         k_to = to_tokens(k_tile, sums, FEATURES)
         met = tl.where(i > j, scores(k_tile, k_tile, g_tile, CHUNK, LEVELS, FEATURES, PRECISION), 0.0)
     for first in tl.range(0, VALUE_DIM, BLOCK_VALUE):

@@ -77,17 +77,17 @@ def between(g, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _in_halves(CHUNK: tl.constexpr, HALF: tl.constexpr):
-    """Of token i and m: whether i is in the later half of its block of 2 HALF; [i, m] in the same half and m <= i; and m > i."""
+def _in_halves(CHUNK: tl.constexpr, level):
+    """Of tokens i and m: whether i is in the later half of its block, halves being 2^level tokens; [i, m] in the same half and m <= i; and m > i."""
     i, m = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
-    same = i // HALF == m // HALF
-    return i // HALF % 2 == 1, same & (m <= i), same & (m > i)
+    same = i >> level == m >> level
+    return (i >> level) & 1 == 1, same & (m <= i), same & (m > i)
 
 
 @triton.jit
-def _sides(rows, k, g, CHUNK: tl.constexpr, HALF: tl.constexpr):
-    """Rows decayed from the middle of their block of 2 HALF, keys decayed up to it, zeros on the other side; and the two decays."""
-    later, upto, behind = _in_halves(CHUNK, HALF)
+def _sides(rows, k, g, CHUNK: tl.constexpr, level):
+    """Rows decayed from the middle of their block of two halves, keys decayed up to it, zeros on the other side; and the two decays."""
+    later, upto, behind = _in_halves(CHUNK, level)
     to = tl.exp(tl.dot(upto.to(tl.float32), g, input_precision="tf32x3"))
     away = tl.exp(tl.dot(behind.to(tl.float32), g, input_precision="tf32x3"))
     return tl.where(later, rows * to, 0.0), tl.where(later, 0.0, k * away), to, away
@@ -99,10 +99,10 @@ def scores(rows, k, g, CHUNK: tl.constexpr, LEVELS: tl.constexpr, FEATURES: tl.c
     i, j = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
     if FEATURES == 2:
         out = tl.where(i == j, tl.sum(rows * k, 1)[:, None], 0.0)
-        for level in tl.static_range(LEVELS):
-            later, earlier, _, _ = _sides(rows, k, g, CHUNK, 2**level)
+        for level in tl.range(0, LEVELS, num_stages=1):
+            later, earlier, _, _ = _sides(rows, k, g, CHUNK, level)
             met = tl.dot(later, tl.trans(earlier), input_precision=PRECISION)
-            out += tl.where(i // (2 * 2**level) == j // (2 * 2**level), met, 0.0)
+            out += tl.where(i >> (level + 1) == j >> (level + 1), met, 0.0)
         return out
     else:
         out = tl.dot(rows, tl.trans(k), input_precision=PRECISION)
@@ -122,10 +122,10 @@ def scores_vjp(
         on_diagonal = tl.sum(tl.where(i == j, dscores, 0.0), 1)[:, None]
         drows = on_diagonal * k
         dk += on_diagonal * rows
-        for level in tl.static_range(LEVELS):
-            later, earlier, to, away = _sides(rows, k, g, CHUNK, 2**level)
-            in_later, upto, behind = _in_halves(CHUNK, 2**level)
-            met = (i // (2 * 2**level) == j // (2 * 2**level)) & in_later & (j // 2**level % 2 == 0)
+        for level in tl.range(0, LEVELS, num_stages=1):
+            later, earlier, to, away = _sides(rows, k, g, CHUNK, level)
+            in_later, upto, behind = _in_halves(CHUNK, level)
+            met = (i >> (level + 1) == j >> (level + 1)) & in_later & ((j >> level) & 1 == 0)
             block = tl.where(met, dscores, 0.0)
             dlater, dearlier = tl.dot(block, earlier, input_precision=PRECISION), tl.dot(tl.trans(block), later, input_precision=PRECISION)
             drows += tl.where(in_later, dlater * to, 0.0)

@@ -8,9 +8,10 @@ Throughput: tokens a second of all processes together, by wall clock, medians of
 independent processes in turn; by processor time as well, which a busy machine changes less. Bytes: received by a rank in a step, counted
 at the calls, beside the formulas of longtrain.parallel.cost and cost_mixers; of all ranks together beside what the loopback interface
 counted in the same steps (which is all that passes over it, whoever sends it). `--link`: nothing arrives sooner than over a link of so many
-bytes a second; "hidden" is then the share of the transfers that nobody waited for. `--kinds`: what mixes the tokens in the layers, such as
-`delta attention`, for the ways `states` and `scan`. `--trace`: what was under way and what was waited for, a lane each for every process,
-as Chrome and Perfetto show them.
+bytes a second; "hidden" is then the share of the transfers that nobody waited for, and once more without the time in which the other
+process was not yet as far (on a busy machine, much of it). `--kinds`: what mixes the tokens in the layers, such as `delta attention`, for
+the ways `states` and `scan`. `--trace`: what was under way and what was waited for, a lane each for every process, as Chrome and Perfetto
+show them.
 
 No number is printed unless loss and gradients of every way agree with those of one process.
 """
@@ -178,8 +179,11 @@ def waiting(report: lt.Report, a: argparse.Namespace) -> dict:
     waited = sum(lane.done - lane.asked for lane in lanes)
     if a.link is None:
         return {"waited seconds": waited}
-    transfers = sum(lane.nbytes / a.link for lane in lanes)
-    return {"waited seconds": waited, "transfer seconds": transfers, "hidden": max(0.0, 1 - waited / transfers)}
+    transfers, of_link = sum(lane.nbytes / a.link for lane in lanes), sum(lane.of_link for lane in lanes)
+    return {
+        "waited seconds": waited, "transfer seconds": transfers, "hidden": max(0.0, 1 - waited / transfers),
+        "hidden but for waiting for the peer": 1 - of_link / transfers,
+    }
 
 
 def events(name: str, rank: int, lanes) -> list[dict]:

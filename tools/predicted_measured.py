@@ -7,9 +7,8 @@
 Shapes, lengths and plans are drawn with a fixed seed: 2 to 16 layers, 4K to 128K tokens, windows where the square of the length would take
 minutes; every third one is a model of transformers, and those of every fourth have stored tensors on disk. Each runs in a process of its
 own, which writes what it predicts before it takes a step: bytes of the ledger (what torch's allocator gives out, parameters included),
-resident memory (what the process held beside the model, and the workspace of a CPU step), seconds (with --machine, a file of `longtrain
-calibrate`). Then AdamW steps: the first makes moments, the second is timed and its resident peak read (VmHWM, with
-MALLOC_MMAP_THRESHOLD_=65536), the third is watched by lt.profile.
+resident memory (that and what the process held beside the model; malloc keeps nothing back with MALLOC_MMAP_THRESHOLD_=65536), seconds (with --machine, a file of `longtrain
+calibrate`). Then AdamW steps: the first makes moments, the second is timed and its resident peak read (VmHWM), the third is watched by lt.profile.
 
 Bounds: ledger 3%, resident the larger of 3% and 32 MiB, ledger unattributed 2%, time 15%.
 """
@@ -66,7 +65,7 @@ def cases() -> list[Case]:
     found = []
     for number in range(COUNT):
         family = FAMILIES[number // 3 % len(FAMILIES)] if number % 3 == 2 else "own"
-        tokens, layers, heads = LENGTHS[number % len(LENGTHS)], draw.choice(LAYERS), draw.choice((2, 4))
+        tokens, layers, heads = LENGTHS[(number + number // 6) % len(LENGTHS)], draw.choice(LAYERS), draw.choice((2, 4))
         dim = draw.choice((32, 64))
         hidden, vocab = heads * dim * draw.choice((1, 2)), draw.choice((256, 2048, 8192))
         while layers > 2 and flop(layers, hidden, 3 * hidden, vocab, tokens, 512) > MOST_FLOP:
@@ -136,7 +135,7 @@ def child(case: Case, out: Path, machine: str | None, path: str) -> None:
     top = peak(phases)
     held = status_bytes("VmRSS")
     ledger = top.total - top.items["workspace"]
-    predicted = {"ledger": ledger, "resident": held - footprint.parameters + top.total, "phase": top.name}
+    predicted = {"ledger": ledger, "resident": held - footprint.parameters + ledger, "phase": top.name}
     if machine:
         predicted["seconds"] = step_time(footprint, plan, case.tokens, 1, find_machine(machine).rates).total
     out.write_text(json.dumps({"predicted": predicted}))

@@ -20,6 +20,11 @@ _GLA_TEMPERATURE = 16
 """GLA, section 4.4: the log of a sigmoid, divided by this, so that little is forgotten in a step."""
 
 
+def half_lives(count: int, longest: float) -> Tensor:
+    """``[count]`` float64: tokens after which half is forgotten, from `longest` to 16, evenly in their logarithm."""
+    return torch.logspace(math.log2(max(longest, 16)), math.log2(16), count, base=2.0, dtype=torch.float64)
+
+
 class HeadOutput(nn.Module):
     """``o_proj(norm(out) * silu(gate_proj(x)))``, the norm by head. State: ``norm [D]``, ``gate_proj [H D, E]``, ``o_proj [E, H D]``."""
 
@@ -56,9 +61,9 @@ class LinearAttention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(hidden_size, num_heads * head_dim, bias=False) for _ in range(3))
         self.decay_down = nn.Linear(hidden_size, decay_rank, bias=False)
         self.decay_up = nn.Linear(decay_rank, num_heads * head_dim)
-        half_lives = torch.logspace(math.log2(16), math.log2(max(longest_half_life, 16)), head_dim, base=2.0, dtype=torch.float64)
         with torch.no_grad():  # log sigmoid(bias) / 16 = -log(2) / half-life
-            self.decay_up.bias.copy_(torch.logit(0.5 ** (_GLA_TEMPERATURE / half_lives)).repeat(num_heads))
+            bias = torch.logit(0.5 ** (_GLA_TEMPERATURE / half_lives(head_dim, longest_half_life))).flip(0)
+            self.decay_up.bias.copy_(bias.repeat(num_heads))
         self.output = HeadOutput(hidden_size, num_heads, head_dim, norm_eps)
 
     def mixer(self, documents: Layout | None = None, dropout_seed: int | None = None) -> LinearAttentionMixer:
@@ -78,22 +83,32 @@ class DeltaNet(nn.Module):
     """The delta rule (Yang et al. 2024, arXiv:2406.06484), by default gated (arXiv:2412.06464), ``[B, T, E] -> [B, T, E]``: a token
     overwrites what its key pointed to.
 
-    Keys and queries have norm 1; beta is a sigmoid of x. A head's decay is ``-exp(log_rate) softplus(step_proj(x) + step_bias)``, drawn as
-    in Mamba-2: rates from 1 to 16, steps from 0.001 to 0.1.
+    Keys and queries have norm 1; beta is a sigmoid of x. A head's decay is ``-exp(log_rate) softplus(step_proj(x) + step_bias)``
+    as in Mamba-2, but not drawn as there, where no head remembers half of anything for 700 tokens, and most for 10: at the start of training
+    half-lives lie evenly (in their logarithm) from `longest_half_life` tokens, the first head's, to 16.
     State: ``q_proj, k_proj, v_proj [H D, E]``, ``beta_proj [H, E]``, ``output``; gated also ``step_proj [H, E]``,
     ``log_rate, step_bias [H]``.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, head_dim: int, *, gated: bool = True, norm_eps: float = 1e-6) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        head_dim: int,
+        *,
+        gated: bool = True,
+        longest_half_life: float = 8192,
+        norm_eps: float = 1e-6,
+    ) -> None:
         super().__init__()
         self.head_dim, self.gated = head_dim, gated
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(hidden_size, num_heads * head_dim, bias=False) for _ in range(3))
         self.beta_proj = nn.Linear(hidden_size, num_heads, bias=False)
         if gated:
             self.step_proj = nn.Linear(hidden_size, num_heads, bias=False)
-            self.log_rate = nn.Parameter(torch.empty(num_heads).uniform_(1, 16).log_())
-            steps = torch.empty(num_heads).uniform_(math.log(0.001), math.log(0.1)).exp_()
-            self.step_bias = nn.Parameter(steps + torch.log(-torch.expm1(-steps)))  # softplus of it is the step
+            self.log_rate = nn.Parameter(torch.zeros(num_heads))
+            steps = math.log(2) / half_lives(num_heads, longest_half_life)
+            self.step_bias = nn.Parameter(torch.log(torch.expm1(steps)).to(torch.get_default_dtype()))  # softplus of it is the step
         self.output = HeadOutput(hidden_size, num_heads, head_dim, norm_eps)
 
     def mixer(self, documents: Layout | None = None, dropout_seed: int | None = None) -> LinearAttentionMixer:

@@ -113,6 +113,8 @@ class ByHeads:
     def mix(self, span: Span, q_BCHD: Tensor, stored: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         parts = self._parts[self._chunk_of[span.stop]]
         if stored is not None:
+            self._take_in()
+            self._send_off()
             self._queries = span, self._start(parts[::-1], "q", (q_BCHD,))
             return stored
         keys: tuple[Tensor, ...] = ()

@@ -22,6 +22,9 @@ from longtrain.parallel.ranks import Ranks
 ROUNDS = 8
 """At most: an exchange of few bytes costs as much as one of none."""
 
+LEAST = 512
+"""Tokens of a chunk that go in one exchange of heads at least, when their number is chosen here: attention works worse on fewer."""
+
 Share = Callable[[int], slice]
 """What a rank gets of axis 2."""
 

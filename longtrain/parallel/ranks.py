@@ -28,6 +28,8 @@ class Lane:
     asked: float
     """When the rank needed it, and began to wait."""
     done: float
+    of_link: float
+    """Seconds that it was later by a slower link."""
 
 
 @dataclass(slots=True)
@@ -52,9 +54,11 @@ class Traffic:
 
     def arrived(self, what: str, nbytes: int, started: float, asked: float, due: float) -> None:
         """Called when a rank has waited for what it asked for; waits for the slower link."""
-        time.sleep(max(0.0, due - time.perf_counter()))
+        of_link = max(0.0, due - time.perf_counter())
+        if of_link:
+            time.sleep(of_link)
         if self.lanes is not None:
-            self.lanes.append(Lane(what, nbytes, started, asked, time.perf_counter()))
+            self.lanes.append(Lane(what, nbytes, started, asked, time.perf_counter(), of_link))
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,8 +43,8 @@ class Parallel:
     """What is done with the gradients of several processes afterwards: DDP and FSDP2 take the mean."""
 
     stripe: int | None = None
-    """Tokens of a stripe at least; None: as long as the work stays balanced to a sixteenth, and 8 stripes of a chunk where all ranks
-    exchange heads."""
+    """Tokens of a stripe at least; None: as long as the work stays balanced to a sixteenth, and where all ranks exchange heads, up to 8
+    stripes of a chunk."""
 
     def __post_init__(self) -> None:
         choices = {"layout": ("auto", *ARRANGEMENTS), "way": ("auto", "heads", *WAYS), "gradients": ("mean", "sum")}

@@ -22,7 +22,7 @@ from longtrain.ops.state_mixers import LinearAttentionMixer
 from longtrain.parallel.conv import ConvByChannels, ConvByHalo
 from longtrain.parallel.cost import Choice, Shape, choose
 from longtrain.parallel.cost_mixers import ConvShape, StateShape
-from longtrain.parallel.exchange import ROUNDS
+from longtrain.parallel.exchange import LEAST, ROUNDS
 from longtrain.parallel.layout import STRIPE, Shards, spread
 from longtrain.parallel.mesh import Mesh
 from longtrain.parallel.mixer import OverRanks
@@ -84,7 +84,7 @@ class Sharing:
     def shards(self, tokens: int) -> Shards:
         size, stripe = self.mesh.all.size, self.parallel.stripe
         if stripe is None and self.mesh.ring.size == 1:
-            stripe = max(STRIPE, min(tokens, self.plan.chunk_tokens) // (size * ROUNDS))
+            stripe = max(STRIPE, LEAST // size, min(tokens, self.plan.chunk_tokens) // (size * ROUNDS))
         return spread(tokens, size, inside=self.inside, chunk_tokens=self.plan.chunk_tokens, stripe=stripe)
 
     def choice(self, shape: AnyShape, shards: Shards, beside: Sequence[AnyShape] = ()) -> Choice:

@@ -50,9 +50,8 @@ class ModelFootprint:
     loss: tuple[Line, ...]
     """What the loss holds of a part of so many tokens beside hidden states and `head_gradients`."""
     width: int
-    whole_head: bool
-    """Whether the loss is given hidden states of the whole sequence, and gives back their gradient (transformers, whose last norm is a layer of
-    its own: its input is there too)."""
+    norm_is_layer: bool
+    """Whether the last norm is streamed like a layer (transformers): its input is there too while the loss runs."""
     dtype: torch.dtype
     device: torch.device
     alike: bool = True
@@ -119,7 +118,7 @@ def measure_model(model: nn.Module, optimizer_bytes_per_parameter: int = 8) -> M
         head_delivered=gradient_bytes(head.weight) if head_trained else 0,
         loss=() if head is None else loss_lines(norm, head),
         width=head.in_features if head is not None else 0,
-        whole_head=isinstance(norm, nn.Identity),
+        norm_is_layer=isinstance(norm, nn.Identity),
         dtype=first.dtype,
         device=first.device,
         alike=not layers_differ(model),
@@ -180,14 +179,13 @@ def step_memory(model: ModelFootprint, plan: Plan, tokens: int, batch: int = 1) 
 
     streams = plan.boundaries == "stream"
     if model.vocab_size:
-        to_loss = streams and not model.whole_head
         loss_chunk = plan.loss_chunk_tokens or default_chunk_tokens(model.vocab_size, model.device, model.dtype)
-        part = min(loss_chunk, n, chunk * batch if to_loss else n)
+        part = min(loss_chunk, n, chunk * batch if streams else n)
         x = layers[-1].x
-        hidden = x * n * (max(stays("inputs", end), stays("gradients", end)) if to_loss else 2 + (model.whole_head and streams) * stays("inputs", end))
+        hidden = x * n * (max(stays("inputs", end), stays("gradients", end)) + model.norm_is_layer * stays("inputs", end) if streams else 2)
         items = {
             "layer inputs": sum(inputs), "stored outputs and K/V": sum(stored), "hidden states and gradient": hidden,
-            "logits of a chunk": highest(model.loss, part) + (x * max(0, chunk * batch - part) if to_loss else -x * part), "gradients": model.head_gradients,
+            "logits of a chunk": highest(model.loss, part) + (x * max(0, chunk * batch - part) if streams else -x * part), "gradients": model.head_gradients,
             **staging(x * n * (1 - stays("inputs", end)), x * n * (1 - stays("gradients", end))),
         }  # fmt: skip
         phases.append(Phase("loss", _whole({**fixed, **items})))
@@ -196,8 +194,6 @@ def step_memory(model: ModelFootprint, plan: Plan, tokens: int, batch: int = 1) 
         own, later = [layers[i] for i in s], [i for t in segments[j + 1 :] for i in t]
         delivered = sum(layers[i].delivered_gradients for i in later) + model.head_delivered
         gradient = max(stays("gradients", s[0]), stays("gradients", s[-1] + 1)) if streams else 2.0
-        if model.whole_head and j == len(segments) - 1:
-            gradient = max(gradient, 1.0)
         carries, keeps = 0.0, sum(stored[: s[0]])
         restored = restored_outputs(layers, plan, s, tokens)
         for i in s:

@@ -63,17 +63,16 @@ def test_half_lives_begin_where_they_were_set():
     assert (half_lives.diff() > 0).all() and torch.equal(half_lives[0], half_lives[2])
 
 
-def test_delta_net_begins_as_mamba_2_does():
-    layer, seen = DeltaNet(24, 64, 4), []
+@pytest.mark.parametrize("heads, expected", [(1, [4096]), (3, [4096, 256, 16])])
+def test_delta_net_begins_with_long_memories(heads, expected):
+    layer, seen = DeltaNet(24, heads, 4, longest_half_life=4096), []
     with torch.no_grad():
         layer.step_proj.weight.zero_()
         layer(torch.randn(1, 3, 24), None, lambda q, k, v, decay, beta: seen.extend((q, k, decay, beta)) or v)
     q, k, decay, beta = seen
-    torch.testing.assert_close(k.norm(dim=-1), torch.ones(1, 3, 64))
-    torch.testing.assert_close(q.norm(dim=-1), torch.ones(1, 3, 64))
-    rates = layer.log_rate.exp()
-    steps = -decay[0, 0] / rates
-    assert 1 <= rates.min() and rates.max() <= 16 and steps.min() >= 0.00099 and steps.max() <= 0.101
+    torch.testing.assert_close(k.norm(dim=-1), torch.ones(1, 3, heads))
+    torch.testing.assert_close(q.norm(dim=-1), torch.ones(1, 3, heads))
+    assert (math.log(0.5) / decay[0, 2]).tolist() == pytest.approx(expected, rel=1e-4)
     assert (0 < beta).all() and (beta < 1).all()
     plain = DeltaNet(24, 4, 6, gated=False)
     assert plain.mixer().tensors == ("k", "v", "beta") and not hasattr(plain, "step_proj")

@@ -65,8 +65,8 @@ def quick(rank: int, world: int) -> None:
     torch.manual_seed(0)
     pairs = [
         ("short filter", "documents", "halo and scan"), ("short filter", "batch of two", "halo and scan, zigzag"),
-        ("filter of a chunk", "a document of every few tokens", "halo and scan, striped"), ("short filter", "documents", "heads and channels"),
-        ("long filter", "documents", "heads and channels, striped"), ("implicit filter", "batch of two", "cheapest"),
+        ("filter of a chunk", "a document of every few tokens", "halo and scan, striped"),
+        ("short filter", "documents", "heads and channels"), ("long filter", "documents", "heads and channels, striped"), ("implicit filter", "batch of two", "cheapest"),
         ("linear", "documents", "halo and scan"), ("linear", "batch of two", "halo and scan, striped"),
         ("linear", "one document", "heads and channels"), ("delta", "documents", "halo and scan, zigzag"),
         ("delta", "one document", "halo and scan, striped"), ("delta", "a document of every few tokens", "heads and channels, striped"),

@@ -24,3 +24,14 @@ def test_table_trace_and_a_slow_link(tmp_path):
     assert ways[0]["MB received"] == ways[0]["by formula"]
     lanes = json.loads((tmp_path / "lanes.json").read_text())
     assert {lane["pid"] for lane in lanes} >= {"ring, process 0", "ring, process 1"} and all(lane["dur"] >= 0 for lane in lanes)
+
+
+@pytest.mark.slow
+def test_what_is_counted_is_what_passes_over_the_loopback_interface(tmp_path):
+    """Within 5%, for headers and barriers; the least of some rounds, as others may use the interface too."""
+    sizes = ["--seq-len", "2048", "--chunk", "1024", "--layers", "2", "--hidden", "64", "--ffn", "16", "--vocab", "32", "--heads", "4",
+             "--kv-heads", "4", "--kinds", "attention", "delta"]  # fmt: skip
+    ways = ["--repeats", "5", "--ways", "heads", "states", "queries"]
+    assert bench_parallel.main([*sizes, *ways, "--out", str(tmp_path / "rows.json")]) == 0
+    for row in json.loads((tmp_path / "rows.json").read_text())["rows"][1:]:
+        assert 1 <= row["MB over loopback"] / row["MB received by all"] <= 1.05, row

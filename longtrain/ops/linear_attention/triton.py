@@ -40,8 +40,8 @@ def _padded(dim: int) -> int:
 
 
 def _chunk_tokens(call: Call) -> int:
-    """`chunk_size`, within what products take and what registers hold."""
-    return max(16, min(call.chunk_size, 64 if _padded(call.q_BTHD.shape[3]) <= 64 else 32))
+    """`chunk_size`, within what products take and what registers hold. Results do not depend on it but for their rounding."""
+    return max(16, min(call.chunk_size, 32))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,11 +60,12 @@ class _Piece:
     def value_tiles(self) -> int:
         return -(-self.named["VALUE_DIM"] // self.named["BLOCK_VALUE"])
 
-    def launch(self, kernel: Any, first_axis: int, **others: Any) -> Launch:
+    def launch(self, kernel: Any, first_axis: int, warps: int = 4, **others: Any) -> Launch:
         named = self.named | others
         strides = {f"{name}_strides": x.stride() for name, x in named.items() if isinstance(x, Tensor)}
         named = dict.fromkeys(kernel.arg_names) | strides | named
-        return Launch(kernel=kernel, grid=(first_axis, *self.grid), arguments={name: named[name] for name in kernel.arg_names})
+        warps = 8 if named["FEATURES"] == 2 else warps
+        return Launch(kernel=kernel, grid=(first_axis, *self.grid), arguments={name: named[name] for name in kernel.arg_names}, warps=warps)
 
 
 def _piece(call: Call, marked_BTHG: Tensor | None, tokens: slice) -> _Piece:
@@ -122,7 +123,7 @@ def backward_launches(call: Call, entries_BPHDV: Tensor, dout_BTHV: Tensor, dsta
         yield piece.launch(kernels.linear_out, piece.chunks * piece.value_tiles, u=dout, out=du, TRANSPOSED=True)
         yield piece.launch(kernels.linear_d_states, piece.value_tiles, dout=dout, du=du, dstate=dstate_BHDV, dexits=dexits)
         named = {name: None if x is None else x[:, tokens] for name, x in zip(("dq", "dk", "dv", "dg", "dbeta"), grads, strict=True)}
-        yield piece.launch(kernels.linear_grads, piece.chunks, dout=dout, du=du, dexits=dexits, **named)
+        yield piece.launch(kernels.linear_grads, piece.chunks, warps=8, dout=dout, du=du, dexits=dexits, **named)
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:

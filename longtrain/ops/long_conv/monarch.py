@@ -42,11 +42,6 @@ class Size:
         return self.outer * self.inner
 
     @property
-    def block(self) -> int:
-        """Rows of a tile."""
-        return min(64, self.rows)
-
-    @property
     def padded_outer(self) -> int:
         """`outer` in whole tiles."""
         return -(-self.outer // self.outer_block) * self.outer_block

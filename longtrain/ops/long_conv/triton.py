@@ -156,10 +156,11 @@ def _inner(group: _Group, kernel, programs: int, scratch_rows: int, **arguments:
     size, constants = group.work.size, group.constants
     common = {
         "scratch": group.empty(programs, scratch_rows * 2, size.inner), "first": constants.first, "twiddle": constants.twiddle,
-        "columns": constants.columns, "N1": size.rows, "N2": size.columns, "BLOCK": size.block, "STAGES": 2,
+        "columns": constants.columns, "N1": size.rows, "N2": size.columns, "STAGES": 2,
         "PRECISION": "tf32x3" if narrow(group.call) == torch.float32 else "ieee",
     }
-    common |= {"COLS": min(32, size.columns), "DEPTH": min(32, size.columns)}
+    block, depth = (32, 16) if narrow(group.call) == torch.float32 else (64, 32)  # larger ones spill registers
+    common |= {"BLOCK": min(block, size.rows), "DEPTH": min(depth, size.columns), "COLS": min(32, size.columns)}
     named = common | arguments
     return Launch(kernel=kernel, grid=(programs,), arguments={name: named[name] for name in kernel.arg_names}, warps=8)
 
