@@ -244,10 +244,11 @@ def linear_grads(
             past += dk_to * k_to
         if FEATURES == 1:
             past, ahead = tl.sum(past, 1), tl.sum(ahead, 1)
-            dg_tile = tl.sum(dthrough, 0) * tl.exp(tl.sum(g_tile, 0)) + tl.cumsum(past, 0, reverse=True) + tl.cumsum(ahead, 0) - ahead
+            dg_tile = tl.sum(dthrough, 0) * tl.exp(tl.sum(g_tile, 0)) + tl.cumsum(past, 0, reverse=True)
+            dg_tile += tl.sum(tl.where(i > j, ahead[None, :], 0.0), 1)
         else:
             whole = (dthrough * tl.exp(tl.sum(g_tile, 0)))[None, :]
-            dg_tile = whole + tl.cumsum(past, 0, reverse=True) + tl.cumsum(ahead, 0) - ahead
+            dg_tile = whole + tl.cumsum(past, 0, reverse=True) + tl.dot((i > j).to(tl.float32), ahead, input_precision="tf32x3")
     if beta is not None:
         _store_row(_at(dbeta, dbeta_strides, batch, head), dbeta_strides, rows, valid, db)
         dk_tile += to_tokens(dk_to, sums, FEATURES)

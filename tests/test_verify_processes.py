@@ -18,6 +18,7 @@ def verify(file, processes, capfd, *overrides):
     return code, capfd.readouterr().out
 
 
+@pytest.mark.slow
 def test_two_processes_compute_what_one_does(file, capfd):
     code, said = verify(file, 2, capfd)
     assert code == 0 and said.endswith("\nexact\n") and "FAIL" not in said

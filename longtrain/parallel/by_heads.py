@@ -4,12 +4,12 @@ with a rank's heads (`alltoall.py`).
 A chunk goes there and back in parts, runs of its positions that each rank holds some of (all of the same size, where it is striped). All
 parts are on their way while the first is worked on, and what was made of one goes back while the next is worked on, so that of n parts
 1 / n of the transfer is waited for. Queries that are needed in the backward pass leave with the chunk's replay, keys that are restored
-while the next chunk's are made. Nothing goes twice.
+while the next chunk's are made.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch

@@ -114,6 +114,8 @@ def join(explain: Callable[[BaseException], tuple[str, int] | None]) -> Iterator
     rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
     try:
         store, _, _ = next(rendezvous(os.environ.get("LONGTRAIN_MEET", "env://"), rank, size, timeout=MEET))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun keeps the store when it starts all ranks again
+        store = dist.PrefixStore(f"attempt {attempt}", store)
         watch = Watch(store, rank, size)
         watch.start(MEET)
     except (RuntimeError, ValueError) as error:

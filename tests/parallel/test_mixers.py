@@ -122,6 +122,23 @@ def test_filters_of_every_kind_bits_and_bytes(world):
     run_ranks(the_rest, world)
 
 
+def with_disk(rank: int, world: int, directory: str) -> None:
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    away, halves = lt.Split(), lt.Split(device=0.3, host=0.3)
+    disk = lt.DiskSettings(path=directory, budget=2**26)
+    offload = lt.Offload(inputs=away, gradients=halves, outputs=halves, kv=away, host_bytes=2**24, disk=disk)
+    plan = lt.Plan(chunk_tokens=16, store_outputs=0.6, store_kv=0.5, offload=offload)
+    model = model_of("all kinds", layers=("conv", "delta", "lact", "attention"), window=None)
+    for way in ("halo and scan, zigzag", "heads and channels"):
+        check(model, plan, WAYS[way], CALLS["documents"](), f"disk, {way}")
+
+
+@pytest.mark.slow
+def test_with_disk(tmp_path):
+    run_ranks(with_disk, 2, str(tmp_path))
+
+
 class Stack(nn.Module):
     """Layers on hidden states, as a model of one's own has them: `make_layout` tells it what this process holds."""
 

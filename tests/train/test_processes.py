@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -237,15 +239,22 @@ def test_one_run_writes_a_directory_at_a_time(tmp_path, config_file, out):
 
 
 @pytest.mark.slow
-def test_torchrun_starts_it(tmp_path, config_file, out, alone):
-    import os
-    import subprocess
-
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "longtrain", "train", str(config_file), *SETTINGS]
+def test_torchrun_starts_it_and_starts_it_again_when_a_rank_has_died(tmp_path, config_file, out, alone):
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1", "-m", "longtrain", "train"]
     environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
-    assert done.returncode == 0, done.stderr
+    log = tmp_path / "torchrun.log"
+    with open(log, "w") as file:
+        torchrun = subprocess.Popen([sys.executable, *command, str(config_file), *SETTINGS], stdout=file, stderr=file, env=environment)
+        try:
+            while "checkpoint of step 1 stands" not in log.read_text():
+                assert torchrun.poll() is None, log.read_text()
+                time.sleep(0.01)
+            os.kill(int((out / "lock").read_text().split()[1]), signal.SIGKILL)
+            assert torchrun.wait(240) == 0, log.read_text()
+        finally:
+            torchrun.kill()
     assert_same_run(out, alone)
+    assert any(r["kind"] == "resume" for r in read_metrics(out / "metrics.jsonl"))
 
 
 @pytest.mark.slow

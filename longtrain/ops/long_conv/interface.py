@@ -50,8 +50,8 @@ def long_conv(
 
     Returns:
         y [B, T, E] in u's dtype. Arithmetic and the gradients' sums are float32 (float64 where an input is); "triton" rounds the factors
-        of its matrix products to u's dtype. The backward saves u, k, skip and the gates only. A NaN in u, a gate or y's gradient stays in its channel, document and row of the batch (and the
-        gradient of its filter).
+        of its matrix products to u's dtype. The backward saves u, k, skip and the gates only.
+        A NaN in u, a gate or y's gradient stays in its channel, document and row of the batch (and the gradient of its filter).
 
     Raises:
         ValueError: naming argument, found and expected; or a named backend's reason to refuse.
