@@ -111,6 +111,7 @@ class Trainer:
         self.saver = Saver(self.directory / output.CHECKPOINTS, self.config.checkpoint, self.processes)
         self.saver.check_room_ahead(state_tensors(self.setup.model, self.setup.optimizer))
         self.open_metrics(resumed, append=not anew)
+        self.validated = self.processes.first(lambda: self.validated)  # as the metrics say, which the first process has
         if self.setup.report is not None:
             self.setup.report.on_progress(self.span_done)
 
