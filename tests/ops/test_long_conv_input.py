@@ -36,7 +36,7 @@ WRONG = [
     (dict(cu_seqlens=torch.tensor([1, 19])), "cu_seqlens: found first entry 1, expected 0"),
     (dict(cu_seqlens=torch.tensor([0, 18])), "cu_seqlens: found last entry 18, expected the number of tokens, 19"),
     (dict(cu_seqlens=torch.tensor([0, 8, 7, 19])), "cu_seqlens: found 7 after 8 at entry 2"),
-    (dict(backend="monarch"), "backend: found 'monarch', expected 'auto' or one of 'cpp', 'fft', 'reference'"),
+    (dict(backend="monarch"), "backend: found 'monarch', expected 'auto' or one of 'cpp', 'triton', 'fft', 'reference'"),
     (dict(backend="cpp", gate_in=torch.ones(2, 19, 4, dtype=torch.bfloat16)), "backend: found 'cpp', expected another one, or 'auto'"),
 ]
 
