@@ -1,7 +1,7 @@
-"""The disk tier: one preallocated file without a name, past the page cache, through an aligned slab.
+"""The disk tier: one preallocated file without a name, past the page cache, from tensors where they are or through an aligned slab.
 
-Blocks of a few MiB and a few threads reach the disk's own rate; buffered writes reach a fifth of it. mmap is not used: on a full disk it
-kills the process, where pwrite gives an error that can be handled.
+Blocks of a MiB, whose checksums are taken while they are in a cache, and a few threads reach the disk's own rate; buffered writes reach a
+fifth of it. mmap is not used: on a full disk it kills the process, where pwrite gives an error that can be handled.
 """
 
 from __future__ import annotations

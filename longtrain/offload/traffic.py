@@ -24,7 +24,7 @@ from longtrain.offload.system import WAITS, System
 from longtrain.units import format_bytes
 
 Tier = HostTier | DiskTier
-LARGEST_BLOCK = 4 << 20
+LARGEST_BLOCK = 1 << 20
 
 
 @dataclass(slots=True)
