@@ -4,10 +4,10 @@
     python tools/bench_offload.py --path /scratch --bytes 256MiB --extent 1MiB --rounds 3
     python tools/bench_offload.py step --path /scratch          # memory and time of a training step: see bench_offload_step.py
 
-Raw: as many threads, O_DIRECT, the same blocks in the same order into a file made the same way, from and to the pages of the very memory
-that the store writes from (virtual machines have faster and slower memory; a buffer that stays in the cache flatters their disks): what the
-disk gives, without checksums, copies or states. Writing goes up the file, reading comes down it, as in a training step. Store and raw disk
-take turns, first one first and then the other; medians over rounds of the ratio within a round. One round before warms both up and compares
+Raw: as many threads, O_DIRECT, the same blocks in the same order into a file made the same way, written from the pages of the very memory
+that the store writes from (virtual machines have faster and slower memory) and read into as many bytes of buffers as the store fetches
+ahead, over and over (a buffer that stays in the cache is faster: for both): what the disk gives, without checksums, copies or states.
+Writing goes up the file, reading comes down it, as in a training step. Store and raw disk take turns, first one first and then the other; medians over rounds of the ratio within a round. One round before warms both up and compares
 every byte that the store gives back; no number is printed unless they agree. Where fio is installed, its figure stands beside. The table is also written as JSON to --out. Exit status 1 where a ratio is below --bound.
 """
 
@@ -43,27 +43,27 @@ WIDTH = 1024  # values of a token; a token is 4 KiB
 class Raw:
     """The disk without the store."""
 
-    def __init__(self, path: str, memory: np.ndarray, extent: int, block: int, threads: int) -> None:
+    def __init__(self, path: str, memory: np.ndarray, extent: int, block: int, threads: int, ahead: int) -> None:
         self.system, nbytes = System(threads), memory.nbytes
         self.blocks = [(at + b, min(block, extent - b)) for at in range(0, nbytes, extent) for b in range(0, extent, block)]
         self.file = self.system.open(path, nbytes)
         self.system.direct(self.file, True)
-        self.data = memoryview(memory)
+        self.data, self.ahead = memoryview(memory), memoryview(self.system.allocate(max(ahead // extent, 1) * extent))
         self.pool = ThreadPoolExecutor(threads)
 
-    def move(self, call: Callable, blocks: list[tuple[int, int]]) -> None:
+    def move(self, call: Callable, memory: memoryview, blocks: list[tuple[int, int]]) -> None:
         def one(at: int, size: int) -> None:
-            if call(self.file, self.data[at : at + size], at) != size:
+            if call(self.file, memory[at % len(memory) :][:size], at) != size:
                 raise OSError(f"a short transfer at offset {at}")
 
         for done in [self.pool.submit(one, *block) for block in blocks]:
             done.result()
 
     def write(self) -> None:
-        self.move(self.system.pwrite, self.blocks)
+        self.move(self.system.pwrite, self.data, self.blocks)
 
     def read(self) -> None:
-        self.move(self.system.pread, self.blocks[::-1])
+        self.move(self.system.pread, self.ahead, self.blocks[::-1])
 
 
 class Stored:
@@ -114,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
     memory = System().allocate(a.bytes)
     stored = Stored(a.path, memory, a.extent, a.staging, a.threads)
     block, threads = stored.store.block_bytes, a.threads
-    raw = Raw(a.path, memory, a.extent, block, threads)
+    raw = Raw(a.path, memory, a.extent, block, threads, stored.store.staging)
     for warm_up in (raw.write, raw.read, stored.write, lambda: stored.read(compare=True)):
         warm_up()
     rounds = [measure(raw, stored, first=index % 2) for index in range(a.rounds)]
