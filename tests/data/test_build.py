@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -71,6 +72,14 @@ def test_what_was_built_is_what_was_there(texts, monkeypatch):
     assert not list(check_contents(texts / "out"))
 
 
+def finished_shards(directory):
+    """Those that an unfinished build counts."""
+    try:
+        return len(json.loads((directory / "building.json").read_text())["shards"])
+    except FileNotFoundError:
+        return 0
+
+
 class Killed(BaseException):
     """As if the process ended here."""
 
@@ -117,28 +126,23 @@ def test_an_interrupted_build_goes_on_to_the_same_bytes(with_tokenizer, texts, m
 
 @pytest.mark.slow
 def test_a_killed_build_goes_on_to_the_same_bytes(texts):
-    """kill -9 a moment after the process has written something, ten times."""
+    """kill -9 a moment after the process has finished another shard, up to ten times."""
     (texts / "more.jsonl").write_text((json.dumps({"text": "all work and no play\n" * 10}) + "\n") * 5000)
     names = [*inputs(texts), str(texts / "more.jsonl")]
     build(texts / "whole", names, Settings(shard_bytes=4000), io.StringIO())
     command = [sys.executable, "-m", "longtrain.cli", "data", "build", "--shard-size", "4kB", texts / "cut", *names]
-    chance, shards = random.Random(1), []
-
-    def newest():
-        return (texts / "cut").stat().st_mtime_ns if (texts / "cut").exists() else 0
-
-    for _ in range(10):
-        before = newest()
+    chance, shards = random.Random(1), [0]
+    while len(shards) <= 10:
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        while process.poll() is None and newest() == before:
+        while process.poll() is None and finished_shards(texts / "cut") <= shards[-1]:
             time.sleep(0.001)
-        time.sleep(chance.uniform(0, 0.15))  # of a second or two
+        time.sleep(chance.uniform(0, 0.02))
         process.send_signal(signal.SIGKILL)
         process.wait()
         if (texts / "cut" / "manifest.json").exists():
             break
-        shards.append(len(json.loads((texts / "cut" / "building.json").read_text())["shards"]))
-    assert len(set(shards)) > 2 and shards == sorted(shards), shards
+        shards.append(finished_shards(texts / "cut"))
+    assert len(shards) > 3 and all(a < b for a, b in pairwise(shards)), shards
     assert subprocess.run(command, capture_output=True).returncode == 3
     assert contents(texts / "cut") == contents(texts / "whole")
 
