@@ -34,7 +34,7 @@ model: {{vocab_size: 256, num_layers: 2, hidden_size: 48, intermediate_size: 96,
 memory: {{chunk_tokens: 24, store_outputs: 0.5}}
 parallel: {{cp_ulysses: null}}
 data: {{source: text, files: [{texts}], seq_len: 64}}
-train: {{steps: {steps}, tokens_per_update: 128, device: cpu, kernel_fallback: warn, threads: 1, validate_every: 20, validation_tokens: 128}}
+train: {{steps: {steps}, tokens_per_update: 128, eps: 1e-3, device: cpu, kernel_fallback: warn, threads: 1, validate_every: 20, validation_tokens: 128}}
 checkpoint: {{every_steps: 3, keep: 2}}
 metrics: {{peak_tflops: 1.0}}
 output: {{dir: {out}}}

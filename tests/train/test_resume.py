@@ -151,11 +151,12 @@ def test_half_written_checkpoints_are_removed_and_the_latest_kept(config_file, o
 
 
 def test_the_plan_may_change_between_two_starts(config_file, out, tmp_path, crash_after, monkeypatch, capsys):
-    assert train(config_file, f"output.dir={tmp_path / 'alone'}", "memory.chunk_tokens=24") == 0
+    eps = "train.eps=1e-3"  # with 1e-8, rounding in a gradient of nothing else moves a weight by lr
+    assert train(config_file, f"output.dir={tmp_path / 'alone'}", "memory.chunk_tokens=24", eps) == 0
     crash_after(3)
-    die(config_file, "memory.chunk_tokens=24")
+    die(config_file, "memory.chunk_tokens=24", eps)
     monkeypatch.undo()
-    assert train(config_file, "memory.chunk_tokens=16", "memory.segment_layers=2") == 0
+    assert train(config_file, "memory.chunk_tokens=16", "memory.segment_layers=2", eps) == 0
     assert "changed since then: memory.chunk_tokens: 24 -> 16" in capsys.readouterr().out
     for ours, alone in zip(trajectory(out), trajectory(tmp_path / "alone"), strict=True):
         assert ours[:2] == alone[:2] and ours[2] == pytest.approx(alone[2], rel=1e-4)
