@@ -32,8 +32,8 @@ def least(footprint, tokens: int, tiers: lt.Offload | None) -> int:
 
 
 @pytest.fixture
-def tiers(tmp_path):
-    return lt.Offload(disk=lt.DiskSettings(path=str(tmp_path), budget=1 << 28), host_bytes=1 << 24, staging_bytes=1 << 20)
+def tiers(disk):
+    return lt.Offload(disk=lt.DiskSettings(path=disk, budget=1 << 28), host_bytes=1 << 24, staging_bytes=1 << 20)
 
 
 def drawn(seed: int, tiers: lt.Offload) -> tuple[LanguageModel, lt.Plan]:
