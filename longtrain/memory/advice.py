@@ -53,7 +53,7 @@ def remedy(item: Item, streamed: bool) -> str:
         return STREAM
     if item.category == "activations" and (found := next((text for part, text in STORED.items() if part in item.name), None)):
         return found
-    if "loss" in item.module or "linear_cross_entropy" in item.line or "stream/loss.py" in item.line:
+    if "loss" in item.module or "linear_cross_entropy" in item.line or re.search(r"stream/(loss|head)\.py", item.line):
         return "memory.loss_chunk_tokens: smaller"
     return STREAMED.get(item.category, "")
 
