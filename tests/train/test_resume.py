@@ -18,35 +18,16 @@ from longtrain import cli
 from longtrain.train import checkpoint as on_disk
 from longtrain.train import loop, saving, stop
 from longtrain.train.output import read_metrics
-from tests.train.conftest import write_config, write_texts
 
 TOOLS = Path(__file__).parents[2] / "tools"
-EVERY = ("checkpoint.every_steps=1", "checkpoint.keep=3", "train.steps=6", "train.validation_tokens=128")
+SETTINGS = ("checkpoint.every_steps=1", "checkpoint.keep=3", "train.steps=6", "train.validation_tokens=128")
 
 pytestmark = pytest.mark.usefixtures("no_picture")
 
 
 def train(file, *overrides, flags=()):
-    settings = dict(setting.split("=", 1) for setting in (*EVERY, *overrides))
+    settings = dict(setting.split("=", 1) for setting in (*SETTINGS, *overrides))
     return cli.main(["train", str(file), *(f"{key}={value}" for key, value in settings.items()), *flags])
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-    return write_texts(tmp_path_factory.mktemp("read"))
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory, texts):
-    """A run of the same text that nobody interrupted."""
-    directory = tmp_path_factory.mktemp("alone")
-    file = directory / "run.yaml"
-    file.write_text(write_config(texts, directory / "out"))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    assert train(file) == 0
-    torch.set_num_threads(threads)
-    return directory / "out"
 
 
 def trajectory(directory):
