@@ -22,7 +22,8 @@ from longtrain.parallel.circulate import buffers
 from longtrain.parallel.layout import Shards, total
 from longtrain.parallel.pieces import Spans, attend, attend_vjp, cut, empty, places, seen_by_any, wide_zeros
 from longtrain.parallel.ranks import Message, Ranks
-from longtrain.parallel.travelling import TravellingQueries, delta_of
+from longtrain.parallel.travelling import TravellingQueries
+from longtrain.parallel.way import delta_of
 from longtrain.span import Span
 from longtrain.stream.carry import kv_carry_spec
 from longtrain.stream.protocol import CarrySpec, KVBlock
@@ -82,8 +83,7 @@ class QueriesTravel(Staying):
         if stored is not None:
             return stored
         way, held = self._way(span)
-        out, (*_, lse) = way.forward(self.mixer, q_BCHD, self._k[:, held], self._v[:, held])
-        return out, lse
+        return way.attend(self.mixer, q_BCHD, self._k[:, held], self._v[:, held])
 
     def mix_vjp(
         self, span: Span, q_BCHD: Tensor, out_BCHD: Tensor | None, lse_BCH: Tensor, dout_BCHD: Tensor, delta_BCH: Tensor | None = None
@@ -91,7 +91,7 @@ class QueriesTravel(Staying):
         delta = delta_of(dout_BCHD, out_BCHD, lse_BCH) if delta_BCH is None else delta_BCH
         way, held = self._way(span)
         k, v, dk, dv = (x[:, held] for x in (self._k, self._v, *self._adjoints))
-        return way.add_backward(self.mixer, dout_BCHD, q_BCHD, k, v, lse_BCH, delta, dk, dv).to(q_BCHD.dtype)
+        return way.add_vjp(self.mixer, dout_BCHD, q_BCHD, k, v, lse_BCH, delta, dk, dv).to(q_BCHD.dtype)
 
     def blocks(self, span: Span) -> list[KVBlock]:
         """This rank's; the others' are with them."""

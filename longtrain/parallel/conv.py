@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from longtrain.ops.long_conv import long_conv, long_conv_backward
-from longtrain.parallel.exchange import Dealt, through
+from longtrain.parallel.exchange import Dealt, Rounds
 from longtrain.parallel.layout import Shards, total
 from longtrain.parallel.pieces import Spans
 from longtrain.parallel.ranks import Message, Ranks
@@ -229,7 +229,7 @@ class ConvByChannels:
 
     def mix_into(self, out_BTE: Tensor, u_BTE: Tensor, gate_in_BTE: Tensor | None = None, gate_out_BTE: Tensor | None = None) -> None:
         v_BTE = u_BTE if gate_in_BTE is None else u_BTE * gate_in_BTE
-        (y_BTE,) = self._through((v_BTE,), lambda _, part, v: (part(v),), ("v", "y"))
+        (y_BTE,) = self._through((v_BTE,), lambda _, part, v: (part(v),), ("v", "y"), 1)
         out_BTE.copy_(y_BTE if gate_out_BTE is None else y_BTE * gate_out_BTE)
 
     def vjp_into(self, dout_BTE: Tensor, inputs: Sequence[Tensor], dinputs: Sequence[Tensor], dshared: Sequence[Tensor]) -> None:
@@ -254,7 +254,7 @@ class ConvByChannels:
                 d += made
             return (dv, *y)
 
-        dv_BTE, *y_BTE = self._through((v_BTE, dy_BTE), work, ("v and dy", "dv"))
+        dv_BTE, *y_BTE = self._through((v_BTE, dy_BTE), work, ("v and dy", "dv"), 1 if gate_out is None else 2)
         dinputs[0].copy_(dv_BTE if gate_in is None else dv_BTE * gate_in)
         if gate_in is not None:
             dinputs[1].copy_(dv_BTE * u_BTE)
@@ -274,14 +274,16 @@ class ConvByChannels:
         filters = slice(channels.start // dealt.width, channels.stop // dealt.width)
         return [shared[0][filters], shared[1][channels], *shared[2:]]
 
-    def _through(self, tensors: Sequence[Tensor], work, what: tuple[str, str]) -> list[Tensor]:
-        spans = tuple(self.shards.spans(rank) for rank in range(self.ranks.size))
+    def _through(self, tensors: Sequence[Tensor], work, what: tuple[str, str], outputs: int) -> list[Tensor]:
+        dealt, spans = self._dealt, tuple(self.shards.spans(rank) for rank in range(self.ranks.size))
+        rounds = Rounds(self.ranks, spans, dealt.rounds)
 
         def of_round(round: int, *shares: Tensor) -> Sequence[Tensor]:
             with torch.no_grad():
                 return work(round, self.base.with_shared(*self._shares(self.base.shared, round)), *shares)
 
-        return through(self.ranks, spans, self._dealt, tensors, of_round, what)
+        coming = rounds.start(what[0], [(x, dealt.of) for x in tensors])
+        return rounds.finish([coming], of_round, what[1], [(dealt.of, dealt.size)] * outputs)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
