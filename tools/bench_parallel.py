@@ -1,17 +1,18 @@
 """One sequence shared by several processes of one thread each, against as many processes with a sequence of their own, in the same run.
 
     python tools/bench_parallel.py --seq-len 32768 --chunk 2048
-    python tools/bench_parallel.py --seq-len 8192 --chunk 1024 --ways ring queries --link 200MB --trace out/lanes.json
+    python tools/bench_parallel.py --seq-len 8192 --chunk 1024 --link-share 0.2 --trace out/lanes.json
     python tools/bench_parallel.py --seq-len 8192 --chunk 1024 --ways states scan --kinds linear delta conv --conv-taps 64
 
 Throughput: tokens a second of all processes together, by wall clock, medians of `--repeats` rounds after one to warm up, ways and
 independent processes in turn; by processor time as well, which a busy machine changes less. Bytes: received by a rank in a step, counted
 at the calls, beside the formulas of longtrain.parallel.cost and cost_mixers; of all ranks together beside what the loopback interface
 counted in the same steps (which is all that passes over it, whoever sends it). `--link`: nothing arrives sooner than over a link of so many
-bytes a second; "hidden" is then the share of the transfers that nobody waited for, and once more without the time in which the other
-process was not yet as far (on a busy machine, much of it). `--kinds`: what mixes the tokens in the layers, such as `delta attention`, for
-the ways `states` and `scan`. `--trace`: what was under way and what was waited for, a lane each for every process, as Chrome and Perfetto
-show them.
+bytes a second, or `--link-share`: over one on which a step's transfers take that share of its processor time; "hidden" is then the share of
+the transfers that nobody waited for, and once more without the time in which the other process was not yet as far (on a busy machine, much
+of it); "exposed" names what was waited for, as shares of all. `--kinds`: what mixes the tokens in the layers, such as `delta attention`,
+for the ways `states` and `scan`. `--trace`: what was under way and what was waited for, a lane each for every process, as Chrome and
+Perfetto show them. Behind the table stands which way `lt.Parallel()` takes, and what each would send.
 
 No number is printed unless loss and gradients of every way agree with those of one process.
 """
@@ -25,6 +26,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from datetime import timedelta
 from pathlib import Path
 from typing import get_args
@@ -64,20 +66,23 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kinds", nargs="+", choices=get_args(LayerKind), default=None, help="attention by default")
     parser.add_argument("--conv-taps", type=int, default=128)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=["heads", "ring", "queries"])
-    parser.add_argument("--link", type=parse_bytes, default=None, help="bytes a second, such as 200MB")
+    link = parser.add_mutually_exclusive_group()
+    link.add_argument("--link", type=parse_bytes, default=None, help="bytes a second, such as 200MB")
+    link.add_argument("--link-share", type=float, default=None, help="transfers' share of a step's processor time, such as 0.2")
     parser.add_argument("--trace", type=Path, default=None)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/bench_parallel.json"))
     a = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as directory:
         mp.spawn(work, (a, Path(directory)), nprocs=a.processes)
-        rows = json.loads((Path(directory) / "rows.json").read_text())
+        rows, choices = json.loads((Path(directory) / "rows.json").read_text())
         lanes = [event for rank in range(a.processes) for event in json.loads((Path(directory) / f"lanes{rank}.json").read_text())]
     print(f"{a.seq_len} tokens, chunks of {a.chunk}, {a.processes} processes of one thread; medians of {a.repeats}")
     for row in rows:
         print("  ".join(f"{key} {value:,.3f}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()))
+    print(choices)
     a.out.parent.mkdir(parents=True, exist_ok=True)
     command = " ".join(["python tools/bench_parallel.py", *(sys.argv[1:] if argv is None else argv)])
-    a.out.write_text(json.dumps({"command": command, "torch": torch.__version__, "rows": rows}, indent=1) + "\n")
+    a.out.write_text(json.dumps({"command": command, "torch": torch.__version__, "rows": rows, "choices": choices}, indent=1) + "\n")
     if a.trace is not None:
         a.trace.parent.mkdir(parents=True, exist_ok=True)
         a.trace.write_text(json.dumps(lanes))
@@ -100,9 +105,10 @@ def work(rank: int, a: argparse.Namespace, directory: Path) -> None:
     for name in ("independent", *a.ways):
         runs[name] = copy.deepcopy(model)
         reports[name] = lt.apply(runs[name], plan, parallel=None if name == "independent" else lt.Parallel(**WAYS[name]))
-        check(runs, name, ids)
-    for name in a.ways:
-        reports[name].sharing.mesh.all.traffic.link = a.link
+        busy = check(runs, name, ids)
+        if name != "independent":
+            traffic = reports[name].sharing.mesh.all.traffic
+            traffic.link = a.link if a.link_share is None else traffic.total() / (a.link_share * busy)
     seconds, lanes, over_loopback = {name: [] for name in runs}, [], {name: [] for name in runs}
     for _ in range(a.repeats):
         for name in runs:
@@ -120,11 +126,12 @@ def work(rank: int, a: argparse.Namespace, directory: Path) -> None:
         row = {"way": name, "seconds": time_of_step, "processor seconds": busy, "tokens a second": tokens / time_of_step}
         if shared:
             row |= {"of independent": alone / (a.processes * time_of_step), "by processor time": alone_busy / (a.processes * busy)}
-            row |= {**bytes_of(reports[name], a), "MB over loopback": min(over_loopback[name]) / 1e6, **waiting(reports[name], a)}
+            row |= {**bytes_of(reports[name], a), "MB over loopback": min(over_loopback[name]) / 1e6, **waiting(reports[name])}
             lanes += events(name, rank, reports[name].sharing.mesh.all.traffic.lanes)
         rows.append(row)
+    choices = said_of_choices(model, plan, reports, a)
     if rank == 0:
-        (directory / "rows.json").write_text(json.dumps(rows))
+        (directory / "rows.json").write_text(json.dumps((rows, choices)))
     (directory / f"lanes{rank}.json").write_text(json.dumps(lanes))
     dist.barrier()
     dist.destroy_process_group()
@@ -143,16 +150,18 @@ def step(model: LanguageModel, ids: torch.Tensor) -> tuple[float, float]:
     return seconds, float(busy)
 
 
-def check(runs: dict, name: str, ids: torch.Tensor) -> None:
-    step(runs[name], ids)
+def check(runs: dict, name: str, ids: torch.Tensor) -> float:
+    """A first step: its processor seconds."""
+    _, busy = step(runs[name], ids)
     if name == "independent":
-        return
+        return busy
     for (which, p), own in zip(runs[name].named_parameters(), runs["independent"].parameters(), strict=True):
         grad = p.grad / dist.get_world_size()  # each process's part, once for every process
         dist.all_reduce(grad)
         error = float((grad - own.grad).norm() / own.grad.norm())
         if not error <= CLOSE:
             raise SystemExit(f"{name}: the gradient of {which} differs from that of one process by {error:.1e}; no speed is reported")
+    return busy
 
 
 def loopback_bytes() -> int:
@@ -174,16 +183,29 @@ def bytes_of(report: lt.Report, a: argparse.Namespace) -> dict:
     return {"MB received": counted / 1e6, "by formula": formula / 1e6, "MB received by all": int(of_all) / 1e6}
 
 
-def waiting(report: lt.Report, a: argparse.Namespace) -> dict:
-    lanes = report.sharing.mesh.all.traffic.lanes
-    waited = sum(lane.done - lane.asked for lane in lanes)
-    if a.link is None:
+def waiting(report: lt.Report) -> dict:
+    traffic = report.sharing.mesh.all.traffic
+    waited = sum(lane.done - lane.asked for lane in traffic.lanes)
+    if traffic.link is None:
         return {"waited seconds": waited}
-    transfers, of_link = sum(lane.nbytes / a.link for lane in lanes), sum(lane.of_link for lane in lanes)
+    transfers, exposed = sum(lane.nbytes for lane in traffic.lanes) / traffic.link, Counter()
+    for lane in traffic.lanes:
+        exposed[lane.what] += lane.of_link / transfers
     return {
-        "waited seconds": waited, "transfer seconds": transfers, "hidden": max(0.0, 1 - waited / transfers),
-        "hidden but for waiting for the peer": 1 - of_link / transfers,
+        "waited seconds": waited, "link, MB a second": traffic.link / 1e6, "transfer seconds": transfers,
+        "hidden": max(0.0, 1 - waited / transfers), "hidden but for waiting for the peer": 1 - exposed.total(),
+        "exposed": ", ".join(f"{what} {share:.1%}" for what, share in exposed.most_common() if share >= 0.001),
     }
+
+
+def said_of_choices(model: LanguageModel, plan: lt.Plan, reports: dict, a: argparse.Namespace) -> str:
+    """The way that `lt.Parallel()` takes, and every way's bytes by formula. Every process calls it."""
+    chosen = lt.apply(copy.deepcopy(model), plan, parallel=lt.Parallel()).sharing
+    lines = ["chosen by lt.Parallel(), with what a rank receives in a layer (forward + backward):", chosen.explain(a.seq_len), "and if asked for:"]
+    for name in a.ways:
+        _, *of_layers = reports[name].sharing.explain(a.seq_len).splitlines()
+        lines += [f"{name}: {said}" for said in of_layers]
+    return "\n".join(lines)
 
 
 def events(name: str, rank: int, lanes) -> list[dict]:

@@ -70,9 +70,9 @@ class Message:
     tensors: tuple[Tensor, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Pending:
-    """Messages on their way."""
+    """Messages on their way, or there."""
 
     works: Sequence[dist.Work]
     sent: Sequence[Message]
@@ -81,15 +81,17 @@ class Pending:
     traffic: Traffic
     due: float
     started: float = field(default_factory=time.perf_counter)
+    over: bool = False
 
     def wait(self) -> dict[str, tuple[Tensor, ...]]:
         """What was received, by kind; what was sent may then be changed."""
         asked = time.perf_counter()
-        for work in self.works:
+        for work in () if self.over else self.works:
             work.wait()
-        if self.received:
+        if self.received and not self.over:
             nbytes = sum(t.nbytes for message in self.received for t in message.tensors)
             self.traffic.arrived(" and ".join(message.what for message in self.received), nbytes, self.started, asked, self.due)
+        self.over = True
         return {message.what: message.tensors for message in self.received}
 
 
