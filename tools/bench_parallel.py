@@ -1,18 +1,21 @@
 """One sequence shared by several processes of one thread each, against as many processes with a sequence of their own, in the same run.
 
     python tools/bench_parallel.py --seq-len 32768 --chunk 2048
-    python tools/bench_parallel.py --seq-len 8192 --chunk 1024 --link-share 0.2 --trace out/lanes.json
+    python tools/bench_parallel.py --seq-len 8192 --chunk 1024 --ways ring queries --link 200MB --trace out/lanes.json
     python tools/bench_parallel.py --seq-len 8192 --chunk 1024 --ways states scan --kinds linear delta conv --conv-taps 64
 
 Throughput: tokens a second of all processes together, by wall clock, medians of `--repeats` rounds after one to warm up, ways and
 independent processes in turn; by processor time as well, which a busy machine changes less. Bytes: received by a rank in a step, counted
 at the calls, beside the formulas of longtrain.parallel.cost and cost_mixers; of all ranks together beside what the loopback interface
 counted in the same steps (which is all that passes over it, whoever sends it). `--link`: nothing arrives sooner than over a link of so many
-bytes a second, or `--link-share`: over one on which a step's transfers take that share of its processor time; "hidden" is then the share of
-the transfers that nobody waited for, and once more without the time in which the other process was not yet as far (on a busy machine, much
-of it); "exposed" names what was waited for, as shares of all. `--kinds`: what mixes the tokens in the layers, such as `delta attention`,
-for the ways `states` and `scan`. `--trace`: what was under way and what was waited for, a lane each for every process, as Chrome and
-Perfetto show them. Behind the table stands which way `lt.Parallel()` takes, and what each would send.
+bytes a second; "hidden" is then the share of the transfers that nobody waited for, and once more without the time in which the other
+process was not yet as far (on a busy machine, much of it). `--kinds`: what mixes the tokens in the layers, such as `delta attention`, for
+the ways `states` and `scan`. `--trace`: what was under way and what was waited for, a lane each for every process, as Chrome and Perfetto
+show them.
+
+Behind the table: which way `lt.Parallel()` takes, and what each would send. And the last round's steps played again
+(`longtrain.parallel.timeline`) over links on which the transfers take 5% to 80% of the processor's seconds: the share of the transfers by
+which the step is not longer than over an endlessly fast link, and what is waited for. Other work on the machine does not enter into it.
 
 No number is printed unless loss and gradients of every way agree with those of one process.
 """
@@ -22,6 +25,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import statistics
 import sys
 import tempfile
@@ -39,6 +43,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import longtrain as lt
 from longtrain.nn import LanguageModel, ModelConfig
 from longtrain.nn.config import LayerKind
+from longtrain.parallel.timeline import Posted, play
 from longtrain.units import parse_bytes
 
 WAYS = {
@@ -66,23 +71,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kinds", nargs="+", choices=get_args(LayerKind), default=None, help="attention by default")
     parser.add_argument("--conv-taps", type=int, default=128)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=["heads", "ring", "queries"])
-    link = parser.add_mutually_exclusive_group()
-    link.add_argument("--link", type=parse_bytes, default=None, help="bytes a second, such as 200MB")
-    link.add_argument("--link-share", type=float, default=None, help="transfers' share of a step's processor time, such as 0.2")
+    parser.add_argument("--link", type=parse_bytes, default=None, help="bytes a second, such as 200MB")
     parser.add_argument("--trace", type=Path, default=None)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/bench_parallel.json"))
     a = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as directory:
         mp.spawn(work, (a, Path(directory)), nprocs=a.processes)
-        rows, choices = json.loads((Path(directory) / "rows.json").read_text())
+        rows, said = json.loads((Path(directory) / "rows.json").read_text())
         lanes = [event for rank in range(a.processes) for event in json.loads((Path(directory) / f"lanes{rank}.json").read_text())]
     print(f"{a.seq_len} tokens, chunks of {a.chunk}, {a.processes} processes of one thread; medians of {a.repeats}")
     for row in rows:
         print("  ".join(f"{key} {value:,.3f}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()))
-    print(choices)
+    print(said)
     a.out.parent.mkdir(parents=True, exist_ok=True)
     command = " ".join(["python tools/bench_parallel.py", *(sys.argv[1:] if argv is None else argv)])
-    a.out.write_text(json.dumps({"command": command, "torch": torch.__version__, "rows": rows, "choices": choices}, indent=1) + "\n")
+    a.out.write_text(json.dumps({"command": command, "torch": torch.__version__, "rows": rows, "said": said.splitlines()}, indent=1) + "\n")
     if a.trace is not None:
         a.trace.parent.mkdir(parents=True, exist_ok=True)
         a.trace.write_text(json.dumps(lanes))
@@ -105,15 +108,15 @@ def work(rank: int, a: argparse.Namespace, directory: Path) -> None:
     for name in ("independent", *a.ways):
         runs[name] = copy.deepcopy(model)
         reports[name] = lt.apply(runs[name], plan, parallel=None if name == "independent" else lt.Parallel(**WAYS[name]))
-        busy = check(runs, name, ids)
-        if name != "independent":
-            traffic = reports[name].sharing.mesh.all.traffic
-            traffic.link = a.link if a.link_share is None else traffic.total() / (a.link_share * busy)
+        check(runs, name, ids)
+    for name in a.ways:
+        reports[name].sharing.mesh.all.traffic.link = a.link
     seconds, lanes, over_loopback = {name: [] for name in runs}, [], {name: [] for name in runs}
     for _ in range(a.repeats):
         for name in runs:
             if name != "independent":
-                reports[name].sharing.mesh.all.traffic.lanes = []
+                traffic = reports[name].sharing.mesh.all.traffic
+                traffic.lanes, traffic.log = [], []
             before = loopback_bytes()
             seconds[name].append(step(runs[name], ids))
             over_loopback[name].append(loopback_bytes() - before)
@@ -129,9 +132,9 @@ def work(rank: int, a: argparse.Namespace, directory: Path) -> None:
             row |= {**bytes_of(reports[name], a), "MB over loopback": min(over_loopback[name]) / 1e6, **waiting(reports[name])}
             lanes += events(name, rank, reports[name].sharing.mesh.all.traffic.lanes)
         rows.append(row)
-    choices = said_of_choices(model, plan, reports, a)
+    said = "\n".join([said_of_choices(model, plan, reports, a), said_of_links(reports, a)])
     if rank == 0:
-        (directory / "rows.json").write_text(json.dumps((rows, choices)))
+        (directory / "rows.json").write_text(json.dumps((rows, said)))
     (directory / f"lanes{rank}.json").write_text(json.dumps(lanes))
     dist.barrier()
     dist.destroy_process_group()
@@ -150,18 +153,16 @@ def step(model: LanguageModel, ids: torch.Tensor) -> tuple[float, float]:
     return seconds, float(busy)
 
 
-def check(runs: dict, name: str, ids: torch.Tensor) -> float:
-    """A first step: its processor seconds."""
-    _, busy = step(runs[name], ids)
+def check(runs: dict, name: str, ids: torch.Tensor) -> None:
+    step(runs[name], ids)
     if name == "independent":
-        return busy
+        return
     for (which, p), own in zip(runs[name].named_parameters(), runs["independent"].parameters(), strict=True):
         grad = p.grad / dist.get_world_size()  # each process's part, once for every process
         dist.all_reduce(grad)
         error = float((grad - own.grad).norm() / own.grad.norm())
         if not error <= CLOSE:
             raise SystemExit(f"{name}: the gradient of {which} differs from that of one process by {error:.1e}; no speed is reported")
-    return busy
 
 
 def loopback_bytes() -> int:
@@ -188,13 +189,10 @@ def waiting(report: lt.Report) -> dict:
     waited = sum(lane.done - lane.asked for lane in traffic.lanes)
     if traffic.link is None:
         return {"waited seconds": waited}
-    transfers, exposed = sum(lane.nbytes for lane in traffic.lanes) / traffic.link, Counter()
-    for lane in traffic.lanes:
-        exposed[lane.what] += lane.of_link / transfers
+    transfers, of_link = sum(lane.nbytes for lane in traffic.lanes) / traffic.link, sum(lane.of_link for lane in traffic.lanes)
     return {
-        "waited seconds": waited, "link, MB a second": traffic.link / 1e6, "transfer seconds": transfers,
-        "hidden": max(0.0, 1 - waited / transfers), "hidden but for waiting for the peer": 1 - exposed.total(),
-        "exposed": ", ".join(f"{what} {share:.1%}" for what, share in exposed.most_common() if share >= 0.001),
+        "waited seconds": waited, "transfer seconds": transfers, "hidden": max(0.0, 1 - waited / transfers),
+        "hidden but for waiting for the peer": 1 - of_link / transfers,
     }
 
 
@@ -205,6 +203,25 @@ def said_of_choices(model: LanguageModel, plan: lt.Plan, reports: dict, a: argpa
     for name in a.ways:
         _, *of_layers = reports[name].sharing.explain(a.seq_len).splitlines()
         lines += [f"{name}: {said}" for said in of_layers]
+    return "\n".join(lines)
+
+
+def said_of_links(reports: dict, a: argparse.Namespace) -> str:
+    lines = ["the last step played again over slower links: hidden (and what was waited for, as shares of the transfers)"]
+    for name in a.ways:
+        logs: list = [None] * a.processes
+        dist.all_gather_object(logs, reports[name].sharing.mesh.all.traffic.log)
+        at_once = play(logs, math.inf)
+        nbytes = sum(sum(event.received.values()) for log in logs for event in log if isinstance(event, Posted)) / a.processes
+        computed = max(log[-1].computed - log[0].computed for log in logs)
+        for share in (0.05, 0.1, 0.2, 0.4, 0.8):
+            link = nbytes / (share * computed)
+            played = play(logs, link)
+            later = max(rank.seconds for rank in played) - max(rank.seconds for rank in at_once)
+            waited = sum((rank.waited for rank in played), Counter())
+            waited.subtract(sum((rank.waited for rank in at_once), Counter()))
+            what = ", ".join(f"{what} {seconds / a.processes / (share * computed):.1%}" for what, seconds in waited.most_common(4))
+            lines.append(f"{name:8} {link / 1e6:8,.0f} MB a second, {share:4.0%} of the computing: {1 - later / (share * computed):6.1%}  ({what})")
     return "\n".join(lines)
 
 
