@@ -8,8 +8,11 @@ time, and goes home from the last. Layout and mask decide the route, and every r
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
+from math import prod, sqrt
 
 import torch
 from torch import Tensor
@@ -56,17 +59,17 @@ def circulate(
     visit: Callable[[int, Spans, Tensors], Tensors | None],
     combine: Callable[[Tensors, Tensors], Tensors] | None = None,
     what: tuple[str, str] = ("cargo", "made"),
-    in_halves: bool = True,
+    first: int | None = None,
 ) -> Tensors | None:
     """Call ``visit(source, spans, cargo)`` for one's own cargo and every one that comes by.
 
     With `combine`, what a visit returns (tensors ``[B, tokens of the spans, ...]``) is combined with what the stops before made of that
-    cargo, and what came of one's own is returned: ``combine(made at home, made elsewhere)``. One's own cargo is then visited in two halves,
-    unless not `in_halves`: the second while what was made elsewhere is on its way home.
+    cargo, and what came of one's own is returned: ``combine(made at home, made elsewhere)``. With `first`, so many tokens of one's own cargo
+    are visited while the next one is on its way, and the others while what was made elsewhere is on its way home.
     """
     size, me, held, leaving, at_home = ranks.size, ranks.rank, cargo, None, None
     mine, last = route.stops[me][0], len(route.stops[me])
-    now, later = _halves(mine) if combine and in_halves and last > 1 else (mine, ())
+    now, later = _cut_in_two(mine, first) if combine and first is not None and last > 1 else (mine, ())
     half = total(now)
     neighbour = lambda steps: (me + steps * route.step) % size
     for h in range(size + 1):
@@ -100,9 +103,34 @@ def circulate(
     return at_home
 
 
-def _halves(spans: Spans) -> tuple[Spans, Spans]:
-    """Cut in the middle; each half has as many spans, of length zero where they are in the other one."""
-    left, first, second = (total(spans) + 1) // 2, [], []
+def tokens_of_work(share: float, cargo: Spans, others: Spans, *, seen_by: bool | None) -> int:
+    """The first tokens of `cargo` that make up a share of what there is to do at home with `others`, which hold all of it.
+
+    `seen_by`: cargo is seen by what stands behind it (keys), or else sees what stands before it (queries); None: every token all.
+    """
+    if seen_by is None:
+        return round(share * total(cargo))
+    starts, before = [span.start for span in others], [0, *accumulate(map(len, others))]
+    holders = [bisect_right(starts, span.start) - 1 for span in cargo]
+    others_before = [before[i] + span.start - starts[i] for span, i in zip(cargo, holders, strict=True)]
+    # Token i of a span has to do with n0 + i others, or with n0 - i: a number n of them with n n0 +- n^2 / 2 in all.
+    sign, n0s = (-1, [before[-1] - n for n in others_before]) if seen_by else (1, others_before)
+    work = [len(span) * (n0 + sign * len(span) / 2) for span, n0 in zip(cargo, n0s, strict=True)]
+    left, tokens = share * sum(work), 0
+    for span, n0, of_span in zip(cargo, n0s, work, strict=True):
+        if of_span >= left:
+            return tokens + min(len(span), round(sign * (sqrt(max(0.0, n0**2 + sign * 2 * left)) - n0)))
+        left, tokens = left - of_span, tokens + len(span)
+    return tokens
+
+
+def bytes_a_token(*tensors: Tensor, dtype: torch.dtype | None = None) -> int:
+    return sum(prod(x.shape[2:]) * (x.dtype if dtype is None else dtype).itemsize for x in tensors)
+
+
+def _cut_in_two(spans: Spans, left: int) -> tuple[Spans, Spans]:
+    """The first `left` tokens and the others; as many spans each, of length zero where they are in the other one."""
+    first, second = [], []
     for span in spans:
         middle = span.start + min(left, len(span))
         left -= middle - span.start

@@ -24,6 +24,7 @@ from longtrain.parallel.circulate import Route, Tensors, added, buffers, circula
 from longtrain.parallel.layout import total
 from longtrain.parallel.pieces import Spans, attend, attend_vjp, cut, empty, hull, places, seen_by_any, wide_zeros
 from longtrain.parallel.ranks import Message, Pending, Ranks
+from longtrain.parallel.ring import first_keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,7 @@ class DoubleRing:
             attend_vjp(mixer, dout, q, None, lse, mine, *kv, keys, dq=dq, dk=dk, dv=dv, with_sinks=source == self._rank, delta=delta)
             return dk, dv
 
-        dk, dv = self._go_round(mixer, (k, v), visit, added, in_halves=not getattr(mixer, "sinks", False))
+        dk, dv = self._go_round(mixer, (k, v), visit, added, first=first_keys(mixer, mine, k, v, lse))
         return dq, dk, dv
 
     @property
@@ -65,7 +66,7 @@ class DoubleRing:
 
     def _go_round(
         self, mixer, kv: Tensors, visit: Callable[[int, Spans, Tensors], Tensors | None],
-        combine: Callable[[Tensors, Tensors], Tensors] | None = None, in_halves: bool = True,
+        combine: Callable[[Tensors, Tensors], Tensors] | None = None, first: int | None = None,
     ) -> Tensors | None:
         """`circulate` over all ranks: the cargoes of this machine, then those of the machines before it."""
         machines, n, here = self.outer.size, self.inner.size, self.outer.rank
@@ -82,7 +83,7 @@ class DoubleRing:
                     Route.plan(cargoes, 1, lambda s, rank: seen_by_any(mixer, self.spans[here * n + rank], cargoes[s])),
                     tuple(x[:, :0] for x in kv) if held is None else held,
                     lambda s, keys, cargo: visit(origin * n + s, keys, cargo),
-                    combine, what=("kv", "dkv"), in_halves=in_halves or r > 0,
+                    combine, what=("kv", "dkv"), first=first if r == 0 else total(cargoes[self.inner.rank]) // 2,
                 )  # fmt: skip
             if combine is not None and r == 0:
                 at_home = made

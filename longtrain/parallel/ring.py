@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from longtrain.parallel.circulate import Route, added, circulate
+from longtrain.parallel.circulate import Route, added, bytes_a_token, circulate, tokens_of_work
 from longtrain.parallel.pieces import Spans, attend, attend_vjp, empty, seen_by_any, wide_zeros
 from longtrain.parallel.ranks import Ranks
 
@@ -48,9 +48,17 @@ class Ring:
             attend_vjp(mixer, dout, q, None, lse, mine, *kv, keys, dq=dq, dk=dk, dv=dv, with_sinks=source == self.ranks.rank, delta=delta)
             return dk, dv
 
-        one_visit = getattr(mixer, "sinks", False)  # a sink's gradient is made once, with the keys at home
-        dk, dv = circulate(self.ranks, self._route(mixer), (k, v), visit, added, what=("kv", "dkv"), in_halves=not one_visit)
+        first = first_keys(mixer, mine, k, v, lse)
+        dk, dv = circulate(self.ranks, self._route(mixer), (k, v), visit, added, what=("kv", "dkv"), first=first)
         return dq, dk, dv
 
     def _route(self, mixer) -> Route:
         return Route.plan(self.spans, 1, lambda source, rank: seen_by_any(mixer, self.spans[rank], self.spans[source]))
+
+
+def first_keys(mixer, spans: Spans, k: Tensor, v: Tensor, lse: Tensor) -> int | None:
+    """How many of a rank's keys to work on while others come, before what they made of its keys comes home: by the bytes of both."""
+    if getattr(mixer, "sinks", False):  # a sink's gradient is made once, with all keys at home
+        return None
+    coming, home = bytes_a_token(k, v), bytes_a_token(k, v, dtype=lse.dtype)
+    return tokens_of_work(coming / (coming + home), spans, spans, seen_by=True if mixer.causal else None)

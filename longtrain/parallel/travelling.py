@@ -15,10 +15,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from longtrain.ops.attention import merge_attention
-from longtrain.parallel.circulate import Route, added, circulate
+from longtrain.parallel.circulate import Route, added, bytes_a_token, circulate, tokens_of_work
 from longtrain.parallel.pieces import Spans, attend, attend_vjp, empty, that_see, wide_zeros
 from longtrain.parallel.ranks import Ranks
 
@@ -39,7 +40,11 @@ class TravellingQueries:
             attend(mixer, *cargo, queries, k, v, self._mine, *made, with_sinks=source == self.ranks.rank, fresh=True)
             return made
 
-        out, lse = circulate(self.ranks, self._route(mixer), (q,), visit, lambda a, b: merge_attention(*a, *b), what=("q", "out"))
+        wide = torch.promote_types(q.dtype, torch.float32)
+        home = q.shape[2] * (v.shape[3] + 1) * wide.itemsize
+        first = self._first_queries(mixer, bytes_a_token(q), home)
+        merge = lambda a, b: merge_attention(*a, *b)
+        out, lse = circulate(self.ranks, self._route(mixer), (q,), visit, merge, what=("q", "out"), first=first)
         return out.to(q.dtype), lse
 
     def attend_vjp(
@@ -62,8 +67,16 @@ class TravellingQueries:
             )
             return (dq,)
 
-        (dq,) = circulate(self.ranks, self._route(mixer), (q, dout, lse, delta), visit, added, what=("q", "dq"))
+        cargo = q, dout, lse, delta
+        first = self._first_queries(mixer, bytes_a_token(*cargo), bytes_a_token(q, dtype=lse.dtype))
+        (dq,) = circulate(self.ranks, self._route(mixer), cargo, visit, added, what=("q", "dq"), first=first)
         return dq
+
+    def _first_queries(self, mixer, coming: int, home: int) -> int:
+        """How many of this rank's queries to work on while others come, before what they made of its queries comes home: by the bytes of
+        both."""
+        queries = self.queries[self.ranks.rank]
+        return tokens_of_work(coming / (coming + home), queries, self._mine, seen_by=False if mixer.causal else None)
 
     @property
     def _mine(self) -> Spans:
