@@ -189,10 +189,12 @@ class OnRank:
         """What mixes over the processes as `mixer`, number `place` of a layer, does alone."""
         sharing, mesh = self.sharing, self.sharing.mesh
         shape = sharing.shapes[layer][place] = _as_asked(mixer, sharing.shapes[layer][place])
-        rows = mixer.mask.rows if hasattr(mixer, "mask") else ()
-        if any(len(row.documents.edges) > 2 for row in rows):
-            raise ValueError(f"layer {layer}: a mask that cuts the sequence (chunked attention) cannot be spread over processes yet")
         if len(self.edges) > 2:
+            if any(len(row.documents.edges) > 2 for row in (mixer.mask.rows if hasattr(mixer, "mask") else ())):
+                raise ValueError(
+                    f"layer {layer}: documents packed under a mask that itself cuts the sequence (chunked attention) cannot be spread over "
+                    "processes yet, as its cuts count from each document's start; give one document a row"
+                )
             attends = hasattr(mixer, "with_documents")
             mixer = mixer.with_documents(self.edges) if attends else replace(mixer, documents=Layout(self.shards.tokens, self.edges))
         if mesh.all.size == 1:

@@ -90,7 +90,7 @@ def families(rank, world):
     chunked = hf_families.build("llama4_text")
     lt.apply(chunked, lt.Plan(chunk_tokens=16), parallel=lt.Parallel())
     with pytest.raises(ValueError, match="chunked attention.* cannot be spread over processes yet"):
-        chunked(**batch())
+        chunked(**batch(packed=True))
     ways = [lt.Parallel(), lt.Parallel(heads=1, way="queries", stripe=4), lt.Parallel(heads=1, way="ring", layout="zigzag")]
     ways = ways[:1] if world == 1 else ways
     ways += [lt.Parallel(heads=2, way="queries", stripe=4)] if world == 4 else []
@@ -100,6 +100,8 @@ def families(rank, world):
             check(family, lt.Plan(chunk_tokens=16), parallel, next(calls))
         if len(ways) % 2 == 0:
             next(calls)  # so that every way meets both
+    for parallel in ways:
+        check("llama4_text", lt.Plan(chunk_tokens=16), parallel, batch(rows=2))
 
 
 @pytest.mark.slow
