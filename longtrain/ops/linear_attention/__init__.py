@@ -12,7 +12,6 @@ from torch import Tensor
 
 from . import chunked, cpp, reference, triton
 from .call import Call, checked
-from .chunked import footprint_bytes
 
 __all__ = ["explain", "footprint_bytes", "linear_attention", "linear_attention_backward"]
 
@@ -99,6 +98,18 @@ def explain(q: Tensor, k: Tensor, v: Tensor, *, decay: Tensor | float | None = N
     """Each backend, in order of preference, and why it does not serve this call (None: it could)."""
     call = checked(q, k, v, decay, beta, scale, initial_state, cu_seqlens, chunk_size)
     return {name: module.refuse(call) for name, module in BACKENDS.items()}
+
+
+def footprint_bytes(
+    tokens: int, heads: int, key_dim: int, value_dim: int, *, decays: int = 0, delta: bool = False, chunk_size: int = 64, itemsize: int = 4,
+    device: str = "cpu",
+) -> int:  # fmt: skip
+    """Workspace of the backward pass, the larger one, of backend="auto" for a batch of one. `decays`: log decays of a token and head, 0, 1
+    or D."""
+    if cpp.refuse_shape(device, key_dim, value_dim) is None:
+        return cpp.footprint_bytes(tokens, heads, key_dim, value_dim, itemsize=itemsize)
+    options = dict(decays=decays, delta=delta, chunk_size=chunk_size, itemsize=itemsize, device=device)
+    return chunked.footprint_bytes(tokens, heads, key_dim, value_dim, **options)
 
 
 def _choose(call: Call, backend: str) -> Any:

@@ -12,25 +12,40 @@ from torch import Tensor
 from longtrain._extension import MISSING
 
 from .call import Call
-from .chunked import pieces_of
+from .chunked import PIECE_TOKENS, pieces_of
 
-WIDEST = 128
+CHUNK, WIDEST = 64, 128
+"""Of `csrc/linear_attention_args.h`."""
 
 
 def refuse(call: Call) -> str | None:
     """Why the call cannot be served, or None."""
+    if not call.q_BTHD.numel() or not call.v_BTHV.numel():
+        return "there is nothing to compute"
+    return refuse_shape(call.q_BTHD.device.type, call.q_BTHD.shape[3], call.v_BTHV.shape[3])
+
+
+def refuse_shape(device: str, key_dim: int, value_dim: int) -> str | None:
+    """Why calls of such heads cannot be served, or None."""
     if MISSING is not None:
         return MISSING
     if not hasattr(torch.ops.longtrain, "_linear_attention_forward"):
         return "the C++ extension is older than this package; build it again: `pip install -e . --no-build-isolation`"
-    if call.q_BTHD.device.type != "cpu":
-        return f"CPU kernels: the tensors are on {call.q_BTHD.device.type}"
-    for name, dim in (("key", call.q_BTHD.shape[3]), ("value", call.v_BTHV.shape[3])):
+    if device != "cpu":
+        return f"CPU kernels: the tensors are on {device}"
+    for name, dim in (("key", key_dim), ("value", value_dim)):
         if dim > WIDEST:
             return f"{dim} {name} features are above {WIDEST}"
-    if not call.q_BTHD.numel() or not call.v_BTHV.numel():
-        return "there is nothing to compute"
     return None
+
+
+def footprint_bytes(tokens: int, heads: int, key_dim: int, value_dim: int, *, itemsize: int) -> int:
+    """As `chunked.footprint_bytes`: the tiles of each thread, and the states and U of a piece (`csrc/linear_attention_chunk.h`)."""
+    piece = min(tokens, PIECE_TOKENS["cpu"])
+    wide = 64 if max(key_dim, value_dim) <= 64 else WIDEST
+    tiles = 25 * CHUNK * wide + 7 * CHUNK**2 + 4 * wide**2
+    states = -(-piece // CHUNK) * wide * (wide + CHUNK)
+    return min(torch.get_num_threads(), heads) * (tiles + states) * itemsize
 
 
 def instruction_sets() -> list[str]:
