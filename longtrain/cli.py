@@ -139,17 +139,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def train(args: argparse.Namespace) -> int:
-    from longtrain.config import load_config
-    from longtrain.train import RunError, evaluate_run, run
+    from longtrain.config import ConfigError, load_config
+    from longtrain.train import evaluate_run, run
     from longtrain.train.processes import join
 
+    if args.eval and args.stop_after is not None:
+        raise ConfigError("command line", "--stop-after", "ends training, and --eval trains nothing; leave one of them out")
     with join(explain_error) as processes:
-        if not args.eval:
-            status = run(*load_config(args.config, args.overrides), stop_after=args.stop_after, processes=processes)
-        elif processes.size == 1:
-            status = evaluate_run.run(args.config, args.overrides)
+        if args.eval:
+            status = evaluate_run.run(args.config, args.overrides, processes)
         else:
-            raise RunError(f"{processes.size} processes were started, and an evaluation is made by one; start it without torchrun")
+            status = run(*load_config(args.config, args.overrides), stop_after=args.stop_after, processes=processes)
     if processes.size > 1:  # the interpreter's own end races with threads of gloo's that are still there
         sys.stdout.flush()
         os._exit(status)

@@ -9,6 +9,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest
 import torch
 
+from longtrain.offload.disk import IN_MEMORY
+from longtrain.offload.system import System
+
 
 def _global_settings() -> dict[str, object]:
     return {
@@ -27,6 +30,14 @@ def unchanged_global_settings():
     before = _global_settings()
     yield
     assert _global_settings() == before
+
+
+@pytest.fixture
+def disk(tmp_path) -> str:
+    """A directory on a disk."""
+    if System().filesystem(str(tmp_path)) in IN_MEMORY:
+        pytest.skip(f"NO DISK: {tmp_path} is in memory; give pytest --basetemp on a disk")
+    return str(tmp_path)
 
 
 @pytest.fixture

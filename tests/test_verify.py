@@ -67,8 +67,8 @@ def test_planted_faults_are_found(wrong, monkeypatch):
     assert not all(row.good for row in rows())
 
 
-def test_a_config_with_a_disk_is_verified_with_everything_on_it(tmp_path, capsys):
-    disk = f"memory.disk={{path: {tmp_path}, budget: 1GiB}}"
+def test_a_config_with_a_disk_is_verified_with_everything_on_it(disk, capsys):
+    disk = f"memory.disk={{path: {disk}, budget: 1GiB}}"
     assert verify.run("configs/quickstart.yaml", [disk]) == 0
     plan, _ = verify.shrink_plan(load_config("configs/quickstart.yaml", [disk])[0])
     assert plan.offload.outputs.disk == plan.offload.inputs.disk == 1.0

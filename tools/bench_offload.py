@@ -5,9 +5,8 @@
     python tools/bench_offload.py step --path /scratch          # memory and time of a training step: see bench_offload_step.py
 
 Raw: as many threads, O_DIRECT, the same blocks in the same order into a file made the same way, written from the pages of the very memory
-that the store writes from (virtual machines have faster and slower memory) and read into as many bytes of buffers as the store fetches
-ahead, over and over (a buffer that stays in the cache is faster: for both): what the disk gives, without checksums, copies or states.
-Writing goes up the file, reading comes down it, as in a training step. Store and raw disk take turns, first one first and then the other; medians over rounds of the ratio within a round. One round before warms both up and compares
+that the store writes from and read into buffers that the store hands out, as many as it fetches ahead (virtual machines have faster and
+slower memory, and a buffer that stays in the cache is faster): what the disk gives, without checksums, copies or states. Writing goes up the file, reading comes down it, as in a training step. Store and raw disk take turns, first one first and then the other; medians over rounds of the ratio within a round. One round before warms both up and compares
 every byte that the store gives back; no number is printed unless they agree. Where fio is installed, its figure stands beside. The table is also written as JSON to --out. Exit status 1 where a ratio is below --bound.
 """
 
@@ -43,27 +42,32 @@ WIDTH = 1024  # values of a token; a token is 4 KiB
 class Raw:
     """The disk without the store."""
 
-    def __init__(self, path: str, memory: np.ndarray, extent: int, block: int, threads: int, ahead: int) -> None:
+    def __init__(self, path: str, memory: np.ndarray, extent: int, block: int, threads: int, store: TieredStore) -> None:
         self.system, nbytes = System(threads), memory.nbytes
         self.blocks = [(at + b, min(block, extent - b)) for at in range(0, nbytes, extent) for b in range(0, extent, block)]
         self.file = self.system.open(path, nbytes)
         self.system.direct(self.file, True)
-        self.data, self.ahead = memoryview(memory), memoryview(self.system.allocate(max(ahead // extent, 1) * extent))
+        self.data, self.extent, self.store = memoryview(memory), extent, store
         self.pool = ThreadPoolExecutor(threads)
 
-    def move(self, call: Callable, memory: memoryview, blocks: list[tuple[int, int]]) -> None:
+    def move(self, call: Callable, blocks: list[tuple[int, int]], memory: Callable[[int, int], memoryview]) -> None:
         def one(at: int, size: int) -> None:
-            if call(self.file, memory[at % len(memory) :][:size], at) != size:
+            if call(self.file, memory(at, size), at) != size:
                 raise OSError(f"a short transfer at offset {at}")
 
         for done in [self.pool.submit(one, *block) for block in blocks]:
             done.result()
 
     def write(self) -> None:
-        self.move(self.system.pwrite, self.data, self.blocks)
+        self.move(self.system.pwrite, self.blocks, lambda at, size: self.data[at : at + size])
 
     def read(self) -> None:
-        self.move(self.system.pread, self.ahead, self.blocks[::-1])
+        ahead = [memoryview(self.store._traffic.copies.buffer(self.extent, 0).numpy()) for _ in range(self.store.staging // self.extent or 1)]
+
+        def memory(at: int, size: int) -> memoryview:
+            return ahead[at // self.extent % len(ahead)][at % self.extent :][:size]
+
+        self.move(self.system.pread, self.blocks[::-1], memory)
 
 
 class Stored:
@@ -114,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
     memory = System().allocate(a.bytes)
     stored = Stored(a.path, memory, a.extent, a.staging, a.threads)
     block, threads = stored.store.block_bytes, a.threads
-    raw = Raw(a.path, memory, a.extent, block, threads, stored.store.staging)
+    raw = Raw(a.path, memory, a.extent, block, threads, stored.store)
     for warm_up in (raw.write, raw.read, stored.write, lambda: stored.read(compare=True)):
         warm_up()
     rounds = [measure(raw, stored, first=index % 2) for index in range(a.rounds)]

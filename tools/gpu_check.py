@@ -5,6 +5,10 @@
 
 Correctness comes first; where it fails, no speed is measured. Each section runs in a process of its own, and a section that gives
 no row within its limit is ended and reported, and the others go on. Exit status: 0 all well, 1 something wrong, 3 no GPU.
+
+Sections and their order are in gpu_check_rows.py, with those of correctness; attention's speed is in gpu_check_attention.py, layers of an 8B
+model in gpu_check_layers.py, convolution and linear attention in gpu_check_mixers.py, races in gpu_check_offload.py. How large everything is,
+here and on a CPU, is in gpu_check_shapes.py.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 import queue
 import subprocess
@@ -28,6 +33,7 @@ from gpu_check_shapes import Row, Sizes
 from step_process import machine
 
 TOTAL_SECONDS = 460
+"""Of all sections on a GPU; a dry run takes as long as it takes."""
 ROW_SECONDS = 100
 LONGER = {"long layer": 180}
 """Sections whose one row may take more seconds: a layer at a million tokens is 65 s at its goal, and slower is a finding too."""
@@ -49,17 +55,17 @@ def main(argv: list[str] | None = None) -> int:
         for row in SECTIONS[a.section](sizes):
             print("ROW " + json.dumps(dataclasses.asdict(row)), flush=True)
         return 0
-    started = time.monotonic()
+    started, total = time.monotonic(), math.inf if a.dry_run_cpu else TOTAL_SECONDS
     rows: list[Row] = []
     for section in a.only or SECTIONS:
         if section in SPEED_SECTIONS and any(row.passed is False for row in rows):
             rows.append(Row(section=section, name="-", passed=None, note="not measured: results above are wrong"))
             continue
-        left = TOTAL_SECONDS - (time.monotonic() - started)
+        left = total - (time.monotonic() - started)
         if left < 5:
-            rows.append(Row(section=section, name="-", passed=None, note=f"not run: the {TOTAL_SECONDS} s of the whole check are used up"))
+            rows.append(Row(section=section, name="-", passed=None, note=f"not run: the {total} s of the whole check are used up"))
             continue
-        for row in run_section(section, a.dry_run_cpu, min(max(a.row_seconds, LONGER.get(section, 0)), left), left):
+        for row in run_section(section, a.dry_run_cpu, max(a.row_seconds, LONGER.get(section, 0)), left):
             rows.append(row)
             print(line(row), flush=True)
     title = "dry run on a CPU: figures mean nothing" if a.dry_run_cpu else torch.cuda.get_device_name()
@@ -75,7 +81,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_section(section: str, dry_run: bool, row_seconds: float, left: float) -> list[Row]:
-    """Rows of one section from a process of its own; it is ended where a row takes longer than `row_seconds` or all more than `left`."""
+    """Rows of one section from a process of its own; it is ended where a row takes longer than `row_seconds`, which is wrong, or all take more
+    than `left`, which is said."""
     command = [sys.executable, __file__, "--section", section, *(["--dry-run-cpu"] if dry_run else [])]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
     lines: queue.Queue[str | None] = queue.Queue()
@@ -96,7 +103,9 @@ def run_section(section: str, dry_run: bool, row_seconds: float, left: float) ->
                 rows.append(Row(**json.loads(text[4:])))
     except queue.Empty:
         process.kill()
-        rows.append(Row(section=section, name="after row " + (rows[-1].name if rows else "0"), passed=False, note=f"no row within {row_seconds:.0f} s: ended"))
+        late = time.monotonic() < end
+        note = f"no row within {row_seconds:.0f} s: ended" if late else "not measured: the time of the whole check is used up"
+        rows.append(Row(section=section, name="after row " + (rows[-1].name if rows else "0"), passed=False if late else None, note=note))
     status = process.wait()
     for reader in readers:
         reader.join()

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 import torch._dynamo  # noqa: F401  what a run imports is imported once, before the forks
+from kill_resume import hold_checkpoints
 from safetensors.torch import load_file
 
 import longtrain.train.loop  # noqa: F401
@@ -34,7 +35,7 @@ model: {{vocab_size: 256, num_layers: 2, hidden_size: 48, intermediate_size: 96,
 memory: {{chunk_tokens: 24, store_outputs: 0.5}}
 parallel: {{cp_ulysses: null}}
 data: {{source: text, files: [{texts}], seq_len: 64}}
-train: {{steps: {steps}, tokens_per_update: 128, device: cpu, kernel_fallback: warn, threads: 1, validate_every: 20, validation_tokens: 128}}
+train: {{steps: {steps}, tokens_per_update: 128, eps: 1e-3, device: cpu, kernel_fallback: warn, threads: 1, validate_every: 20, validation_tokens: 128}}
 checkpoint: {{every_steps: 3, keep: 2}}
 metrics: {{peak_tflops: 1.0}}
 output: {{dir: {out}}}
@@ -91,7 +92,7 @@ def kill_once(directory: Path, args: argparse.Namespace, chance: random.Random, 
     log = directory / "killed.log"
     log.touch()
     begun, starting, victim = len(log.read_text()), kill % 5 == 3, chance.randrange(ranks)
-    processes = start(ranks, directory, "killed", kill)
+    processes = start(ranks, directory, "killed", kill, hold=args.steps - 1)  # it does not end before it is killed
     target = min(args.steps - 6, round((kill + chance.uniform(-0.5, 0.5)) * args.steps / (args.kills + 1)))
 
     def done() -> int:
@@ -130,13 +131,15 @@ def one_for_a_while(directory: Path, kill: int) -> None:
     os.waitpid(process, 0)
 
 
-def start(ranks: int, directory: Path, name: str, number: int) -> list[int]:
-    """Fork `ranks` of a `longtrain train`; their process ids."""
+def start(ranks: int, directory: Path, name: str, number: int, hold: int | None = None) -> list[int]:
+    """Fork `ranks` of a `longtrain train`, which finish no checkpoint beyond update `hold`; their process ids."""
     meet, processes = directory / f"meet-{name}-{number}-{ranks}", []
     for rank in range(ranks):
         if (process := os.fork()) == 0:
             code = 1
             try:
+                if hold is not None:
+                    hold_checkpoints(hold)
                 descriptor = os.open(directory / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
                 os.dup2(descriptor, 1)
                 os.dup2(descriptor, 2)

@@ -5,7 +5,8 @@
     python tools/kill_resume.py --model hf            # a model of transformers; --model lora: its adapters
 
 Every update's loss, gradient norm and learning rate, every validation and the final weights must be equal bit for bit. A kill counts as
-inside a write when a half-written checkpoint stands afterwards; the next start must say that it removed it. Exit code 0 if all holds.
+inside a write when a half-written checkpoint stands afterwards; the next start must say that it removed it. A write that is to be killed
+does not end before, nor does a run, however late this process is. Exit code 0 if all holds.
 The runs are forked from this process, which has imported everything and computed nothing: a start takes a fraction of a second.
 """
 
@@ -28,6 +29,7 @@ import torch._dynamo  # noqa: F401  what a run imports is imported once, before 
 
 import longtrain.train.loop  # noqa: F401
 from longtrain import cli
+from longtrain.train import checkpoint
 from longtrain.train.output import read_metrics
 
 MODELS = {
@@ -129,7 +131,8 @@ def kill_once(config: Path, run: Path, log: Path, args: argparse.Namespace, chan
     began, starting = len(log.read_text()), kill % 10 in (4, 8)
     target = min(args.steps - 6, round((kill + chance.uniform(-0.5, 0.5)) * args.steps / (args.kills + 1)))
     moment = chance.uniform(0, 0.5 if starting else 0.03)
-    process = start(config, log)
+    inside = not starting and kill % 2 == 1
+    process = start(config, log, hold=target if inside else args.steps - 1)
 
     def done() -> int:
         steps = STEP.findall(log.read_text()[began:])
@@ -139,9 +142,9 @@ def kill_once(config: Path, run: Path, log: Path, args: argparse.Namespace, chan
         return bool(half_written(run))
 
     if not starting:
-        alive = wait_until(process, lambda: done() >= max(target, 1)) and (kill % 2 == 0 or wait_until(process, writing))
+        alive = wait_until(process, lambda: done() >= max(target, 1)) and (not inside or wait_until(process, writing))
         if not alive:
-            raise SystemExit(f"the run ended before kill {kill}; raise --steps\n{log.read_text()[-2000:]}")
+            raise SystemExit(f"the run ended before kill {kill}\n{log.read_text()[-2000:]}")
     time.sleep(moment)
     os.kill(process, signal.SIGKILL)
     os.waitpid(process, 0)
@@ -156,12 +159,26 @@ def half_written(run: Path) -> list[str]:
     return sorted(p.name for p in (run / "checkpoints").glob(".step-*") if "removed" not in p.name)
 
 
-def start(config: Path, log: Path) -> int:
-    """Fork a `longtrain train`; returns its process id."""
+def hold_checkpoints(after: int) -> None:
+    """From now on this process finishes no checkpoint of an update beyond `after`."""
+    flush = checkpoint._flush_directory
+
+    def held(directory: Path) -> None:
+        flush(directory)
+        while directory.name.endswith(checkpoint.PARTIAL) and int(re.search(r"\d+", directory.name)[0]) > after:
+            time.sleep(1)
+
+    checkpoint._flush_directory = held
+
+
+def start(config: Path, log: Path, hold: int | None = None) -> int:
+    """Fork a `longtrain train`, which finishes no checkpoint beyond update `hold`; returns its process id."""
     process = os.fork()
     if process == 0:
         code = 1
         try:
+            if hold is not None:
+                hold_checkpoints(hold)
             descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(descriptor, 1)
             os.dup2(descriptor, 2)

@@ -3,6 +3,7 @@
     python tools/longest_sequence.py --path /scratch                        # L8 E256 F1024 V8192 in 768 MiB; hours on two cores
     python tools/longest_sequence.py --budget 200MiB --layers 2 --methods checkpoint+chunked streamed
     python tools/longest_sequence.py --shape llama3-8b --budget 72GiB       # on a GPU, random weights
+    python tools/longest_sequence.py --methods checkpoint --rounds 0        # one method, and later the others: what was run already counts
 
 Memory is all that the step holds at its peak, parameters and gradients included: on a CPU resident memory (VmHWM) above the interpreter
 and its libraries, with MALLOC_MMAP_THRESHOLD_=65536; on CUDA torch.cuda.max_memory_allocated. Two short steps give a straight line, the
@@ -10,7 +11,8 @@ line a length; that length is run, the line drawn again through what was measure
 within --resolution of each other. Only lengths that were run count. Every run is a process of its own, so one may die of too little memory.
 
 Then the methods' times, interleaved, at the longest length of --time-at, with medians over --rounds. Everything is written to --out as
-JSON, Markdown and a plot (PNG, where matplotlib is installed).
+JSON after every run, and as Markdown and a plot (PNG, where matplotlib is installed) at the end. Started again with the same shape and budget it
+goes on with what the JSON holds (--redo: from the beginning), and shows other methods that are there beside those it is given.
 """
 
 from __future__ import annotations
@@ -41,17 +43,42 @@ DEFAULT = ["checkpoint", "checkpoint+chunked", "selective+chunked", "streamed", 
 
 def main(argv: list[str] | None = None) -> int:
     a = arguments(argv)
-    found = {method: longest(method, a) for method in a.methods}
-    times = time_at(a, found[a.time_at]["longest"]) if a.rounds and a.time_at in found and found[a.time_at]["longest"] else {}
+    a.out.mkdir(parents=True, exist_ok=True)
+    found, times, commands = known(a)
+    command = " ".join(["python", "tools/longest_sequence.py", *(sys.argv[1:] if argv is None else argv)])
+    commands = [*(c for c in commands if c != command), command]
+
+    def write() -> None:
+        result = {"commands": commands, "machine": machine(), **same(a), "methods": found, "times": times}
+        (a.out / "longest_sequence.json").write_text(json.dumps(result, indent=1) + "\n")
+
+    for method in a.methods:
+        runs = found.setdefault(method, {"longest": 0, "runs": {}})["runs"]
+        found[method] = longest(method, a, runs=runs, ran=write)
+    found = {method: found[method] for method in sorted(found, key=METHODS.index)}
+    if a.rounds and a.time_at in a.methods and found[a.time_at]["longest"]:
+        times = time_at(a, found[a.time_at]["longest"])
+    write()
     text = table(found, times, a)
     print(text)
-    a.out.mkdir(parents=True, exist_ok=True)
-    command = " ".join(["python", "tools/longest_sequence.py", *(sys.argv[1:] if argv is None else argv)])
-    result = {"command": command, "machine": machine(), "budget": a.budget, "methods": found, "times": times}
-    (a.out / "longest_sequence.json").write_text(json.dumps(result, indent=1) + "\n")
-    (a.out / "longest_sequence.md").write_text(f"`{command}`\n\n{text}\n")
+    (a.out / "longest_sequence.md").write_text("\n".join(f"`{c}`\\" for c in commands) + f"\n\n{text}\n")
     plot(found, a)
     return 0
+
+
+def same(a: argparse.Namespace) -> dict:
+    """What runs must have in common to count together."""
+    return {name: getattr(a, name) for name in ("budget", "chunk", "plan", "device", "window", *(n.replace("-", "_") for n in SHAPES["small"]))}
+
+
+def known(a: argparse.Namespace) -> tuple[dict[str, dict], dict[str, dict], list[str]]:
+    """Methods with their runs, times and the commands of earlier calls, as far as --out has them of this shape and budget."""
+    file = a.out / "longest_sequence.json"
+    before = json.loads(file.read_text()) if file.exists() and not a.redo else {}
+    if {key: before.get(key) for key in same(a)} != same(a):
+        return {}, {}, []
+    found = {m: {"longest": row["longest"], "runs": {int(t): b for t, b in row["runs"].items()}} for m, row in before["methods"].items()}
+    return found, before["times"], before["commands"]
 
 
 def task_of(a: argparse.Namespace, tokens: int) -> Task:
@@ -61,28 +88,33 @@ def task_of(a: argparse.Namespace, tokens: int) -> Task:
         warmup_tokens=min(tokens, 2 * a.chunk), disk=a.path)  # fmt: skip
 
 
-def longest(method: str, a: argparse.Namespace, measure: Callable[[str, Task], int | None] | None = None) -> dict:
-    """{"longest": tokens, 0 where none fits, "runs": {tokens: bytes at the peak, None where the process died}}. `measure`: `peak`."""
-    measure = measure or peak
-    runs: dict[int, int | None] = {}
+def longest(
+    method: str, a: argparse.Namespace, measure: Callable[[str, Task], int | None] | None = None, *, runs: dict[int, int | None] | None = None,
+    ran: Callable[[], object] = lambda: None,
+) -> dict:
+    """{"longest": tokens, 0 where none fits, "runs": {tokens: bytes at the peak, None where the process died}}. `measure`: `peak`. `runs`: those
+    there are already; `ran` is called after each further one."""
+    measure, runs = measure or peak, {} if runs is None else runs
 
-    def fits(tokens: int) -> bool:
-        say(f"{method}: T = {tokens:,}")
+    def run(tokens: int) -> tuple[int, int]:
+        """The longest length that fits and the shortest that does not, 0 where none is known."""
         if tokens not in runs:
+            say(f"{method}: T = {tokens:,}")
             runs[tokens] = measure(method, task_of(a, tokens))
+            ran()
             print(f"{method}: T = {tokens:,}: {'died' if runs[tokens] is None else format_bytes(runs[tokens])}", file=sys.stderr, flush=True)
-        return runs[tokens] is not None and runs[tokens] <= a.budget
+        fitting = [t for t, m in runs.items() if m is not None and m <= a.budget]
+        return max(fitting, default=0), min((t for t in runs if t not in fitting), default=0)
 
-    low, high = 0, 0  # a length that fits, one that does not (0: none known)
     for tokens in (4 * a.chunk, 8 * a.chunk):
-        low, high = (tokens, high) if fits(tokens) else (low, high or tokens)
+        low, high = run(tokens)
     while low < a.longest if not high else high - low > max(a.resolution * high, a.chunk):
         step = max(int(a.resolution * low) // a.chunk, 1) * a.chunk
         wanted = max((on_the_line(runs, a.budget) or 2 * low) // a.chunk * a.chunk, low + step)  # what the line allows may fit: look beyond
         wanted = min(wanted, a.longest)
         if high:
             wanted = min(wanted, high - min(step, (high - low) // a.chunk // 2 * a.chunk))
-        low, high = (wanted, high) if fits(wanted) else (low, wanted)
+        low, high = run(wanted)
     return {"longest": low, "runs": {t: runs[t] for t in sorted(runs)}}
 
 
@@ -122,13 +154,15 @@ def time_at(a: argparse.Namespace, tokens: int) -> dict[str, dict]:
 
 def table(found: dict[str, dict], times: dict[str, dict], a: argparse.Namespace) -> str:
     at = next(iter(times.values()))["tokens"] if times else 0
+    against = [name for name in list(found)[:2] if found[name]["longest"]]
     lines = [f"Budget {format_bytes(a.budget)}, L{a.layers} E{a.hidden} F{a.ffn} V{a.vocab}, {a.dtype}, chunks of {a.chunk}.", "",
-             "| method | longest T | x " + f"{a.methods[0]} | peak there | " + (f"s at T = {at:,} | x {a.time_at} |" if times else ""),
-             "|---|---|---|---|" + ("---|---|" if times else "")]  # fmt: skip
-    first = found[a.methods[0]]["longest"]
+             "| method | longest T | " + "".join(f"x {name} | " for name in against) + "peak there |" + (f" s at T = {at:,} | x {a.time_at} |" if times else ""),
+             "|" + "---|" * (3 + len(against) + 2 * bool(times))]  # fmt: skip
     for method, row in found.items():
         tokens = row["longest"]
-        line = f"| {method} | {tokens:,} | {tokens / first:.1f} | {format_bytes(row['runs'][tokens])} |" if tokens and first else f"| {method} | {tokens:,} | - | - |"
+        least = "at least " * bool(tokens and all(t <= tokens for t in row["runs"]))  # nothing longer was tried
+        ratios = "".join(f"{tokens / found[name]['longest']:.1f} | " for name in against)
+        line = f"| {method} | {least}{tokens:,} | {ratios}{format_bytes(row['runs'][tokens]) if tokens else '-'} |"
         if method in times:
             line += f" {statistics.median(times[method]['times']):.2f} | {paired_ratio(times[method], times[a.time_at]):.3f} |"
         lines.append(line)
@@ -170,6 +204,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--resolution", type=float, default=0.02, help="stop when the answer is known to this share of it")
     parser.add_argument("--longest", type=int, default=1 << 22, help="look no further than this")
     parser.add_argument("--time-at", choices=METHODS, default="checkpoint+chunked", help="time all at this method's longest length")
+    parser.add_argument("--redo", action="store_true", help="forget what --out holds")
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds; 0: no times")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[1] / "benchmarks", help="a directory")
     a = parser.parse_args(argv)

@@ -1,14 +1,16 @@
 """Twenty steps, predicted and then run: peak of the ledger, resident memory, time.
 
     python tools/predicted_measured.py --machine machine.json --path /scratch          # those that are not there yet
-    python tools/predicted_measured.py --only 3 7 --redo
+    python tools/predicted_measured.py --only 3 7 --redo                               # these again
+    python tools/predicted_measured.py --machine machine.json --times                  # only the times again, on a machine that does nothing else
     python tools/predicted_measured.py --table                                          # the table again
 
 Shapes, lengths and plans are drawn with a fixed seed: 2 to 16 layers, 4K to 128K tokens, windows where the square of the length would take
 minutes; every third one is a model of transformers, and those of every fourth have stored tensors on disk. Each runs in a process of its
 own, which writes what it predicts before it takes a step: bytes of the ledger (what torch's allocator gives out, parameters included),
 resident memory (that and what the process held beside the model; malloc keeps nothing back with MALLOC_MMAP_THRESHOLD_=65536), seconds (with --machine, a file of `longtrain
-calibrate`). Then AdamW steps: the first makes moments, the second is timed and its resident peak read (VmHWM), the third is watched by lt.profile.
+calibrate`). Then AdamW steps: the first, of two chunks, makes moments, the second is timed and its resident peak read (VmHWM), the third is watched by lt.profile.
+With --times three are timed, and the median counts.
 
 Bounds: ledger 3%, resident the larger of 3% and 32 MiB, ledger unattributed 2%, time 15%.
 """
@@ -110,8 +112,8 @@ def build(case: Case):
     return model.to(getattr(torch, case.dtype)).train()
 
 
-def child(case: Case, out: Path, machine: str | None, path: str) -> None:
-    """Predicts, writes that, then measures."""
+def child(case: Case, out: Path, machine: str | None, path: str, times: bool) -> None:
+    """Predicts, writes that, then measures; `times`: seconds alone."""
     import torch
 
     import longtrain as lt
@@ -144,17 +146,24 @@ def child(case: Case, out: Path, machine: str | None, path: str) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     ids = torch.randint(case.vocab, (1, case.tokens), generator=torch.Generator().manual_seed(case.number))
 
-    def step() -> None:
-        model(input_ids=ids, labels=ids).loss.backward()
+    def step(tokens: int = case.tokens) -> None:
+        model(input_ids=ids[:, :tokens], labels=ids[:, :tokens]).loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    step()
+    step(2 * plan.chunk_tokens)
     gc.collect()
     reset_peak(torch.device("cpu"))
-    began, cpu = time.perf_counter(), time.process_time()
-    step()
-    measured = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - cpu, "resident": read_peak(torch.device("cpu"))}
+    taken = []
+    for _ in range(3 if times else 1):
+        began, cpu = time.perf_counter(), time.process_time()
+        step()
+        taken.append((time.perf_counter() - began, time.process_time() - cpu))
+    seconds, cpu_seconds = sorted(taken)[len(taken) // 2]
+    measured = {"seconds": seconds, "cpu_seconds": cpu_seconds, "resident": read_peak(torch.device("cpu"))}
+    if times:
+        out.write_text(json.dumps({"predicted": predicted, "measured": measured}))
+        return
     with tempfile.TemporaryDirectory() as directory:
         with lt.profile(directory, quiet=True, predicted=phases) as watched:
             step()
@@ -169,14 +178,21 @@ def phases_of(phases) -> dict:
     return {phase.name: phase.items for phase in phases}
 
 
-def run_case(case: Case, machine: str | None, path: str) -> dict:
+def run_case(case: Case, machine: str | None, path: str, times: bool = False) -> dict:
     """What its process wrote; only the prediction, and the error, where it died."""
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "case.json"
-        command = [sys.executable, __file__, "--child", json.dumps(asdict(case)), str(out), "--path", path, *(["--machine", machine] if machine else [])]
+        command = [sys.executable, __file__, "--child", json.dumps(asdict(case)), str(out), "--path", path]
+        command += ["--machine", machine] * (machine is not None) + ["--times"] * times
         done = subprocess.run(command, env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}, capture_output=True, text=True)
         found = json.loads(out.read_text()) if out.exists() else {}
     return found | ({"error": done.stderr[-2000:]} if done.returncode else {}) | {"case": str(case)}
+
+
+def with_times(before: dict, found: dict) -> dict:
+    """The seconds of `found` in place of those that were there."""
+    parts = {part: before[part] | {k: v for k, v in found.get(part, {}).items() if "seconds" in k} for part in ("predicted", "measured")}
+    return before | parts | {key: found[key] for key in ("error",) if key in found}
 
 
 def table(results: dict[str, dict], which: list[Case]) -> str:
@@ -213,6 +229,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", type=int, nargs="+", help="these of the twenty")
     parser.add_argument("--redo", action="store_true", help="run again what is there already")
+    parser.add_argument("--times", action="store_true", help="measure again only how long the steps take that are there already, and predict that again")
     parser.add_argument("--table", action="store_true", help="run nothing")
     parser.add_argument("--machine", help="a file of longtrain calibrate: predicts time too")
     parser.add_argument("--path", default=".", help="a directory on a disk")
@@ -220,14 +237,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     a = parser.parse_args(argv)
     if a.child:
-        child(Case(**json.loads(a.child[0])), Path(a.child[1]), a.machine, a.path)
+        child(Case(**json.loads(a.child[0])), Path(a.child[1]), a.machine, a.path, a.times)
         return 0
     results = json.loads(a.out.read_text()) if a.out.exists() else {}
     chosen = [case for case in cases() if a.only is None or case.number in a.only]
     for case in chosen:
-        if not a.table and (a.redo or "measured" not in results.get(str(case.number), {})):
+        before = results.get(str(case.number), {})
+        if not a.table and (("measured" in before) if a.times else (a.redo or "measured" not in before)):
             print(f"{case.number}: {case}", file=sys.stderr, flush=True)
-            results[str(case.number)] = run_case(case, a.machine, a.path)
+            found = run_case(case, a.machine, a.path, a.times)
+            results[str(case.number)] = with_times(before, found) if a.times else found
             a.out.parent.mkdir(parents=True, exist_ok=True)
             a.out.write_text(json.dumps(results, indent=1) + "\n")
     text = table(results, chosen)

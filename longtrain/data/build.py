@@ -20,7 +20,7 @@ import numpy as np
 from longtrain.data import formats
 from longtrain.data.built import BUILDING, FORMAT, INPUTS, MANIFEST, read_json, token_dtype, write_json
 from longtrain.data.chat import Chat, load_chat, read_chat
-from longtrain.data.corpus import say_tokenizer
+from longtrain.data.corpus import KEY_BYTES, content_key, say_tokenizer
 from longtrain.data.formats import LeftOut, Part
 from longtrain.data.shard import ShardWriter
 from longtrain.data.sources import DataError, find_files
@@ -220,7 +220,7 @@ def write_shards(
             continue
         shard.write(part.content)
         if part.last:
-            if not shard.end(part.name, files[index].input, part.learned or ()):
+            if not shard.end(part.name, part.key, files[index].input, part.learned or ()):
                 state["empty"] += 1
                 progress.clear()
                 print(f"{part.name} is empty: it holds no token, and nothing of it is built", file=log)
@@ -245,11 +245,19 @@ def write_shards(
 
 
 def read_parts(files: Sequence[Input], kinds: Sequence[str], at: Sequence[int], options: dict) -> Iterator[tuple[int, Part | LeftOut]]:
-    """Parts of all files from ``at = (file, offset, number)`` on, each with the number of its file."""
+    """Parts of all files from ``at = (file, offset, number)`` on, each with the number of its file, the last of a document with its key."""
     for index in range(at[0], len(files)):
         offset, number = at[1:] if index == at[0] else (0, 0)
+        begins, size = b"", 0
         try:
             for part in READERS[kinds[index]](Path(files[index].path), offset, number, options):
+                if isinstance(part, LeftOut):
+                    begins, size = b"", 0
+                else:
+                    begins, size = begins + part.content[: KEY_BYTES - len(begins)], size + len(part.content)
+                    if part.last:
+                        part = part._replace(key=content_key(begins, size))
+                        begins, size = b"", 0
                 yield index, part
         except OSError as error:
             why = f"{files[index].path} cannot be read ({error.strerror}); make it readable, or leave it out"

@@ -3,7 +3,7 @@
     manifest.json     what it is; stands there only when everything else does (while it is built: building.json)
     inputs.json       the files it was built from: path, bytes, time of change
     00000.tokens      tokens of whole documents, little-endian, one behind the other
-    00000.documents   a row a document: its tokens, where its name ends, the key of its name, which input it came from
+    00000.documents   a row a document: its tokens, where its name ends, the key of its contents, which input it came from
     00000.names       the names, one behind the other
     00000.learned     of conversations: the ranges of the shard's tokens that are targets, [start, stop), ascending
 
@@ -26,7 +26,8 @@ import numpy as np
 from longtrain.data.corpus import Corpus
 from longtrain.data.sources import DataError
 
-FORMAT = 1
+FORMAT, READABLE = 2, (1, 2)
+"""Of format 1 the keys, by which documents are held out, are of names."""
 MANIFEST, BUILDING, INPUTS = "manifest.json", "building.json", "inputs.json"
 DOCUMENT = np.dtype([("length", "<i8"), ("name_stop", "<i8"), ("key", "<u8"), ("input", "<i4")])
 BLOCK_BYTES = 2**20
@@ -64,8 +65,8 @@ def read_manifest(directory: Path) -> dict:
             raise DataError(f"{directory} is half built ({len(done)} shards so far); run its `longtrain data build` again: it goes on")
         raise DataError(f"{directory} holds no built data ({MANIFEST} is missing); name a directory that `longtrain data build` wrote")
     manifest = read_json(directory / MANIFEST)
-    if manifest.get("format") != FORMAT:
-        raise DataError(f"{directory} has format {manifest.get('format')}, this version reads {FORMAT}; build the data again")
+    if manifest.get("format") not in READABLE:
+        raise DataError(f"{directory} has format {manifest.get('format')}, this version reads {READABLE[0]} to {FORMAT}; build the data again")
     return manifest
 
 
@@ -88,6 +89,8 @@ def open_built(directory: str | Path, source: str | None = None) -> Corpus:
     texts = [_map(path.with_suffix(".names")) for path in names]
     learned = ((path, shard["bytes"].get("learned")) for path, shard in zip(names, manifest["shards"], strict=True))
     firsts = np.cumsum([0] + [len(table) for table in tables]).tolist()
+    length_N, key_N = (np.concatenate([table[column] for table in tables]) for column in ("length", "key"))
+    contents = [{part: shard["crc32"].get(part) for part in ("tokens", "learned")} for shard in manifest["shards"]]
 
     def name_of(number: int) -> str:
         shard = bisect_right(firsts, number) - 1
@@ -98,8 +101,8 @@ def open_built(directory: str | Path, source: str | None = None) -> Corpus:
         blocks=tuple(np.frombuffer(m, dtype=dtype) for m in mapped),
         block_N=np.repeat(np.arange(len(tables), dtype=np.int32), [len(table) for table in tables]),
         start_N=np.concatenate([np.cumsum(table["length"]) - table["length"] for table in tables]),
-        length_N=np.concatenate([table["length"] for table in tables]),
-        key_N=np.concatenate([table["key"] for table in tables]),
+        length_N=length_N,
+        key_N=key_N,
         source_N=np.zeros(firsts[-1], dtype=np.int32),
         number_N=np.arange(firsts[-1]),
         sources=(source or directory.resolve().name,),
@@ -107,7 +110,7 @@ def open_built(directory: str | Path, source: str | None = None) -> Corpus:
         tokenizer=manifest["tokenizer"],
         vocabulary=manifest["vocabulary"],
         largest=manifest["largest"],
-        digest=hashlib.blake2b(json.dumps([s["crc32"] for s in manifest["shards"]]).encode(), digest_size=16).hexdigest(),
+        digest=hashlib.blake2b(json.dumps(contents).encode() + length_N.tobytes() + key_N.tobytes(), digest_size=16).hexdigest(),
         mapped=mapped,
         learned=tuple(_ranges(path) if size else None for path, size in learned),
     )

@@ -1,6 +1,7 @@
 """Documents in columns, whether they are in memory or in mapped files: millions of them take 40 bytes each, tokens are read on demand.
 
-Validation documents are drawn by the hash of their names, one by one: what is held out stays held out when data is added.
+Validation documents are drawn by the hash of their contents, one by one: what is held out stays held out when data is added, moved or
+renamed, and copies of a document are on the same side.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 
 from longtrain.data.sources import DataError, Document
 
+KEY_BYTES = 65_536
 BYTES = {"kind": "bytes"}
 """The tokenizer of documents whose tokens are their bytes."""
 
@@ -32,7 +34,7 @@ class Corpus:
     length_N: np.ndarray
     """Its tokens, int64."""
     key_N: np.ndarray
-    """`name_key` of its name, uint64."""
+    """`content_key`, uint64; of data built in format 1, of its name."""
     source_N: np.ndarray
     """Its place in `sources`."""
     number_N: np.ndarray
@@ -46,7 +48,7 @@ class Corpus:
     largest: int
     """The largest that there is."""
     digest: str
-    """Of names and contents."""
+    """Of contents and keys: where they come from, and what they are called, does not matter."""
     mapped: tuple[mmap.mmap, ...] = ()
     learned: tuple[np.ndarray | None, ...] = ()
     """Of each block: ranges of its tokens ``[S, 2]``, ascending, that are targets; None (or no entry): all of them are."""
@@ -104,9 +106,10 @@ class Corpus:
             file.madvise(mmap.MADV_DONTNEED)
 
 
-def name_key(name: str) -> int:
-    """64 bits of a document's name."""
-    return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
+def content_key(begins: bytes | np.ndarray, size: int) -> int:
+    """64 bits of a document: of its first `KEY_BYTES` bytes, as its file or record has them (whatever the tokenizer), and their number."""
+    hashed = hashlib.blake2b(begins[:KEY_BYTES], digest_size=8, salt=size.to_bytes(16, "little"))
+    return int.from_bytes(hashed.digest(), "little")
 
 
 def corpus_in_memory(documents: Sequence[Document], source: str = "documents") -> Corpus:
@@ -114,14 +117,14 @@ def corpus_in_memory(documents: Sequence[Document], source: str = "documents") -
     count = len(documents)
     digest = hashlib.blake2b(digest_size=16)
     for document in documents:
-        digest.update(f"{document.name}\0{len(document.tokens)}\0".encode("utf-8", "surrogateescape"))
+        digest.update(len(document.tokens).to_bytes(8, "little"))
         digest.update(document.tokens)
     return Corpus(
         blocks=tuple(d.tokens for d in documents),
         block_N=np.arange(count),
         start_N=np.zeros(count, dtype=np.int64),
         length_N=np.array([len(d.tokens) for d in documents], dtype=np.int64),
-        key_N=np.array([name_key(d.name) for d in documents], dtype=np.uint64),
+        key_N=np.array([content_key(d.tokens, len(d.tokens)) for d in documents], dtype=np.uint64),
         source_N=np.zeros(count, dtype=np.int32),
         number_N=np.arange(count),
         sources=(source,),
@@ -177,7 +180,7 @@ def say_tokenizer(tokenizer: dict) -> str:
 
 
 def held_out(key_N: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """``[N]`` bool: each document by itself, with probability `fraction`; where that gives none or all, all but the nearest.
+    """``[N]`` bool: each key by itself, with probability `fraction`; where that gives none or all, all but the nearest.
 
     splitmix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators", figure 15) of the key, shifted by the seed.
     """
@@ -187,17 +190,18 @@ def held_out(key_N: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     mixed_N ^= mixed_N >> np.uint64(31)
     out_N = mixed_N < np.uint64(int(fraction * 2**64))
     if not out_N.any():
-        out_N[mixed_N.argmin()] = True
+        out_N = mixed_N == mixed_N.min()
     if out_N.all():
-        out_N[mixed_N.argmax()] = False
+        out_N = mixed_N < mixed_N.max()
     return out_N
 
 
 def split(corpus: Corpus, fraction: float, seed: int) -> tuple[Corpus, Corpus]:
-    """Training and validation documents. Raises DataError where there is only one document."""
-    if len(corpus) < 2:
+    """Training and validation documents. Raises DataError where there is only one document, or copies of one."""
+    if not len(corpus) or (corpus.key_N == corpus.key_N[0]).all():
+        copies = f" {len(corpus)} times" if len(corpus) > 1 else ""
         raise DataError(
-            f"the data is one document ({corpus.name(0)}), so none can be held out for validation; give at least two documents"
+            f"the data is one document{copies} ({corpus.name(0)}), so none can be held out for validation; give at least two documents"
         )
     out_N = held_out(corpus.key_N, fraction, seed)
     return corpus.take(np.flatnonzero(~out_N)), corpus.take(np.flatnonzero(out_N))

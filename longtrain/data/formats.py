@@ -35,6 +35,8 @@ class Part(NamedTuple):
     """... and records."""
     learned: Ranges | None = None
     """Ranges of the whole document's characters (then: of its tokens) that are targets; None: all of it."""
+    key: int = 0
+    """Of the last part: `content_key` of the whole document, which whoever reads its parts knows."""
 
 
 class LeftOut(NamedTuple):

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from bisect import bisect_right
@@ -15,7 +16,7 @@ import numpy as np
 from longtrain.config.data import DataConfig
 from longtrain.config.run import LengthStage
 from longtrain.data.built import open_built
-from longtrain.data.corpus import Corpus, corpus_in_memory, join, name_key, split
+from longtrain.data.corpus import Corpus, corpus_in_memory, join, split
 from longtrain.data.packing import Batch, PackedDocuments
 from longtrain.data.recall import make_recall
 from longtrain.data.sources import DataError, read_stdlib, read_text
@@ -179,4 +180,4 @@ def fingerprint(corpus: Corpus, data: DataConfig) -> str:
     weights = ",".join(str(source.weight) for source in data.tokens)
     said = [corpus.digest, data.packing, data.isolate, data.min_document_tokens, data.validation_fraction, data.seed]
     said += [weights, data.long_from_tokens, data.long_weight]
-    return f"{len(corpus)} documents, {int(corpus.length_N.sum())} tokens, {name_key(repr(said)):016x}"
+    return f"{len(corpus)} documents, {int(corpus.length_N.sum())} tokens, {hashlib.blake2b(repr(said).encode(), digest_size=8).hexdigest()}"

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 
 from longtrain.data.built import DOCUMENT
-from longtrain.data.corpus import name_key
 
 BUFFER_BYTES = 2**22
 
@@ -45,7 +44,7 @@ class ShardWriter:
         if len(self.buffer) >= BUFFER_BYTES:
             self.flush()
 
-    def end(self, name: str, number_of_input: int, learned: Sequence[tuple[int, int]] = ()) -> bool:
+    def end(self, name: str, key: int, number_of_input: int, learned: Sequence[tuple[int, int]] = ()) -> bool:
         """Close the open document; `learned`: ranges of its tokens. False where it holds nothing, and is not kept."""
         size = len(self.buffer) - self.begins
         if size and self.end_token is not None:
@@ -53,7 +52,7 @@ class ShardWriter:
             size += self.dtype.itemsize
         if size:
             self.names += name.encode("utf-8", "surrogateescape")
-            self.rows.append((size // self.dtype.itemsize, len(self.names), name_key(name), number_of_input))
+            self.rows.append((size // self.dtype.itemsize, len(self.names), key, number_of_input))
             self.learned += [(self.tokens + start, self.tokens + stop) for start, stop in learned]
             self.tokens += size // self.dtype.itemsize
         self.begins = len(self.buffer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -9,8 +10,9 @@ from longtrain.memory.table import gib
 from longtrain.plan import Offload, Plan
 from longtrain.planner.cost import ModelFootprint, peak, step_memory
 from longtrain.planner.rates import usual_rates
-from longtrain.planner.search import CHUNKS, FRACTIONS, SEGMENTS, Asked, longest
+from longtrain.planner.asked import CHUNKS, FRACTIONS, SEGMENTS, Asked
 from longtrain.planner.seconds import step_time
+from longtrain.planner.smallest import longest
 from longtrain.units import format_bytes
 
 if TYPE_CHECKING:
@@ -53,7 +55,7 @@ def remedy(item: Item, streamed: bool) -> str:
         return STREAM
     if item.category == "activations" and (found := next((text for part, text in STORED.items() if part in item.name), None)):
         return found
-    if "loss" in item.module or "linear_cross_entropy" in item.line or "stream/loss.py" in item.line:
+    if "loss" in item.module or "linear_cross_entropy" in item.line or re.search(r"stream/(loss|head)\.py", item.line):
         return "memory.loss_chunk_tokens: smaller"
     return STREAMED.get(item.category, "")
 

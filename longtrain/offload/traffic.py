@@ -27,6 +27,14 @@ Tier = HostTier | DiskTier
 LARGEST_BLOCK = 1 << 20
 
 
+def staging_rooms(staging_bytes: int, disk: bool, threads: int) -> tuple[int, int, int]:
+    """What staging is divided into: bytes of a block, of a disk's slab (a block for each thread, and what the last one of an extent may be
+    longer by, its lead), and of writes under way; as many again are for what is fetched ahead."""
+    block = min(LARGEST_BLOCK, staging_bytes // (4 * threads)) // ALIGNMENT * ALIGNMENT
+    slab = threads * (block + ALIGNMENT) if disk else 0
+    return block, slab, (staging_bytes - slab) // 2
+
+
 @dataclass(slots=True)
 class Stats:
     """What the store has done so far; bytes are those of the extents."""
@@ -90,11 +98,10 @@ class Traffic:
         arrived: Callable[[Extent, bool], None],
     ) -> None:
         self.system, self.copies, self._arrived = system, copies_for(device, system, staging_bytes), weakref.WeakMethod(arrived)
-        block = min(LARGEST_BLOCK, staging_bytes // (4 * system.threads)) // ALIGNMENT * ALIGNMENT
+        block, slab, self.staging = staging_rooms(staging_bytes, disk is not None, system.threads)
         if block < ALIGNMENT:
             raise ValueError(f"staging_bytes: {staging_bytes:,} leaves {system.threads} threads less than a page; give 1 MiB or more")
-        self.block_bytes, slot = block, block + ALIGNMENT  # the last block of an extent may be longer, by its lead
-        self.staging = (staging_bytes - (system.threads * slot if disk else 0)) // 2
+        self.block_bytes, slot = block, slab // system.threads
         self.tiers: dict[str, Tier] = {}
         if disk:
             self.tiers["disk"] = DiskTier(disk, slot, system, self.copies)

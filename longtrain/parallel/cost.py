@@ -104,7 +104,8 @@ class Choice:
 
     def __str__(self) -> str:
         said = [f"{name} {of.forward / 2**20:,.1f} + {of.backward / 2**20:,.1f} MiB" for name, of in self.costs.items()]
-        return "; ".join([f"{self.way} ({', '.join(said)})", *(f"not {name}: {why}" for name, why in self.refused.items())])
+        reasons = {why: ", ".join(name for name, other in self.refused.items() if other == why) for why in self.refused.values()}
+        return "; ".join([f"{self.way} ({', '.join(said)})", *(f"not {names}: {why}" for why, names in reasons.items())])
 
 
 def choose(

@@ -130,6 +130,10 @@ class Sharing:
         """The tokens of the present sequence that this process holds."""
         return self.present.shards.take(whole_BT, self.mesh.all.rank)
 
+    def places(self, positions_N: Tensor) -> Tensor:
+        """Where positions of the present sequence stand among the tokens that this process holds, -1 where another holds them."""
+        return self.present.shards.layout(self.mesh.all.rank).places(positions_N)
+
     def join(self, part_BT: Tensor) -> Tensor:
         """A number for each token that this process holds -> those of the whole sequence, on every process, which gets the gradient of its
         own part."""

@@ -23,7 +23,7 @@ from longtrain.planner.cost import ModelFootprint, measure_model
 from longtrain.planner.explore import Wanted, by_hand, explore, longest_tokens, pareto, refusal
 from longtrain.planner.machines import Machine, find_machine
 from longtrain.planner.rates import usual_rates
-from longtrain.planner.search import held_beside_model
+from longtrain.planner.asked import held_beside_model
 from longtrain.planner.shapes import find_shape, on_meta, with_wide_gradients
 from longtrain.train.prepare import build_model, step_count
 from longtrain.units import format_bytes, parse_bytes

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from longtrain.nn.ends import TokenLoss
+from longtrain.offload.system import System
+from longtrain.offload.traffic import staging_rooms
 from longtrain.ops.linear_cross_entropy import default_chunk_tokens
 from longtrain.plan import Plan
 from longtrain.planner.pretrained import layers_differ, probe_transformers
@@ -58,10 +60,6 @@ class ModelFootprint:
     """Whether all layers are given the same arguments, as those of one segment must be."""
     gathered: int = 0
     """Bytes of whole layers that parameters sharded over devices are gathered into while they are used."""
-
-    def at(self, chunk_tokens: int) -> tuple[LayerFootprint, ...]:
-        """The layers in chunks of so many tokens."""
-        return tuple(layer.at(chunk_tokens) for layer in self.layers)
 
     def at(self, chunk_tokens: int) -> tuple[LayerFootprint, ...]:
         """The layers in chunks of so many tokens."""
@@ -139,14 +137,15 @@ def _probe_alike(layers: Sequence[nn.Module]) -> list[LayerFootprint]:
     return found
 
 
-def step_memory(model: ModelFootprint, plan: Plan, tokens: int, batch: int = 1) -> list[Phase]:
+def step_memory(model: ModelFootprint, plan: Plan, tokens: int, batch: int = 1, *, slow_tiers: bool = False) -> list[Phase]:
     """Bytes alive on the device at the turning points of a step: the loss, the backward pass of each segment and of the embedding.
 
     At segment j's backward, at its second chunk, when sums are there and the first chunk's outputs are done with: the inputs of segments
     0..j, what layers 0..j store and what restoring adds to it, the gradient that comes in;
     what the carries of its k layers hold and their accumulators; the graph of one chunk through k layers, with that chunk's parameter
     gradients; gradients of the head and of later segments as they were delivered, its own as they are added up. Of what the plan sends to
-    other tiers only the share that stays counts, and what is on its way.
+    other tiers only the share that stays counts, and what is on its way: what is fetched ahead, and the chunk that is being written
+    (`slow_tiers`: all that staging lets writes take, as a budget must allow for).
     """
     layers, k, n = model.at(plan.chunk_tokens), plan.segment_layers, tokens * batch
     chunk = min(plan.chunk_tokens, tokens)
@@ -164,18 +163,16 @@ def step_memory(model: ModelFootprint, plan: Plan, tokens: int, batch: int = 1) 
     stored = [kept_kv[i] + states[i] + outputs[i] for i in range(len(layers))]
     slides = [f.causal and f.carry_tokens(tokens, chunk) < tokens for f in layers]
     fixed = {"parameters": model.parameters + model.gathered, "optimizer": model.optimizer, "ids, labels, positions": (IDS + max(f.arguments for f in layers)) * n}
-    fixed["workspace"] = CPU_WORKSPACE if model.device.type == "cpu" else GPU_WORKSPACE
+    slab, half = (0, 0) if plan.offload is None else staging_rooms(plan.offload.staging_bytes, plan.offload.disk is not None, System().threads)[1:]
+    fixed["workspace"] = CPU_WORKSPACE + slab if model.device.type == "cpu" else GPU_WORKSPACE  # a GPU's slab is the host's memory
     segments = [range(a, min(a + k, len(layers))) for a in range(0, len(layers), k)]
     inputs = [layers[s[0]].x * n * stays("inputs", s[0]) for s in segments]
     end, phases, several = len(layers), [], tokens > chunk
 
-    def staging(fetched: float, written: float) -> dict[str, float]:
-        """What is on its way: the disk's slab, and up to half of the rest each way (`longtrain.offload.traffic`)."""
-        if plan.offload is None:
-            return {}
-        slab = plan.offload.staging_bytes / 4 if plan.offload.disk is not None else 0
-        half = (plan.offload.staging_bytes - slab) / 2
-        return {"staging": slab + min(half, fetched) + min(half, written)}
+    def staging(fetched: float, x: int, stay: float, under_way: bool) -> dict[str, float]:
+        """`under_way`: whether the chunk of x that was just made leaves; the last tokens are those that `stay`."""
+        written = x * n * (1 - stay) if slow_tiers else x * chunk * batch * under_way
+        return {"staging": min(half, fetched) + min(half, written)} if half else {}
 
     streams = plan.boundaries == "stream"
     if model.vocab_size:
@@ -186,7 +183,7 @@ def step_memory(model: ModelFootprint, plan: Plan, tokens: int, batch: int = 1) 
         items = {
             "layer inputs": sum(inputs), "stored outputs and K/V": sum(stored), "hidden states and gradient": hidden,
             "logits of a chunk": highest(model.loss, part) + (x * max(0, chunk * batch - part) if streams else -x * part), "gradients": model.head_gradients,
-            **staging(x * n * (1 - stays("inputs", end)), x * n * (1 - stays("gradients", end))),
+            **staging(x * n * (1 - stays("inputs", end)), x, stays("gradients", end), stays("gradients", end) < 1),
         }  # fmt: skip
         phases.append(Phase("loss", _whole({**fixed, **items})))
     for j in reversed(range(len(segments))):
@@ -207,7 +204,8 @@ def step_memory(model: ModelFootprint, plan: Plan, tokens: int, batch: int = 1) 
             carries += (layers[i].carry_bytes() - (0 if several else layers[i].adjoint)) * held
             if slides[i]:  # the store has all of it
                 keeps += layers[i].carry * n * stays("kv", i)
-        away = sum(layers[i].output * n * (1 - stays("outputs", i)) for i in s) + own[0].x * n * (1 - stays("inputs", s[0]))
+        away = sum(layers[i].output * batch * len(kept_outputs[i]) * (1 - stays("outputs", i)) for i in s) + own[0].x * n * (1 - stays("inputs", s[0]))
+        away += own[-1].x * n * (1 - stays("gradients", s[-1] + 1))
         items = {
             "layer inputs": sum(inputs[: j + 1]),
             "stored outputs and K/V": keeps,
@@ -215,7 +213,7 @@ def step_memory(model: ModelFootprint, plan: Plan, tokens: int, batch: int = 1) 
             "K/V and their gradients": carries,
             "graph of a chunk": chunk_graph(own, chunk, batch, [len(kept_outputs[i]) + len(restored.get(i, ())) < min(2 * chunk, tokens) for i in s], several),
             "gradients": delivered + sum(f.parameter_gradients for f in own) * several,
-            **staging(away + own[-1].x * n * (1 - stays("gradients", s[-1] + 1)), own[0].x * n * (1 - stays("gradients", s[0]))),
+            **staging(away, own[0].x, stays("gradients", s[0]), stays("gradients", s[0]) == 0),
         }
         phases.append(Phase(f"backward of layers {s[0]} to {s[-1]}", _whole({**fixed, **items})))
     if model.embedding_sums:

@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 
 from longtrain.offload import DiskSettings
 from longtrain.plan import Offload, Plan
+from longtrain.planner.asked import Asked
 from longtrain.planner.axes import Axes, all_axes, between, on_one_device
-from longtrain.planner.cost import ModelFootprint, Phase, peak, step_memory
+from longtrain.planner.cost import ModelFootprint, Phase, peak
 from longtrain.planner.machines import Machine
-from longtrain.planner.search import Asked, fastest_plan, smallest_plan, what_to_change
+from longtrain.planner.search import fastest_plan
 from longtrain.planner.seconds import StepTime, step_time
+from longtrain.planner.smallest import smallest_plan, what_to_change
 from longtrain.planner.tiers import TierUse, tier_use
 from longtrain.units import format_bytes
 
@@ -137,7 +139,7 @@ def describe_found(wanted: Wanted, axes: Axes, optimizer: str, batch: int, asked
     exchanged = between(wanted.model, whole, axes, wanted.tokens, batch, asked.rates, time.total - time.parts["optimizer"])
     parts = {**time.parts, "exchanges between devices": exchanged.seconds}
     return Found(
-        axes=axes, optimizer=optimizer, batch=batch, plan=whole, phases=step_memory(asked.model, chosen, asked.tokens, batch),
+        axes=axes, optimizer=optimizer, batch=batch, plan=whole, phases=asked.memory(chosen),
         tiers=tier_use(asked.model, chosen, asked.tokens, batch), optimizer_on_host=on_host,
         time=replace(time, parts=parts, received=exchanged.received), tokens=wanted.tokens * batch * axes.replicas, ways=exchanged.ways,
     )  # fmt: skip

@@ -7,30 +7,22 @@ those plans that keeps to every budget by the formulas of `cost.py` and `tiers.p
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import inf
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
-from longtrain.offload import DiskSettings
 from longtrain.plan import SPLITS, STAY, InfeasibleBudget, Offload, Plan, Split
-from longtrain.planner.cost import ModelFootprint, measure_model, peak, step_memory
+from longtrain.planner.asked import FRACTIONS, Asked, candidates, held_beside_model, state_bytes
+from longtrain.planner.cost import ModelFootprint, measure_model
 from longtrain.planner.placement import Option, Problem, choose, step_seconds
 from longtrain.planner.rates import Rates, usual_rates
 from longtrain.planner.seconds import layer_seconds, restored_seconds
-from longtrain.planner.tiers import tier_use
-from longtrain.units import format_bytes, parse_bytes
+from longtrain.planner.smallest import what_to_change
+from longtrain.units import parse_bytes
 
-CHUNKS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
-SEGMENTS = (1, 2, 4, 8)
-MOST_CHUNKS = 4096
-"""Of a sequence: more cost more in launches than their size saves."""
-SMALL_CHUNKS = 4
-"""The smallest plan has one of so many smallest chunks."""
-FRACTIONS = tuple(i / 20 for i in range(21))
 SHARES = (0.75, 0.5, 0.25, 0.0)
 """Of a tensor's tokens, that stay on the device where the others leave."""
 
@@ -81,56 +73,10 @@ Saved = Sequence[tuple[int, float]]
 """(stretch of the step, seconds of compute that need not be done)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """What a plan is wanted for."""
-
-    model: ModelFootprint
-    tokens: int
-    batch: int
-    tiers: Offload | None
-    rates: Rates
-    steps: int
-    devices: int = 1
-    """That share every sequence: `model` and `tokens` are what one of them has."""
-
-    @property
-    def may_write(self) -> float:
-        """Bytes a step."""
-        disk = None if self.tiers is None else self.tiers.disk
-        return inf if disk is None or disk.max_written is None else disk.max_written / self.steps
-
-    def peak(self, plan: Plan) -> int:
-        return peak(step_memory(self.model, plan, self.tokens, self.batch)).total
-
-    def peak_of(self, plan: Plan, *, only: str) -> int:
-        """Of one phase; 0 where there is none of this name."""
-        return max((p.total for p in step_memory(self.model, plan, self.tokens, self.batch) if p.name == only), default=0)
-
-    def fits_tiers(self, plan: Plan) -> bool:
-        if plan.offload is None:
-            return True
-        use = tier_use(self.model, plan, self.tokens, self.batch)
-        room = 0 if self.tiers.disk is None else self.tiers.disk.budget
-        return use["host"].held <= self.tiers.host_bytes and use["disk"].held <= room and use["disk"].written <= self.may_write
-
-
-def _candidates(model: ModelFootprint, tokens: int) -> list[Plan]:
-    # A segment of several layers stores fewer inputs; its layers must all be causal, and be given the same.
-    chunks = [c for c in CHUNKS if c < tokens and c * MOST_CHUNKS >= tokens] or [min(tokens, CHUNKS[-1])]
-    alone = {chunk: not (model.alike and all(f.causal for f in model.at(chunk))) for chunk in chunks}
-    segments = [k for k in SEGMENTS if k <= len(model.layers)]
-    keeps = (0.0, 1.0) if any(f.carry and f.causal for f in model.layers) else (0.0,)
-    return [
-        Plan(chunk_tokens=c, store_outputs=0.0, store_kv=kv, segment_layers=k)
-        for k in segments for c in chunks for kv in keeps if k == 1 or not alone[c]
-    ]  # fmt: skip
-
-
 def fastest_plan(asked: Asked, room: int) -> Plan | None:
     """Without slower tiers, and with them where they are given: their staging may cost more than they free."""
     tried = []
-    for candidate in _candidates(asked.model, asked.tokens):
+    for candidate in candidates(asked.model, asked.tokens):
         at_least = float(_compute(asked, candidate, with_attention_again=False).sum())
         tried += [(at_least, candidate, t) for t in dict.fromkeys((None, asked.tiers))]
     best = None
@@ -240,8 +186,7 @@ def _problem(asked: Asked, candidate: Plan, room: int) -> Problem:
                 items.append(places("kv", i, f.carry * n, [0, *range(j + 2, S + 1)], [(j, 1, 0), (S + j, 0, 1)]))
     items.append(places("gradients", 0, ends, every, [(S + j, 1, 1) for j in range(S)], times=S + 1))
 
-    everything = step_memory(model, candidate, tokens, batch)
-    totals = {phase.name: phase.total for phase in everything}
+    totals = {phase.name: phase.total for phase in asked.memory(candidate)}
     moments = [totals.get("loss", 0), *(totals[f"backward of layers {s[0]} to {s[-1]}"] for s in segments)]
     counted = sum(options[0].uses[: S + 1] for options in items) - sum(o[0].uses[: S + 1] for o in items if o[0].value[0] == "outputs")
     staging = 0 if asked.tiers is None else asked.tiers.staging_bytes
@@ -270,81 +215,3 @@ def _plan_of(asked: Asked, candidate: Plan, values: Sequence[tuple]) -> Plan:
 
 def _one(values: Sequence) -> object:
     return values[0] if len(set(values)) == 1 else tuple(values)
-
-
-def _least(asked: Asked, candidate: Plan) -> Plan:
-    """`candidate` with all that the tiers hold off the device: to the host as far as it goes, the rest to the disk."""
-    if asked.tiers is None:
-        return candidate
-    whole = replace(asked.tiers, host_bytes=1 << 62, **dict.fromkeys(SPLITS, Split(host=1.0)))
-    held = max(1, tier_use(asked.model, replace(candidate, offload=whole), asked.tokens, asked.batch)["host"].held)
-    possible = [f for f in reversed(FRACTIONS) if f * held <= asked.tiers.host_bytes * 1.1]
-    for on_host in possible if asked.tiers.disk is not None else [1.0]:
-        if on_host == 0 or asked.tiers.host_bytes:
-            tried = replace(candidate, offload=replace(asked.tiers, **dict.fromkeys(SPLITS, Split(host=on_host))))
-            if asked.fits_tiers(tried):
-                return min((candidate, tried), key=asked.peak)
-    return candidate
-
-
-def smallest_plan(asked: Asked) -> tuple[Plan, int]:
-    """The plan with the lowest peak: nothing stored that can be computed, everything that the tiers hold off the device."""
-    candidates = [candidate for candidate in _candidates(asked.model, asked.tokens) if candidate.store_kv == 0]
-    chunks = sorted({candidate.chunk_tokens for candidate in candidates})[:SMALL_CHUNKS]
-    plans = [_least(asked, candidate) for candidate in candidates if candidate.chunk_tokens in chunks]
-    peaks = [asked.peak(plan) for plan in plans]
-    least = min(range(len(plans)), key=peaks.__getitem__)
-    return plans[least], peaks[least]
-
-
-def what_to_change(asked: Asked, room: int, taken: int) -> str:
-    model, tokens, batch, tiers = asked.model, asked.tokens, asked.batch, asked.tiers
-    smallest, needed = smallest_plan(asked)
-    phase = peak(step_memory(model, smallest, tokens, batch))
-    message = (
-        f"no plan for {batch} x {tokens} tokens fits {format_bytes(room)}: the smallest needs {format_bytes(needed + taken)}, "
-        f"{format_bytes(max(0, needed + taken - room))} more (of which {phase.largest} {format_bytes(phase.items[phase.largest])}, in the "
-        f"{phase.name}); set the budget to {-(-(needed + taken) // 2**20)}MiB"
-    )
-    endless = replace(Offload() if tiers is None else tiers, disk=DiskSettings(path=".", budget=2**62))
-    offloaded, least = smallest_plan(replace(asked, tiers=endless, steps=1))
-    if least <= room - taken and offloaded.offload is not None:
-        use = tier_use(model, offloaded, tokens, batch)["disk"]
-        if tiers is None or tiers.disk is None:
-            message += f", or give it memory.disk (of {format_bytes(use.held)}) or memory.host_budget to use"
-        else:
-            if use.held > tiers.disk.budget:
-                message += f", or memory.disk.budget to {-(-use.held // 2**20)}MiB ({format_bytes(use.held - tiers.disk.budget)} more)"
-            if use.written > asked.may_write:
-                message += f", or memory.disk.max_written to {-(-use.written * asked.steps // 2**20)}MiB ({asked.steps} steps)"
-    fits = longest(asked, room - taken)
-    return message + (f", or the sequence length to {fits}" if fits else "; no shorter sequence fits either")
-
-
-def longest(asked: Asked, room: int) -> int:
-    """The longest sequence, shorter than what was asked for, that some plan fits into `room`; 0 when none does."""
-    low, high = 0, asked.tokens
-    while high - low > 1:
-        middle = (low + high) // 2
-        if smallest_plan(replace(asked, tokens=middle))[1] <= room:
-            low = middle
-        else:
-            high = middle
-    return low
-
-
-def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """What an optimizer's state takes now."""
-    return sum(t.nbytes for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor))
-
-
-def held_beside_model(model: ModelFootprint, counted: int = 0) -> int:
-    """Bytes the device holds now that are not the model's parameters, nor `counted` in its footprint (gradients, optimizer state): what is
-    taken before the step begins."""
-    if model.device.type == "cuda":
-        return max(0, torch.cuda.memory_allocated(model.device) - model.parameters - counted)
-    status = Path("/proc/self/status")
-    if model.device.type != "cpu" or not status.exists():
-        return 0
-    line = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS:"))
-    return max(0, int(line.split()[1]) * 1024 - model.parameters - counted)

@@ -72,7 +72,7 @@ def layer_seconds(model: ModelFootprint, tokens: int, batch: int, chunk: int, ra
 
 def _of_layer(layer: LayerFootprint, model: ModelFootprint, tokens: int, batch: int, chunk: int, rates: Rates, devices: int) -> LayerSeconds:
     chunks, n = -(-tokens // chunk), tokens * batch
-    spent = lambda work: n * _token_seconds(work, rates) + chunks * work.calls * rates.launch
+    spent = lambda work: n * token_seconds(work, rates) + chunks * work.calls * rates.launch
     flops = attention_flops(layer, model, tokens * devices, chunk * devices) / devices * batch
     dim = head_dim(layer, model)
     attention = flops / rates.at(rates.attention, dim)
@@ -86,7 +86,7 @@ def _of_layer(layer: LayerFootprint, model: ModelFootprint, tokens: int, batch: 
     )
 
 
-def _token_seconds(work: Work, rates: Rates) -> float:
+def token_seconds(work: Work, rates: Rates) -> float:
     return sum(flops / rates.at(rates.products, size) for size, flops in work.products) + work.moved / rates.moved
 
 

@@ -94,7 +94,7 @@ class Surroundings:
 
     @classmethod
     def capture(cls, device: torch.device) -> Surroundings:
-        kinds = dict.fromkeys((device.type, "cpu"))
+        kinds = dict.fromkeys((device.type, "cpu") if device.type != "meta" else ("cpu",))  # shapes alone know no autocast
         return cls(tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds))
 
     @contextmanager

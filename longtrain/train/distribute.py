@@ -17,7 +17,6 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from longtrain.config import Config, Locations
-from longtrain.config.hf import HfModelConfig
 from longtrain.config.parallel import DIMENSIONS
 from longtrain.parallel.mesh import DIMS
 from longtrain.parallel.settings import Parallel
@@ -34,6 +33,8 @@ class Work:
 
     processes: Processes = ALONE
     mesh: DeviceMesh | None = None
+    kept: int = 1
+    """Processes that each keep a part of the parameters."""
     data: int = 1
     place: int = 0
     context: int = 1
@@ -71,17 +72,8 @@ def make_work(config: Config, where: Locations, processes: Processes) -> Work:
         raise where.explain(error, "parallel") from None
     if processes.size == 1:
         return Work(processes)
-    if config.memory.budget is not None:
-        raise where.error(
-            "memory.budget", "plans for one process; where several share the work give memory.chunk_tokens, and what is stored, by hand"
-        )
     replicate, shard, ring, heads = sizes
     data, context = replicate * shard, ring * heads
-    hf = isinstance(config.model, HfModelConfig)
-    if hf and config.model.lora is not None:
-        raise where.error("model.lora", "adapters are trained by one process: FSDP2 cannot gather what peft wraps; start one, or remove it")
-    if hf and context > 1:
-        raise where.error("parallel", "models of transformers share no sequence in a run yet (lt.apply does, in a script); use dp_shard")
     for stage in config.stages():
         sequences = stage.tokens_per_update // stage.seq_len
         if sequences % data:
@@ -95,7 +87,7 @@ def make_work(config: Config, where: Locations, processes: Processes) -> Work:
             name = "memory.chunk_tokens" if shortest < stage.seq_len else "data.seq_len"
             raise where.error(name, f"{shortest} tokens cannot be spread over {context} processes; give at least {context}")
     mesh = init_device_mesh(choose_device(config, where, processes).type, sizes, mesh_dim_names=DIMENSIONS)
-    return Work(processes, mesh, data, processes.rank // context, context, config.parallel.sharing())
+    return Work(processes, mesh, shard * context, data, processes.rank // context, context, config.parallel.sharing())
 
 
 def choose_device(config: Config, where: Locations, processes: Processes = ALONE) -> torch.device:
@@ -115,12 +107,16 @@ def choose_device(config: Config, where: Locations, processes: Processes = ALONE
 
 
 def shard(model: nn.Module, work: Work, segment_layers: int, dtype: torch.dtype) -> None:
-    """Have each process keep a part of the parameters, as they are; a segment of layers is gathered at a time, in `dtype`."""
+    """Have each process keep a part of the parameters, as they are; a segment of layers is gathered at a time, in `dtype`.
+
+    Of a model with adapters the root is the transformers model inside of peft's, which `lt.apply` runs by itself.
+    """
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
     sizes, names = (work.mesh.size(0), work.mesh.size() // work.mesh.size(0)), ("dp_replicate", "kept")
     first = 0 if sizes[0] > 1 else 1
     mesh = init_device_mesh(work.mesh.device_type, sizes[first:], mesh_dim_names=names[first:])
     low = dtype == torch.bfloat16
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if low else MixedPrecisionPolicy()
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False) if low else MixedPrecisionPolicy()
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     layers = list(max(lists, key=lambda found: sum(p.numel() for p in found.parameters())))
     for at in range(0, len(layers), segment_layers):

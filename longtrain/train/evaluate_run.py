@@ -1,10 +1,14 @@
-"""`longtrain train --eval RUN_OR_CONFIG`: evaluate the weights of a run on its validation documents, without training."""
+"""`longtrain train --eval RUN_OR_CONFIG`: evaluate the weights of a run on its validation documents, without training.
+
+Several processes share it as they share training; how many trained the run does not matter.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -12,18 +16,22 @@ from torch import nn
 
 from longtrain.config import load_config
 from longtrain.config.hf import HfModelConfig
-from longtrain.data.loader import open_data, pack, validation_rows
+from longtrain.data.loader import fingerprint, open_data, pack, validation_rows
 from longtrain.train import checkpoint as on_disk
 from longtrain.train import output
+from longtrain.train.budget import make_plan
 from longtrain.train.console import StepBar
+from longtrain.train.distribute import choose_device, make_work
 from longtrain.train.evaluate import check_probes, evaluate
 from longtrain.train.output import EVALUATION, RunError, write_whole
-from longtrain.train.prepare import build_model, choose_device, make_plan, stage_at, stream
-from longtrain.train.state import load_checkpoint_weights
+from longtrain.train.prepare import build_model, share_weights, stage_at, stream
+from longtrain.train.processes import ALONE, Processes
+from longtrain.train.resume import flat
+from longtrain.train.state import load_checkpoint_weights, sum_of
 from longtrain.train.weights import cast, load_weights
 
 
-def run(run_or_config: str, overrides: Sequence[str]) -> int:
+def run(run_or_config: str, overrides: Sequence[str], processes: Processes = ALONE) -> int:
     """Print the evaluation and write it into the run's directory as `evaluation.json`, where the report finds it.
 
     A run is a directory with `config.yaml`; a config stands for its `output.dir`. Its weights are those of the end, or of the newest
@@ -32,30 +40,40 @@ def run(run_or_config: str, overrides: Sequence[str]) -> int:
     given = Path(run_or_config)
     config, where = load_config(given / output.CONFIG if given.is_dir() else given, overrides)
     directory = given if given.is_dir() else Path(config.output.dir)
+    processes.check_same(dict(flat(asdict(config))), "start all of them with the same config")
+    work = make_work(config, where, processes)
     check_probes(config, where)
-    device = choose_device(config, where)
+    device = choose_device(config, where, processes)
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
-    validation = pack(open_data(config.data)[1], config.data.seq_len, config.data)
+    held_out = open_data(config.data)[1]
+    validation = pack(held_out, config.data.seq_len, config.data)
 
     torch.manual_seed(config.train.seed)  # frozen weights may be drawn with it
     model, set_rotary, _ = build_model(config, where)
     cast(model, getattr(torch, config.train.dtype))
-    model.to(device)
     print(f"weights {read_weights(model, directory, is_hf=isinstance(config.model, HfModelConfig))}")
+    if work.mesh is None:
+        model.to(device)
+        plan = make_plan(model, config, where)
+    else:
+        said = {"the held out data": fingerprint(held_out, config.data), "the sum of the weights": sum_of(model.parameters())}
+        processes.check_same(said, "give all of them the same files")
+        plan = share_weights(model, config, where, work)
     set_rotary(stage_at(config, config.train.steps))
-    plan = make_plan(model, config, where)
     bar = StepBar(sys.stdout)
     if plan is not None:
-        report = stream(model, plan, where)
-        if bar.shown:
-            report.on_progress(bar.span_done)
+        report = stream(model, plan, where, work, [config.data.seq_len])
+        work = replace(work, sharing=report.sharing)
+        report.on_progress(lambda *progress: (processes.moved(), bar.span_done(*progress)))
     rows = validation_rows(validation, config.train.validation_tokens)
-    found = evaluate(model, config, validation, rows, device, bar)
+    processes.doing("the evaluation")
+    found = evaluate(model, config, validation, rows, device, bar, work)
     print(f"{found}\n{found.table()}")
-    record = {"kind": "evaluation", "overrides": list(overrides), **found.record()}
-    write_whole(directory / EVALUATION, lambda path: path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8"))
-    print(f"written to {directory / EVALUATION}")
+    if processes.rank == 0:
+        record = {"kind": "evaluation", "overrides": list(overrides), **found.record()}
+        write_whole(directory / EVALUATION, lambda path: path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8"))
+        print(f"written to {directory / EVALUATION}")
     return 0
 
 

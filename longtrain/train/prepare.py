@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from longtrain.nn.attention import Attention
 from longtrain.nn.rotary import RotaryEmbedding
 from longtrain.planner.pretrained import layers_differ
 from longtrain.train import output
+from longtrain.train.budget import make_plan, step_count  # noqa: F401
 from longtrain.train.calls import described, is_transformers, vocabulary
 from longtrain.train.distribute import Work, choose_device, sequence_group, shard
 from longtrain.train.flops import RULE, Costs, costs_of, measure_rate
@@ -95,15 +96,11 @@ def prepare(config: Config, where: Locations, work: Work = Work()) -> Setup:
         said = {"data": fingerprint(documents, config.data), "held out": fingerprint(held_out, config.data)}
         said |= {"the sum of the weights": sum_of(model.parameters()), "the first random number": torch.random.initial_seed()}
         work.processes.check_same(said, "give all of them the same files")
-        shard(model, work, config.memory.segment_layers or 1, getattr(torch, config.train.dtype))
-    if config.memory.optimizer == "host" and work.mesh is not None:
-        raise where.error("memory.optimizer", "host is for one process; sharded over several, the optimizer takes a share on each device: set device")
+        plan = share_weights(model, config, where, work)
     optimizer = Optimizer(model, config.train, on_host=config.memory.optimizer == "host")
-    plan = make_plan(model, config, where)
-    if plan is None and work.context > 1:
-        plan = lt.Plan(chunk_tokens=config.data.seq_len)  # ranks share what is streamed: all of it is one chunk
-    work.processes.check_same({"the plan": plan}, "give all of them the same memory and the same config")
-    report = None if plan is None else stream(model, plan, where, work)
+    if work.mesh is None:
+        plan = make_plan(model, config, where)
+    report = None if plan is None else stream(model, plan, where, work, [stage.seq_len for stage in config.stages()])
     work = replace(work, sharing=None if report is None else report.sharing)
     return Setup(
         config=config,
@@ -123,6 +120,16 @@ def prepare(config: Config, where: Locations, work: Work = Work()) -> Setup:
         frozen=frozen,
         work=work,
     )
+
+
+def share_weights(model: nn.Module, config: Config, where: Locations, work: Work) -> lt.Plan | None:
+    """Have each of several processes keep its part of the parameters; returns the plan, which is made before."""
+    if config.memory.optimizer == "host":
+        raise where.error("memory.optimizer", "host is for one process; sharded over several, the optimizer takes a share on each device: set device")
+    plan = make_plan(model, config, where, work)
+    work.processes.check_same({"the plan": plan}, "give all of them the same memory and the same config")
+    shard(model, work, plan.segment_layers if plan else 1, getattr(torch, config.train.dtype))
+    return plan
 
 
 def rate_of(config: Config, device: torch.device) -> float:
@@ -184,8 +191,8 @@ def settle_fallback(model: nn.Module, device: torch.device, config: Config, wher
             module.kernel_fallback = config.train.kernel_fallback
 
 
-def stream(model: nn.Module, plan: lt.Plan, where: Locations, work: Work = Work()) -> lt.Report:
-    """Put the plan on the model; a tier that cannot be had is the configuration's error."""
+def stream(model: nn.Module, plan: lt.Plan, where: Locations, work: Work = Work(), lengths: Sequence[int] = ()) -> lt.Report:
+    """Put the plan on the model; a tier that cannot be had, or a way to share sequences of `lengths` that cannot be, is the configuration's error."""
     if plan.segment_layers > 1 and layers_differ(model):
         why = "the model's layers are of several kinds and are not given the same, so they cannot share a segment; set 1"
         raise where.error("memory.segment_layers", why)
@@ -196,6 +203,8 @@ def stream(model: nn.Module, plan: lt.Plan, where: Locations, work: Work = Work(
             report = lt.apply(model, plan)
         else:
             report = lt.apply(model, plan, group=sequence_group(work), parallel=work.spread)
+            for tokens in lengths:
+                report.sharing.explain(tokens)
     except ValueError as error:
         said = str(error).replace("parallel.heads", "parallel.cp_ulysses")
         raise where.explain(ValueError(said), "memory" if work.context == 1 else "parallel") from None
@@ -203,27 +212,6 @@ def stream(model: nn.Module, plan: lt.Plan, where: Locations, work: Work = Work(
         report.undo()
         raise where.error("memory", f"{left.name} cannot be streamed: {left.why}; train the model without the section memory")
     return report
-
-
-def make_plan(model: nn.Module, config: Config, where: Locations) -> lt.Plan | None:
-    """The planner's plan for a budget, the hand-made one, or None: nothing is streamed."""
-    if config.memory.budget is not None:
-        try:
-            tokens, tiers = config.data.seq_len, config.memory.tiers()
-            here = config.memory.optimizer == "device" or next(model.parameters()).device.type == "cpu"  # 8: AdamW's moments
-            return lt.plan(model, seq_len=tokens, budget=config.memory.budget, tiers=tiers, steps=step_count(config), optimizer_bytes_per_parameter=8 * here)
-        except ValueError as error:  # nothing fits, or a layer cannot be streamed
-            raise where.error("memory.budget", str(error)) from None
-    settings = config.memory.plan_settings()
-    return lt.Plan(**settings) if settings else None
-
-
-def step_count(config: Config) -> int:
-    """Forward and backward passes over ``data.seq_len`` tokens that the run's updates come to."""
-    stages = config.stages()
-    ends = [*(stage.from_step for stage in stages[1:]), config.train.steps]
-    tokens = sum(stage.tokens_per_update * max(0, end - stage.from_step) for stage, end in zip(stages, ends, strict=True))
-    return max(1, -(-tokens // config.data.seq_len))
 
 
 def save_model(setup: Setup, where: Locations, directory: Path, checkpoint: Path) -> str:

@@ -41,7 +41,7 @@ def accumulate(
     """Gradients of one update and its loss: every sequence's sum over the targets of all of them. Also their number.
 
     Of an update that several processes share, `batches` are the parts of this one. Dropout is a function of the seed, the step and the
-    sequence's number in the update.
+    sequence's number in the update; that of single tokens (adapters', say) also of who of those that share the sequence holds them.
     """
     model.train()
     targets = int(work.total(sum(count_targets(b.labels_BT, b.cu_seqlens) for b in batches))[0])
@@ -53,7 +53,8 @@ def accumulate(
     loss = 0.0
     for number, batch in enumerate(batches):
         check_ids(batch, vocabulary(model))
-        torch.manual_seed(drawn(seed, step, number * work.data + work.place))
+        holder = work.processes.rank % work.context
+        torch.manual_seed(drawn(seed, step, number * work.data + work.place, *[holder] * (holder > 0)))
         part = row_loss(model, batch.to(device), normalizer=targets / work.data)  # gradients are averaged over the groups
         value = work.total_of_groups(float(part.detach()) / work.data)[0]
         if not math.isfinite(value):

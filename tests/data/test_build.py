@@ -5,10 +5,12 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from longtrain.data import build as building
 from longtrain.data import formats
 from longtrain.data import shard as sharding
 from longtrain.data.build import Settings, build
-from longtrain.data.built import check_contents, open_built, token_dtype
+from longtrain.data.built import DOCUMENT, check_contents, open_built, token_dtype
 from longtrain.data.corpus import corpus_in_memory
 from longtrain.data.sources import DataError, Document, read_text
 
@@ -71,6 +73,14 @@ def test_what_was_built_is_what_was_there(texts, monkeypatch):
     assert not list(check_contents(texts / "out"))
 
 
+def finished_shards(directory):
+    """Those that an unfinished build counts."""
+    try:
+        return len(json.loads((directory / "building.json").read_text())["shards"])
+    except FileNotFoundError:
+        return 0
+
+
 class Killed(BaseException):
     """As if the process ended here."""
 
@@ -117,28 +127,23 @@ def test_an_interrupted_build_goes_on_to_the_same_bytes(with_tokenizer, texts, m
 
 @pytest.mark.slow
 def test_a_killed_build_goes_on_to_the_same_bytes(texts):
-    """kill -9 a moment after the process has written something, ten times."""
+    """kill -9 a moment after the process has finished another shard, up to ten times."""
     (texts / "more.jsonl").write_text((json.dumps({"text": "all work and no play\n" * 10}) + "\n") * 5000)
     names = [*inputs(texts), str(texts / "more.jsonl")]
     build(texts / "whole", names, Settings(shard_bytes=4000), io.StringIO())
     command = [sys.executable, "-m", "longtrain.cli", "data", "build", "--shard-size", "4kB", texts / "cut", *names]
-    chance, shards = random.Random(1), []
-
-    def newest():
-        return (texts / "cut").stat().st_mtime_ns if (texts / "cut").exists() else 0
-
-    for _ in range(10):
-        before = newest()
+    chance, shards = random.Random(1), [0]
+    while len(shards) <= 10:
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        while process.poll() is None and newest() == before:
+        while process.poll() is None and finished_shards(texts / "cut") <= shards[-1]:
             time.sleep(0.001)
-        time.sleep(chance.uniform(0, 0.15))  # of a second or two
+        time.sleep(chance.uniform(0, 0.02))
         process.send_signal(signal.SIGKILL)
         process.wait()
         if (texts / "cut" / "manifest.json").exists():
             break
-        shards.append(len(json.loads((texts / "cut" / "building.json").read_text())["shards"]))
-    assert len(set(shards)) > 2 and shards == sorted(shards), shards
+        shards.append(finished_shards(texts / "cut"))
+    assert len(shards) > 3 and all(a < b for a, b in pairwise(shards)), shards
     assert subprocess.run(command, capture_output=True).returncode == 3
     assert contents(texts / "cut") == contents(texts / "whole")
 
@@ -275,6 +280,7 @@ def test_the_same_documents_through_a_tokenizer_and_as_bytes(special, texts, mon
     assert build(texts / "ids", inputs(texts), Settings(shard_bytes=4000, tokenizer=path, special_tokens=special), io.StringIO()) == 4
     as_bytes, as_ids, tokenizer = open_built(texts / "bytes"), open_built(texts / "ids"), tokenizers.Tokenizer.from_file(str(path))
     names = [as_ids.name(i) for i in range(len(as_ids))]
+    assert special or as_ids.key_N.tolist() == as_bytes.key_N.tolist()  # the same documents are held out
     assert names[: len(as_bytes)] == [as_bytes.name(i) for i in range(len(as_bytes))] if not special else len(names) == 67
     of_name = {as_bytes.name(i): as_bytes.tokens(i).tobytes().decode() for i in range(len(as_bytes))}
     for document, name in enumerate(names):
@@ -347,4 +353,35 @@ def test_documents_end_where_their_file_did_whatever_the_names(tmp_path):
     build(tmp_path / "out", [str(tmp_path / "*.txt")], SMALL, io.StringIO())
     built = open_built(tmp_path / "out")
     assert built.name(0) == str(tmp_path / name)
-    assert built.key_N[0] == corpus_in_memory([Document(str(tmp_path / name), np.zeros(1, dtype=np.uint8))]).key_N[0]
+    assert built.key_N[0] == corpus_in_memory([Document("abc", np.frombuffer(b"abc", dtype=np.uint8))]).key_N[0]
+
+
+def test_built_from_moved_files_it_is_the_same_data(texts, tmp_path):
+    """With the same split: a run goes on with it."""
+    build(texts / "out", inputs(texts), SMALL, io.StringIO())
+    moved = tmp_path / "moved" / "elsewhere"
+    shutil.copytree(texts, moved, ignore=shutil.ignore_patterns("out"))
+    build(moved / "out", inputs(moved), SMALL, io.StringIO())
+    here, there = open_built(texts / "out"), open_built(moved / "out")
+    assert here.digest == there.digest and here.name(0) != there.name(0) and here.key_N.tolist() == there.key_N.tolist()
+    assert len(set(here.key_N.tolist())) > 60
+
+
+def test_data_of_the_first_format_is_read_with_the_split_it_had(texts):
+    """Its keys are of names."""
+    build(texts / "out", inputs(texts), SMALL, io.StringIO())
+    manifest = json.loads((texts / "out" / "manifest.json").read_text())
+    for shard in manifest["shards"]:
+        path = texts / "out" / f"{shard['name']}.documents"
+        rows = np.fromfile(path, dtype=DOCUMENT)
+        rows["key"] += np.uint64(1)
+        rows.tofile(path)
+    before = open_built(texts / "out")
+    (texts / "out" / "manifest.json").write_text(json.dumps({**manifest, "format": 1}))
+    old = open_built(texts / "out")
+    assert old.key_N.tolist() == before.key_N.tolist() and old.digest == before.digest
+    with pytest.raises(DataError, match="a finished build that differs .format: 1 there, 2 here.; name another directory"):
+        build(texts / "out", inputs(texts), SMALL, io.StringIO())
+    (texts / "out" / "manifest.json").write_text(json.dumps({**manifest, "format": 3}))
+    with pytest.raises(DataError, match="has format 3, this version reads 1 to 2; build the data again"):
+        open_built(texts / "out")

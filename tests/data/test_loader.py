@@ -2,7 +2,6 @@
 
 import io
 import threading
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -102,24 +101,20 @@ def test_processes_that_read_other_sequences_take_turns(loader):
 
 
 def test_updates_are_read_ahead_and_no_further(loader):
-    slow, reads = loader(ahead=2, steps=6), []
-    original, gate = slow.read, threading.Event()
+    watched, reads = loader(ahead=2, steps=6), []
+    original, third = watched.read, threading.Event()
 
-    def watched(step):
+    def read(step):
         reads.append(step)
-        gate.wait(5)
+        if len(reads) == 3:
+            third.set()
         return original(step)
 
-    slow.read = watched
-    gate.set()
-    slow.update(0)
-    for _ in range(100):
-        if len(reads) == 3:
-            break
-        time.sleep(0.01)
-    assert reads == [0, 1, 2] and len(slow._coming) == 2
-    slow.update(5)
-    assert 6 not in slow._coming and not slow._coming
+    watched.read = read
+    watched.update(0)
+    assert third.wait(60) and reads == [0, 1, 2] and len(watched._coming) == 2
+    watched.update(5)
+    assert 6 not in watched._coming and not watched._coming
 
 
 def test_what_goes_wrong_in_the_background_reaches_the_caller(loader, monkeypatch):

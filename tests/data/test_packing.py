@@ -1,11 +1,12 @@
 """Packing: nothing lost, nothing leaked, the same every time."""
 
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from longtrain.data.corpus import corpus_in_memory
@@ -39,9 +40,11 @@ def best_fit_one_by_one(lengths, seq_len):
 
 
 LENGTHS = st.lists(st.integers(1, 200), min_size=1, max_size=60)
+drawn = partial(settings, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow])
+"""The same examples in every run, on a machine of any speed."""
 
 
-@settings(max_examples=100, deadline=None)
+@drawn(max_examples=100)
 @given(LENGTHS, st.integers(2, 64))
 def test_every_token_that_can_be_predicted_is_packed_once(lengths, seq_len):
     rows = rows_of(best_fit(cut(np.array(lengths), seq_len), seq_len))
@@ -50,7 +53,7 @@ def test_every_token_that_can_be_predicted_is_packed_once(lengths, seq_len):
     assert sorted(piece for row in rows for piece in row) == expected
 
 
-@settings(max_examples=300, deadline=None)
+@drawn(max_examples=300)
 @given(LENGTHS, st.sampled_from([2, 7, 64, 1023, 1024, 3000]))
 def test_best_fit_fills_rows_as_the_textbook_does(lengths, seq_len):
     pieces = cut(np.array(lengths), seq_len)
@@ -63,7 +66,7 @@ def test_best_fit_chooses_the_fullest_row_with_room():
     assert rows == [[(0, 0, 6), (2, 0, 4)], [(1, 0, 5), (3, 0, 3)]]
 
 
-@settings(max_examples=100, deadline=None)
+@drawn(max_examples=100)
 @given(LENGTHS, st.integers(2, 64))
 def test_concatenation_loses_nothing_and_pads_only_the_end(lengths, seq_len):
     rows = rows_of(concatenate(np.array(lengths), seq_len, 0, seed=0))

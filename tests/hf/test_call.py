@@ -77,10 +77,6 @@ def test_logits_of_some_positions_are_those_of_all_logits(family):
 
 
 def test_padding_gets_no_position_beyond_those_of_the_documents():
-    ids, labels, cu = row()
-    found = positions(Layout.make(ids.shape[1], cu), labels)[0].tolist()
-    assert found == [*range(7), 0, 0, *range(14), *range(8)]
-    labels[0, 9:] = -100
-    assert positions(Layout.make(31, [0, 5, 31]), labels)[0].tolist() == [*range(5), *range(26)]
-    labels[0, 5:] = -100
-    assert max(positions(Layout.make(31, [0, 5, 31]), labels)[0].tolist()) == 4
+    assert positions(Layout.make(EDGES[-1], EDGES), True)[0].tolist() == [*range(7), 0, 0, *range(14), *range(8)]
+    assert positions(Layout.make(31, [0, 5, 31]), False)[0].tolist() == [*range(5), *range(26)]
+    assert max(positions(Layout.make(31, [0, 5, 31]), True)[0].tolist()) == 4

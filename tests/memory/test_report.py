@@ -2,8 +2,6 @@
 
 import json
 import re
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -21,12 +19,12 @@ from longtrain.nn import LanguageModel, ModelConfig
 from longtrain.offload import DeviceStore
 from longtrain.planner import measure_model, peak, step_memory
 from longtrain.span import Span
+from tests.browser import open_page
 from tests.processes import run_ranks
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 import memory_profiler
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 HOSTILE = "</script><img src=http://x>"
 
 CONFIG = """\
@@ -82,27 +80,14 @@ def test_the_picture_is_drawn(tmp_path, picture):
 
 @pytest.mark.parametrize("width, scheme", [(500, "light"), pytest.param(1280, "dark", marks=pytest.mark.slow)])
 def test_a_browser_draws_the_page_without_a_complaint(width, scheme, tmp_path):
-    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if browser is None:
-        pytest.skip(f"NO BROWSER: the memory report was not opened; install one of {', '.join(BROWSERS)} to have this tested")
     result = profiled(tmp_path, budget="1GiB")
     result["lengths"] = [{"tokens": t, "predicted": t << 10, "measured": t << 10} for t in (1024, 2048)]
     result["ranks"] = [result["peak"]] * 2
     result["timeline"]["lanes"] = [{"name": "to disk", "spans": [[0.0, 0.001, 4096, 1]]}]
     file = tmp_path / "page.html"
     file.write_text(page(result))
-    shown = subprocess.run(
-        [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'browser'}", f"--window-size={width},900",
-         f"--blink-settings=preferredColorScheme={0 if scheme == 'dark' else 1}", "--enable-logging=stderr", "--log-level=0",
-         "--virtual-time-budget=3000", "--dump-dom", file.as_uri()],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert shown.returncode == 0 and [line for line in shown.stderr.splitlines() if "CONSOLE" in line] == []
-    drawn = {figure.split('"')[0]: figure.split("</figure>")[0] for figure in shown.stdout.split('<figure id="')[1:]}
-    assert set(drawn) == {"timeline", "lengths"}
-    for name, figure in drawn.items():
-        assert re.search(r'<path d="M', figure) and "NaN" not in figure and "undefined" not in figure, name
-    assert "rank 1" in shown.stdout
+    shown, figures = open_page(file, tmp_path, width=width, scheme=scheme)
+    assert figures == {"timeline", "lengths"} and "rank 1" in shown
 
 
 class Fails(nn.Module):

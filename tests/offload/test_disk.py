@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -229,17 +230,14 @@ def test_a_disk_that_is_full_half_way(tmp_path):
 
 
 def test_threads_end_with_the_store(tmp_path):
-    import threading
-
-    before = threading.active_count()
+    before = set(threading.enumerate())
     store = TieredStore("cpu", disk=DiskSettings(path=str(tmp_path), budget=1 << 20), system=Here())
     store.put("x", Span(0, 1), torch.ones(1, 1, 8), DISK)
     store.get("x", Span(0, 1))
     del store
-    end = time.monotonic() + 10
-    while threading.active_count() > before and time.monotonic() < end:
-        time.sleep(0.01)
-    assert threading.active_count() == before
+    for thread in set(threading.enumerate()) - before:
+        thread.join(60)
+        assert not thread.is_alive()
 
 
 def test_regions_join_and_reuse():

@@ -9,8 +9,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from longtrain.offload import DiskSettings, Place, TieredStore, saved_tensors
-from longtrain.offload.disk import IN_MEMORY
-from longtrain.offload.system import System
 from tests.offload.stepped import Stepped
 
 
@@ -168,10 +166,8 @@ def test_an_edit_after_the_bytes_are_away_uses_what_was_saved():
     store.close()
 
 
-def test_a_store_is_made_from_settings(tmp_path):
-    if System().filesystem(str(tmp_path)) in IN_MEMORY:
-        pytest.skip("temporary files are in memory here")
+def test_a_store_is_made_from_settings(disk):
     model, x = model_and_input()
     expected = gradients(model, x)
-    context = saved_tensors(DiskSettings(path=str(tmp_path), budget=1 << 24), min_bytes=0)
+    context = saved_tensors(DiskSettings(path=disk, budget=1 << 24), min_bytes=0)
     assert all(torch.equal(a, b) for a, b in zip(gradients(model, x, context), expected, strict=True))

@@ -248,8 +248,8 @@ def with_disk(rank: int, world: int, directory: str) -> None:
 
 
 @pytest.mark.slow
-def test_with_disk(tmp_path):
-    run_ranks(with_disk, 2, str(tmp_path))
+def test_with_disk(disk):
+    run_ranks(with_disk, 2, disk)
 
 
 def groups_of_two(rank: int, world: int) -> None:

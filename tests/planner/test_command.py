@@ -11,6 +11,7 @@ import yaml
 from longtrain import cli
 from longtrain.config import load_config
 from longtrain.plan import Plan
+from tests.browser import open_page
 
 SHAPE = {
     "vocab_size": 4096, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 8,
@@ -47,6 +48,14 @@ def test_a_shape_on_a_machine_that_is_not_here(shape, tmp_path, capsys):
     assert "Time against memory" in page and "http" not in re.sub(r"http://www\.w3\.org\S*", "", page)
     settings = yaml.safe_load((out / "plan.yaml").read_text())["memory"]
     assert settings["chunk_tokens"] > 0 and settings["segment_layers"] in (1, 2, 4)
+
+
+@pytest.mark.parametrize("width, scheme", [(500, "dark"), pytest.param(1280, "light", marks=pytest.mark.slow)])
+def test_a_browser_draws_the_page_without_a_complaint(width, scheme, shape, tmp_path):
+    command = ["plan", shape, "--seq-len", "262144", "--device", "h100", "--gpus", "2", "--host", "8GiB", "--out", str(tmp_path)]
+    assert cli.main(command) == 0
+    shown, figures = open_page(tmp_path / "plan.html", tmp_path, width=width, scheme=scheme)
+    assert figures == {"front"} and "binding:" in shown.lower()
 
 
 def test_several_devices(shape, tmp_path, capsys):

@@ -14,7 +14,9 @@ from longtrain.planner import measure_model, peak, step_memory
 from longtrain.planner.placement import Option, Problem, choose, step_seconds
 from longtrain.planner.rates import Rates
 from longtrain.planner.seconds import layer_seconds
-from longtrain.planner.search import Asked, _least, _problem
+from longtrain.planner.asked import Asked
+from longtrain.planner.search import _problem, fastest_plan
+from longtrain.planner.smallest import _least, smallest_plan
 from longtrain.planner.tiers import tier_use
 
 TOKENS = 8192
@@ -92,7 +94,6 @@ def test_nothing_that_fits_is_none():
 
 def plan_at(share: float, rates: Rates, offered: lt.Offload | None, **settings) -> tuple[lt.Plan, Asked]:
     """The planner's plan for a budget that is `share` of the way from the least to the most."""
-    from longtrain.planner.search import fastest_plan, smallest_plan
 
     asked = Asked(measure_model(model(**settings)), TOKENS, 1, offered, rates, 1)
     least, most = smallest_plan(replace(asked, tiers=None))[1], asked.peak(lt.Plan(chunk_tokens=4096))

@@ -10,7 +10,7 @@ import torch
 import longtrain as lt
 from longtrain.nn import LanguageModel, ModelConfig
 from longtrain.planner import measure_model, peak, step_memory
-from longtrain.planner.search import _candidates
+from longtrain.planner.asked import candidates
 from longtrain.stream.footprint import probe_layer
 from longtrain.verify import two_passes
 
@@ -115,4 +115,4 @@ def test_a_convolution_is_counted_as_it_streams_in_chunks_of_the_plan(taps, chun
     items = {phase.name: phase.items for phase in step_memory(footprint, lt.Plan(chunk_tokens=chunk), tokens)}["backward of layers 0 to 0"]
     held = conv.carry_tokens(tokens, chunk)
     assert (held < tokens) == by_span and items["K/V and their gradients"] >= conv.carry_bytes() * held
-    assert {p.segment_layers for p in _candidates(footprint, tokens) if p.chunk_tokens == chunk} <= ({1, 2} if by_span else {1})
+    assert {p.segment_layers for p in candidates(footprint, tokens) if p.chunk_tokens == chunk} <= ({1, 2} if by_span else {1})

@@ -10,11 +10,16 @@ import pytest
 import torch
 
 import longtrain as lt
+from longtrain.config import load_config
 from longtrain.nn import LanguageModel, ModelConfig
+from longtrain.offload.system import System
+from longtrain.offload.traffic import staging_rooms
 from longtrain.planner import measure_model, peak, step_memory
 from longtrain.planner.rates import usual_rates
-from longtrain.planner.search import Asked, fastest_plan, held_beside_model, smallest_plan, what_to_change
-from longtrain.config import load_config
+from longtrain.planner.asked import Asked, held_beside_model
+from longtrain.planner.cost import CPU_WORKSPACE, GPU_WORKSPACE
+from longtrain.planner.search import fastest_plan
+from longtrain.planner.smallest import smallest_plan, what_to_change
 from longtrain.planner.tiers import describe, tier_use
 from longtrain.train.prepare import step_count
 
@@ -32,8 +37,8 @@ def least(footprint, tokens: int, tiers: lt.Offload | None) -> int:
 
 
 @pytest.fixture
-def tiers(tmp_path):
-    return lt.Offload(disk=lt.DiskSettings(path=str(tmp_path), budget=1 << 28), host_bytes=1 << 24, staging_bytes=1 << 20)
+def tiers(disk):
+    return lt.Offload(disk=lt.DiskSettings(path=disk, budget=1 << 28), host_bytes=1 << 24, staging_bytes=1 << 20)
 
 
 def drawn(seed: int, tiers: lt.Offload) -> tuple[LanguageModel, lt.Plan]:
@@ -71,6 +76,25 @@ def compare(m: LanguageModel, plan: lt.Plan, written: bool = True) -> None:
     for tier, use in predicted.items():
         assert report.store.regions[tier].most == pytest.approx(use.held, rel=0.05, abs=1 << 16), tier
         assert not written or report.store.stats.written.get(tier, 0) == pytest.approx(use.written, rel=0.05, abs=1 << 16), tier
+    report.undo()
+
+
+@pytest.mark.parametrize("device", [0.0, 0.25])
+def test_of_staging_counts_what_is_on_its_way(device, tiers):
+    """What is fetched ahead fills its half; of what is written the chunk that was made last, where its tokens leave at all; a budget allows for
+    more. The disk's slab is no tensor, and a GPU's is in host memory."""
+    away = lt.Split(device=device)
+    plan = lt.Plan(chunk_tokens=128, offload=replace(tiers, inputs=away, gradients=away, outputs=lt.Split()))
+    footprint = measure_model(model())
+    slab, half = staging_rooms(tiers.staging_bytes, True, System().threads)[1:]
+    fast, slow = ({p.name: p.items for p in step_memory(footprint, plan, TOKENS, slow_tiers=slow)} for slow in (False, True))
+    last, budget = (phases["backward of layers 2 to 2"] for phases in (fast, slow))
+    assert last["staging"] == half + (0 if device else 128 * footprint.layers[0].x) and budget["staging"] == 2 * half
+    assert last["workspace"] == CPU_WORKSPACE + slab
+    on_gpu = step_memory(replace(footprint, device=torch.device("cuda")), plan, TOKENS)
+    assert all(p.items["workspace"] == GPU_WORKSPACE for p in on_gpu)
+    report = lt.apply(model(), plan)
+    assert report.store.staging == half
     report.undo()
 
 

@@ -15,8 +15,6 @@ from torch.utils.checkpoint import checkpoint
 
 import longtrain as lt
 from longtrain.nn import LanguageModel, ModelConfig
-from longtrain.offload.disk import IN_MEMORY
-from longtrain.offload.system import System
 from tests.stream.conftest import assert_same, loss_and_grads
 
 STEP = """
@@ -69,13 +67,6 @@ def on_disk(tokens: int, path: str) -> dict:
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run([sys.executable, "-c", ON_DISK, str(tokens), path], env=environment, capture_output=True, text=True, check=True)
     return json.loads(done.stdout)
-
-
-@pytest.fixture
-def disk(tmp_path):
-    if System().filesystem(str(tmp_path)) in IN_MEMORY:
-        pytest.skip(f"{tmp_path} is in memory: give pytest --basetemp on a disk")
-    return str(tmp_path)
 
 
 @pytest.mark.slow

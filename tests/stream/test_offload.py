@@ -49,8 +49,8 @@ def assert_same_bits(model, plan: lt.Plan, offload: lt.Offload, call: dict) -> l
 
 
 @pytest.fixture
-def tiers(tmp_path):
-    return dict(host_bytes=1 << 22, disk=lt.DiskSettings(path=str(tmp_path), budget=1 << 23), staging_bytes=1 << 20)
+def tiers(disk):
+    return dict(host_bytes=1 << 22, disk=lt.DiskSettings(path=disk, budget=1 << 23), staging_bytes=1 << 20)
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)

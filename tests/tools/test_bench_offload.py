@@ -11,16 +11,11 @@ import bench_offload
 import bench_offload_step
 from gpu_check_offload import race_rows
 
-from longtrain.offload.disk import IN_MEMORY
-from longtrain.offload.system import System
-
 
 @pytest.fixture
-def small(tmp_path):
-    if System().filesystem(str(tmp_path)) in IN_MEMORY:
-        pytest.skip("temporary files are in memory here")
+def small(disk, tmp_path):
     sizes = ["--bytes", "4MiB", "--extent", "512KiB", "--staging", "4MiB", "--rounds", "2"]
-    return ["--path", str(tmp_path), *sizes, "--out", str(tmp_path / "out.json")]
+    return ["--path", disk, *sizes, "--out", str(tmp_path / "out.json")]
 
 
 def test_both_directions_are_measured(small, capsys, tmp_path):

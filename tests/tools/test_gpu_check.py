@@ -32,7 +32,7 @@ def test_dry_run_of_a_section_writes_json_and_markdown(capsys, tmp_path):
 
 @pytest.mark.slow
 def test_dry_run_of_everything(tmp_path):
-    assert gpu_check.main(["--dry-run-cpu", "--row-seconds", "300", "--out", str(tmp_path)]) == 0
+    assert gpu_check.main(["--dry-run-cpu", "--row-seconds", "3600", "--out", str(tmp_path)]) == 0
     rows = json.loads((tmp_path / "gpu_check.json").read_text())["rows"]
     assert {row["section"] for row in rows} == set(gpu_check_rows.SECTIONS)
 
@@ -40,10 +40,12 @@ def test_dry_run_of_everything(tmp_path):
 def test_a_section_without_a_row_in_time_is_ended_and_reported():
     rows = gpu_check.run_section("ceilings", True, row_seconds=0.01, left=100)
     assert rows[-1].passed is False and "no row within" in rows[-1].note
+    rows = gpu_check.run_section("ceilings", True, row_seconds=100, left=0.01)
+    assert rows[-1].passed is None and "used up" in rows[-1].note
 
 
 def test_a_section_that_breaks_is_reported_with_its_error(capsys):
-    rows = gpu_check.run_section("ceilings; nothing", True, row_seconds=100, left=100)
+    rows = gpu_check.run_section("ceilings; nothing", True, row_seconds=3600, left=3600)
     assert len(rows) == 1 and rows[0].passed is False and "invalid choice" in rows[0].note
 
 

@@ -4,7 +4,9 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
 
+from longtrain import cli
 from longtrain.train import loop
 
 CONFIG = """\
@@ -48,10 +50,22 @@ def write_config(texts: Path, out: Path) -> str:
     return CONFIG.replace("TEXTS", str(texts)).replace("OUT", str(out))
 
 
-@pytest.fixture
-def texts(tmp_path) -> Path:
-    """Twelve documents of a few hundred bytes."""
-    return write_texts(tmp_path)
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory) -> Path:
+    """Twelve documents of a few hundred bytes, to be read."""
+    return write_texts(tmp_path_factory.mktemp("read"))
+
+
+@pytest.fixture(scope="module")
+def alone(request, tmp_path_factory, texts) -> Path:
+    """The output of a run with the module's SETTINGS, by one process and one thread, that nobody interrupted."""
+    directory = tmp_path_factory.mktemp("alone")
+    (directory / "run.yaml").write_text(write_config(texts, directory / "out"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert cli.main(["train", str(directory / "run.yaml"), *request.module.SETTINGS]) == 0
+    torch.set_num_threads(threads)
+    return directory / "out"
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""`longtrain train` on several processes of this machine, forked from one that has imported everything."""
+"""`longtrain train` on several processes of this machine, forked from one that has imported everything, and what it did compared."""
 
 from __future__ import annotations
 
@@ -10,6 +10,12 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from longtrain.train.output import read_metrics
+
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["longtrain.cli", "longtrain.train.loop", "torch._dynamo"])
 LONGEST = 120.0
@@ -20,7 +26,8 @@ class Ranks:
     """The processes of one job, started; each writes into a log of its own."""
 
     def __init__(
-        self, size: int, directory: Path, config: Path, *overrides: str, own: dict[int, tuple[str, ...]] | None = None, before: str = ""
+        self, size: int, directory: Path, config: Path, *overrides: str, own: dict[int, tuple[str, ...]] | None = None, before: str = "",
+        flags: tuple[str, ...] = (),
     ) -> None:
         """`own`: overrides of single ranks. `before`: ``module:function``, called with the rank in each process first."""
         number = len(list(directory.glob("job*")))
@@ -30,7 +37,7 @@ class Ranks:
         self.processes = []
         for rank in range(size):
             settings = dict(o.split("=", 1) for o in (*overrides, *(own or {}).get(rank, ())))
-            arguments = ["train", str(config), *(f"{key}={value}" for key, value in settings.items())]
+            arguments = ["train", *flags, str(config), *(f"{key}={value}" for key, value in settings.items())]
             self.processes.append(FORKS.Process(target=_rank, args=(rank, size, meet, arguments, str(self._log(rank)), before)))
             self.processes[-1].start()
 
@@ -87,3 +94,25 @@ def _rank(rank: int, size: int, meet: str, arguments: list[str], log: str, befor
         code = cli.main(arguments)
     finally:
         os._exit(code)
+
+
+def losses(out: Path) -> dict[str, list[float]]:
+    records = read_metrics(out / "metrics.jsonl")
+    steps, validations = ([r for r in records if r["kind"] == kind] for kind in ("step", "validation"))
+    return {
+        "steps": [r["step"] for r in steps],
+        "loss": [r["loss"] for r in steps],
+        "grad_norm": [r["grad_norm"] for r in steps],
+        "targets": [r["targets"] for r in steps],
+        "validation": [r["loss"] for r in validations],
+        "positions": [p["loss"] for r in validations for p in r["positions"]],
+    }
+
+
+def assert_same_run(out: Path, alone: Path) -> None:
+    for name, expected in losses(alone).items():
+        assert losses(out)[name] == pytest.approx(expected, rel=1e-6), name
+    ours, theirs = (load_file(next(d.rglob("*model.safetensors"))) for d in (out, alone))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-5, atol=1e-6, msg=name)

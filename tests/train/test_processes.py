@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -12,64 +13,24 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from longtrain import cli
+from longtrain.train import checkpoint
 from longtrain.train import step as one_step
 from longtrain.train.output import read_metrics
-from tests.train.conftest import write_config, write_texts
-from tests.train.ranks import Ranks
+from tests.train.ranks import Ranks, assert_same_run, losses
 
 SETTINGS = (
     "memory.chunk_tokens=24", "parallel.cp_ulysses=null", "train.steps=6", "checkpoint.every_steps=1", "checkpoint.keep=3", "train.threads=1",
     "train.validation_tokens=256", "train.tokens_per_update=128", "train.eps=1e-3",
 )
 """AdamW's smallest divisor is eps: rounding of 1e-8 in a gradient of nothing else moves a weight by lr x 1e-8 / 1e-3, a tenth of what
-`assert_same_run` allows; with the usual 1e-8 it would move it by lr, and documents are held out by their paths, which differ in each test."""
+`assert_same_run` allows; with the usual 1e-8 it would move it by lr."""
 DEAD = re.compile(r"(.*step \d+|ending): rank (\d) \(process \d+ on \S+, last in .*\) gives no sign of life: dead or stuck; rank \d was at (.+); all")
-LIMIT = 30.0
-"""Seconds in which everybody ends after one has died."""
+LIMIT = 90.0
+"""Seconds in which everybody ends after one has died: 21 at most by the clocks of `train/watch.py`, the rest is for a slow machine."""
 
 pytestmark = pytest.mark.usefixtures("no_picture")
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-    return write_texts(tmp_path_factory.mktemp("read"))
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory, texts):
-    """The run by one process."""
-    directory = tmp_path_factory.mktemp("alone")
-    file = directory / "run.yaml"
-    file.write_text(write_config(texts, directory / "out"))
-    threads = torch.get_num_threads()
-    assert cli.main(["train", str(file), *SETTINGS]) == 0
-    torch.set_num_threads(threads)
-    return directory / "out"
-
-
-def losses(out: Path) -> dict[str, list[float]]:
-    records = read_metrics(out / "metrics.jsonl")
-    steps, validations = ([r for r in records if r["kind"] == kind] for kind in ("step", "validation"))
-    return {
-        "steps": [r["step"] for r in steps],
-        "loss": [r["loss"] for r in steps],
-        "grad_norm": [r["grad_norm"] for r in steps],
-        "targets": [r["targets"] for r in steps],
-        "validation": [r["loss"] for r in validations],
-        "positions": [p["loss"] for r in validations for p in r["positions"]],
-    }
-
-
-def assert_same_run(out: Path, alone: Path) -> None:
-    for name, expected in losses(alone).items():
-        assert losses(out)[name] == pytest.approx(expected, rel=1e-6), name
-    ours, theirs = (load_file(directory / "model.safetensors") for directory in (out, alone))
-    for name, tensor in theirs.items():
-        torch.testing.assert_close(ours[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
 
 
 def test_two_processes_train_as_one(tmp_path, config_file, out, alone):
@@ -109,6 +70,27 @@ def test_every_mesh_trains_as_one_process(size, settings, tmp_path, config_file,
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("settings", [("parallel.cp_ulysses=2",), ("parallel.cp_ulysses=1", "parallel.dp_shard=2")], ids=" ".join)
+def test_two_processes_plan_for_the_share_of_each(settings, tmp_path, config_file, out, alone):
+    ranks = Ranks(2, tmp_path, config_file, *SETTINGS, "memory.chunk_tokens=null", "memory.budget=4GiB", *settings)
+    assert ranks.wait() == [0, 0], ranks.said()
+    assert_same_run(out, alone)
+    assert re.search(r"memory  chunks of \d+ tokens, .* predicted peak \d+ MiB", ranks.said())
+
+
+def test_two_processes_evaluate_what_one_has_trained(tmp_path, config_file, out, alone):
+    ranks = Ranks(2, tmp_path, config_file, *SETTINGS, f"output.dir={alone}", "eval.probes=[recall]", "eval.examples=4", flags=("--eval",))
+    assert ranks.wait() == [0, 0], ranks.said()
+    assert ranks.said(1) == "" and f"written to {alone / 'evaluation.json'}" in ranks.said()
+    found = json.loads((alone / "evaluation.json").read_text())
+    assert cli.main(["train", "--eval", str(alone), "eval.probes=[recall]", "eval.examples=4"]) == 0
+    expected = json.loads((alone / "evaluation.json").read_text())
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6) and found["probes"] == expected["probes"]
+    assert [p["loss"] for p in found["positions"]] == pytest.approx([p["loss"] for p in expected["positions"]], rel=1e-6)
+    assert found["targets"] == expected["targets"] == 252
+
+
+@pytest.mark.slow
 def test_bfloat16_on_two_processes_is_as_near_as_rounding(tmp_path, config_file, out):
     settings = (*SETTINGS, "train.dtype=bfloat16")
     assert cli.main(["train", str(config_file), *settings, f"output.dir={tmp_path / 'alone'}"]) == 0
@@ -118,16 +100,27 @@ def test_bfloat16_on_two_processes_is_as_near_as_rounding(tmp_path, config_file,
     assert (tmp_path / "alone" / "model.safetensors").stat().st_size == (out / "model.safetensors").stat().st_size
 
 
+def never_end(rank: int) -> None:
+    """In a process that will be killed: the last checkpoint is never finished, however late the kill."""
+    flush = checkpoint._flush_directory
+
+    def held(directory):
+        flush(directory)
+        while directory.name == ".step-00000006.partial":
+            time.sleep(1)
+
+    checkpoint._flush_directory = held
+
+
 def kill_and_go_on(tmp_path, config_file, out, alone, chance: random.Random, size: int, then: int) -> None:
     """Kill a random rank at a random moment after a random step; the others end and say who it was; the run ends on `then` processes."""
-    ranks, victim, after = Ranks(size, tmp_path, config_file, *SETTINGS), chance.randrange(size), chance.randrange(1, 5)
+    ranks = Ranks(size, tmp_path, config_file, *SETTINGS, before="tests.train.test_processes:never_end")
+    victim, after = chance.randrange(size), chance.randrange(1, 5)
     ranks.wait_for(f"checkpoint of step {after} stands")
     time.sleep(chance.uniform(0, 0.1))
     ranks.signal(victim, signal.SIGKILL)
-    killed = time.monotonic()
     others = [r for r in range(size) if r != victim]
-    codes = ranks.wait(others, LIMIT)
-    assert time.monotonic() - killed < LIMIT and all(code == 1 for code in codes), codes
+    assert ranks.wait(others, LIMIT) == [1] * len(others), ranks.said() + ranks.said(1)
     said = "".join(ranks.said(r) for r in range(size))
     errors = DEAD.findall(said)
     assert [int(who) for _, who, _ in errors] == [victim], said
@@ -174,10 +167,10 @@ def hang(rank: int) -> None:
 
 @pytest.mark.slow
 def test_a_rank_that_gets_nowhere_ends_all_after_the_stated_time(tmp_path, config_file):
-    ranks = Ranks(2, tmp_path, config_file, *SETTINGS, "parallel.step_timeout=4s", before="tests.train.test_processes:hang")
+    ranks = Ranks(2, tmp_path, config_file, *SETTINGS, "parallel.step_timeout=15s", before="tests.train.test_processes:hang")
     assert ranks.wait(seconds=LIMIT) == [1, 1]
     assert re.search(
-        r"step 3: a rank is stuck: nothing moved for 4 s: rank 0 is at all_reduce \(.*\); rank 1 is at no collective, accumulate \(test_processes.py:\d+\)",
+        r"step 3: a rank is stuck: nothing moved for 15 s: rank 0 is at all_reduce \(.*\); rank 1 is at no collective, accumulate \(test_processes.py:\d+\)",
         ranks.said(),
     )
     assert ranks.said(1) == ""
@@ -203,7 +196,9 @@ def test_a_signal_to_one_rank_saves_and_ends_all(number, code, tmp_path, config_
         pytest.param((), {1: ("data.files=[OTHER]",)}, r"data.files\[0\]|data.files is", 1, marks=pytest.mark.slow),
         pytest.param(("memory.chunk_tokens=1",), {}, r"memory.chunk_tokens: 1 tokens cannot be spread over 2 processes", 2, marks=pytest.mark.slow),
         pytest.param(("parallel.cp_ulysses=1", "parallel.dp_shard=2", "train.tokens_per_update=64"), {}, r"1 sequences of 64 tokens an update cannot be shared by 2", 2, marks=pytest.mark.slow),
-        pytest.param(("memory.chunk_tokens=null", "memory.budget=1GiB"), {}, r"memory.budget: plans for one process", 2, marks=pytest.mark.slow),
+        pytest.param(("memory.chunk_tokens=null", "memory.budget=120MiB"), {}, r"memory.budget: each of 2 processes: no plan for 1 x 32 tokens fits 120 MiB", 2, marks=pytest.mark.slow),
+        pytest.param(("parallel.cp_ulysses=1", "parallel.cp_ring=2", "parallel.way=ring", "memory.segment_layers=2"), {}, r"parallel.way: is ring, and that cannot be: it needs two passes", 2, marks=pytest.mark.slow),
+        pytest.param(("memory.optimizer=host",), {}, r"memory.optimizer: host is for one process", 2, marks=pytest.mark.slow),
         pytest.param(("train.init=missing",), {}, r"train.init: missing is no safetensors file", 2, marks=pytest.mark.slow),
     ],
 )
@@ -257,25 +252,3 @@ def test_torchrun_starts_it_and_starts_it_again_when_a_rank_has_died(tmp_path, c
             torchrun.kill()
     assert_same_run(out, alone)
     assert any(r["kind"] == "resume" for r in read_metrics(out / "metrics.jsonl"))
-
-
-@pytest.mark.slow
-def test_two_processes_train_a_model_of_transformers(tmp_path, texts, out):
-    """Each reads other sequences and keeps half of the weights; the saved model is one that transformers reads."""
-    transformers = pytest.importorskip("transformers", reason='needs pip install "longtrain[hf]"')
-    from tests.train.tiny_hf import write_run, write_weights
-
-    file = write_run(tmp_path / "hf.yaml", write_weights(tmp_path / "given"), texts, out)
-    settings = ("train.steps=4", "train.tokens_per_update=128", "train.validation_tokens=256", "train.eps=1e-3", "parallel.dp_shard=2")
-    ranks = Ranks(2, tmp_path, file, *settings)
-    assert ranks.wait() == [0, 0], ranks.said() + ranks.said(1)
-    assert cli.main(["train", str(file), *settings, f"output.dir={tmp_path / 'alone'}"]) == 0
-    for name, expected in losses(tmp_path / "alone").items():
-        assert losses(out)[name] == pytest.approx(expected, rel=1e-5), name
-    ours, theirs = (transformers.AutoModelForCausalLM.from_pretrained(d / "model") for d in (out, tmp_path / "alone"))
-    for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
-    lora = "model.lora={rank: 4, alpha: 8, target_modules: [q_proj]}"
-    for wrong, says in ((lora, "model.lora: adapters are trained by one process"), ("parallel.cp_ring=2", "share no sequence in a run yet")):
-        ranks = Ranks(2, tmp_path, file, *settings, "parallel.dp_shard=null", wrong)
-        assert ranks.wait() == [2, 2] and says in ranks.said(), ranks.said()

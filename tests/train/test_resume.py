@@ -18,35 +18,16 @@ from longtrain import cli
 from longtrain.train import checkpoint as on_disk
 from longtrain.train import loop, saving, stop
 from longtrain.train.output import read_metrics
-from tests.train.conftest import write_config, write_texts
 
 TOOLS = Path(__file__).parents[2] / "tools"
-EVERY = ("checkpoint.every_steps=1", "checkpoint.keep=3", "train.steps=6", "train.validation_tokens=128")
+SETTINGS = ("checkpoint.every_steps=1", "checkpoint.keep=3", "train.steps=6", "train.validation_tokens=128")
 
 pytestmark = pytest.mark.usefixtures("no_picture")
 
 
 def train(file, *overrides, flags=()):
-    settings = dict(setting.split("=", 1) for setting in (*EVERY, *overrides))
+    settings = dict(setting.split("=", 1) for setting in (*SETTINGS, *overrides))
     return cli.main(["train", str(file), *(f"{key}={value}" for key, value in settings.items()), *flags])
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-    return write_texts(tmp_path_factory.mktemp("read"))
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory, texts):
-    """A run of the same text that nobody interrupted."""
-    directory = tmp_path_factory.mktemp("alone")
-    file = directory / "run.yaml"
-    file.write_text(write_config(texts, directory / "out"))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    assert train(file) == 0
-    torch.set_num_threads(threads)
-    return directory / "out"
 
 
 def trajectory(directory):
@@ -151,11 +132,12 @@ def test_half_written_checkpoints_are_removed_and_the_latest_kept(config_file, o
 
 
 def test_the_plan_may_change_between_two_starts(config_file, out, tmp_path, crash_after, monkeypatch, capsys):
-    assert train(config_file, f"output.dir={tmp_path / 'alone'}", "memory.chunk_tokens=24") == 0
+    eps = "train.eps=1e-3"  # with 1e-8, rounding in a gradient of nothing else moves a weight by lr
+    assert train(config_file, f"output.dir={tmp_path / 'alone'}", "memory.chunk_tokens=24", eps) == 0
     crash_after(3)
-    die(config_file, "memory.chunk_tokens=24")
+    die(config_file, "memory.chunk_tokens=24", eps)
     monkeypatch.undo()
-    assert train(config_file, "memory.chunk_tokens=16", "memory.segment_layers=2") == 0
+    assert train(config_file, "memory.chunk_tokens=16", "memory.segment_layers=2", eps) == 0
     assert "changed since then: memory.chunk_tokens: 24 -> 16" in capsys.readouterr().out
     for ours, alone in zip(trajectory(out), trajectory(tmp_path / "alone"), strict=True):
         assert ours[:2] == alone[:2] and ours[2] == pytest.approx(alone[2], rel=1e-4)

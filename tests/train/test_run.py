@@ -58,8 +58,9 @@ def test_the_same_seed_gives_the_same_losses_bit_for_bit(overrides, config_file,
 
 
 def test_streamed_and_plain_runs_have_the_same_losses_up_to_rounding(config_file, tmp_path, capsys):
-    assert train(config_file, f"output.dir={tmp_path / 'plain'}", "train.tokens_per_update=128") == 0
-    assert train(config_file, f"output.dir={tmp_path / 'streamed'}", "train.tokens_per_update=128", "memory.chunk_tokens=24") == 0
+    settings = ("train.tokens_per_update=128", "train.eps=1e-3")  # with 1e-8, rounding in a gradient of nothing else moves a weight by lr
+    assert train(config_file, f"output.dir={tmp_path / 'plain'}", *settings) == 0
+    assert train(config_file, f"output.dir={tmp_path / 'streamed'}", *settings, "memory.chunk_tokens=24") == 0
     for (*_, plain), (*_, streamed) in zip(losses(tmp_path / "plain"), losses(tmp_path / "streamed"), strict=True):
         assert streamed == pytest.approx(plain, rel=1e-4)
 

@@ -1,0 +1,75 @@
+"""The plan of a run: the planner's for `memory.budget`, or what the configuration says by hand.
+
+Of several processes each has a share of the model, of the sequence, or of both, and the budget is that of each of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+import longtrain as lt
+from longtrain.config import Config, Locations
+from longtrain.plan import InfeasibleBudget
+from longtrain.planner.axes import Axes, on_one_device
+from longtrain.planner.rates import usual_rates
+from longtrain.planner.search import Asked, fastest_plan, held_beside_model, what_to_change
+from longtrain.train.distribute import Work
+from longtrain.units import parse_bytes
+
+
+def make_plan(model: nn.Module, config: Config, where: Locations, work: Work = Work()) -> lt.Plan | None:
+    """None: nothing is streamed. One process makes it when its optimizer has cast the model; several, before they keep parts of it."""
+    if config.memory.budget is not None:
+        try:
+            return of_one(model, config) if work.mesh is None else of_several(model, config, where, work)
+        except ValueError as error:  # nothing fits, or a layer cannot be streamed
+            raise where.error("memory.budget", str(error)) from None
+    if settings := config.memory.plan_settings():
+        return lt.Plan(**settings)
+    return None if work.context == 1 else lt.Plan(chunk_tokens=config.data.seq_len)  # what is shared is streamed: all of it is one chunk
+
+
+def of_one(model: nn.Module, config: Config) -> lt.Plan:
+    """Raises ValueError."""
+    here = config.memory.optimizer == "device" or next(model.parameters()).device.type == "cpu"
+    return lt.plan(
+        model, seq_len=config.data.seq_len, budget=config.memory.budget, tiers=config.memory.tiers(), steps=step_count(config),
+        optimizer_bytes_per_parameter=8 * here,  # AdamW's moments
+    )  # fmt: skip
+
+
+def of_several(model: nn.Module, config: Config, where: Locations, work: Work) -> lt.Plan:
+    """For the share of one of them, the same for all. `model` is whole, on the CPU, in float32 (frozen weights in the training dtype).
+    Raises ValueError.
+
+    A process holds its part of the parameters as they are, AdamW's moments of them, a segment of layers gathered and the next one on its
+    way, and what is in no layer (embeddings, head, last norm) whole, both in the training dtype.
+    """
+    from longtrain.planner.command import footprint_of  # which reads configurations as this package does
+
+    device, room = torch.device(work.mesh.device_type), parse_bytes(config.memory.budget)
+    held = sum(p.nbytes for p in model.parameters())
+    with torch.random.fork_rng(devices=[]):
+        whole = footprint_of(config, where, device)
+    whole = replace(whole, device=device)
+    beside = held_beside_model(replace(whole, parameters=held if device.type == "cpu" else 0))
+    taken = int(work.processes.greatest([beside])[0])
+    axes = Axes(sequence=work.context, replicas=work.kept // work.context)
+    in_no_layer = whole.parameters - sum(layer.parameters for layer in whole.layers)
+    share = replace(on_one_device(whole, axes, optimizer="device", masters=False), parameters=held // work.kept + in_no_layer)
+    asked = Asked(share, -(-config.data.seq_len // work.context), 1, config.memory.tiers(), usual_rates(device), step_count(config), work.context)
+    if (found := fastest_plan(asked, room - taken)) is None:
+        raise InfeasibleBudget(f"each of {work.processes.size} processes: {what_to_change(asked, room, taken)}")
+    chunk = min(found.chunk_tokens * work.context, config.data.seq_len)
+    return replace(found, chunk_tokens=chunk, predicted_peak=found.predicted_peak + taken)
+
+
+def step_count(config: Config) -> int:
+    """Forward and backward passes over ``data.seq_len`` tokens that the run's updates come to."""
+    stages = config.stages()
+    ends = [*(stage.from_step for stage in stages[1:]), config.train.steps]
+    tokens = sum(stage.tokens_per_update * max(0, end - stage.from_step) for stage, end in zip(stages, ends, strict=True))
+    return max(1, -(-tokens // config.data.seq_len))
