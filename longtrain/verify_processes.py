@@ -67,7 +67,7 @@ def _process(rank: int, size: int, meeting: str, config_path: str, overrides: Se
     for row in check(model, plan, tokens, config.parallel, size):
         failed += not row.good
         if rank == 0:
-            print(f"{'ok  ' if row.good else 'FAIL'}  {row.check:58}  {row.value:>32}  {row.bound}", flush=True)
+            print(f"{'ok  ' if row.good else 'FAIL'}  {row.check:70}  {row.value:>32}  {row.bound}", flush=True)
     if rank == 0:
         print(f"\n{'exact' if not failed else f'NOT EXACT: {failed} checks failed'}", flush=True)
     dist.barrier()
@@ -89,16 +89,17 @@ def check(model: nn.Module, plan: Plan, tokens: int, config: ParallelConfig, siz
     for heads in (n for n in range(1, size + 1) if size % n == 0 and n <= model.config.num_heads):
         mesh = init_device_mesh("cpu", (1, 1, size // heads, heads), mesh_dim_names=DIMENSIONS)
         work = Work(mesh=mesh, context=size)
+        way = "auto" if config.way in (("heads",) if heads < size else ("ring", "queries")) else config.way  # what cannot be here
         for number, layout in enumerate(layouts):
             name, case = list(cases.items())[number % len(cases)]
             ours = copy.deepcopy(model)
             shard(ours, work, plan.segment_layers, torch.float64)
-            report = apply(ours, plan, group=mesh[DIMS], parallel=Parallel(layout=layout, way=config.way, stripe=2))
+            report = apply(ours, plan, group=mesh[DIMS], parallel=Parallel(layout=layout, way=way, stripe=2))
             report.check_replay()
             found = _step(ours, case)
             error, where, good = worst(found, exact[name], dict.fromkeys(exact[name], FLOAT64_BOUND))
             said = f"<= {FLOAT64_BOUND:.0e}"
-            yield Row(f"rings of {size // heads} x {heads} that exchange heads, {layout}, {name}", f"{error:.1e} ({where})", said, good)
+            yield Row(f"rings of {size // heads} x {heads} that exchange heads, {way}, {layout}, {name}", f"{error:.1e} ({where})", said, good)
 
 
 def _step(model: nn.Module, inputs: dict) -> dict[str, torch.Tensor]:

@@ -13,6 +13,10 @@ process was not yet as far (on a busy machine, much of it). `--kinds`: what mixe
 the ways `states` and `scan`. `--trace`: what was under way and what was waited for, a lane each for every process, as Chrome and Perfetto
 show them.
 
+Behind the table: which way `lt.Parallel()` takes, and what each would send. And the last round's steps played again
+(`longtrain.parallel.timeline`) over links on which the transfers take 5% to 80% of the processor's seconds: the share of the transfers by
+which the step is not longer than over an endlessly fast link, and what is waited for. Other work on the machine does not enter into it.
+
 No number is printed unless loss and gradients of every way agree with those of one process.
 """
 
@@ -21,10 +25,12 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from datetime import timedelta
 from pathlib import Path
 from typing import get_args
@@ -37,6 +43,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import longtrain as lt
 from longtrain.nn import LanguageModel, ModelConfig
 from longtrain.nn.config import LayerKind
+from longtrain.parallel.timeline import Posted, play
 from longtrain.units import parse_bytes
 
 WAYS = {
@@ -70,14 +77,15 @@ def main(argv: list[str] | None = None) -> int:
     a = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as directory:
         mp.spawn(work, (a, Path(directory)), nprocs=a.processes)
-        rows = json.loads((Path(directory) / "rows.json").read_text())
+        rows, said = json.loads((Path(directory) / "rows.json").read_text())
         lanes = [event for rank in range(a.processes) for event in json.loads((Path(directory) / f"lanes{rank}.json").read_text())]
     print(f"{a.seq_len} tokens, chunks of {a.chunk}, {a.processes} processes of one thread; medians of {a.repeats}")
     for row in rows:
         print("  ".join(f"{key} {value:,.3f}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()))
+    print(said)
     a.out.parent.mkdir(parents=True, exist_ok=True)
     command = " ".join(["python tools/bench_parallel.py", *(sys.argv[1:] if argv is None else argv)])
-    a.out.write_text(json.dumps({"command": command, "torch": torch.__version__, "rows": rows}, indent=1) + "\n")
+    a.out.write_text(json.dumps({"command": command, "torch": torch.__version__, "rows": rows, "said": said.splitlines()}, indent=1) + "\n")
     if a.trace is not None:
         a.trace.parent.mkdir(parents=True, exist_ok=True)
         a.trace.write_text(json.dumps(lanes))
@@ -107,7 +115,8 @@ def work(rank: int, a: argparse.Namespace, directory: Path) -> None:
     for _ in range(a.repeats):
         for name in runs:
             if name != "independent":
-                reports[name].sharing.mesh.all.traffic.lanes = []
+                traffic = reports[name].sharing.mesh.all.traffic
+                traffic.lanes, traffic.log = [], []
             before = loopback_bytes()
             seconds[name].append(step(runs[name], ids))
             over_loopback[name].append(loopback_bytes() - before)
@@ -120,11 +129,12 @@ def work(rank: int, a: argparse.Namespace, directory: Path) -> None:
         row = {"way": name, "seconds": time_of_step, "processor seconds": busy, "tokens a second": tokens / time_of_step}
         if shared:
             row |= {"of independent": alone / (a.processes * time_of_step), "by processor time": alone_busy / (a.processes * busy)}
-            row |= {**bytes_of(reports[name], a), "MB over loopback": min(over_loopback[name]) / 1e6, **waiting(reports[name], a)}
+            row |= {**bytes_of(reports[name], a), "MB over loopback": min(over_loopback[name]) / 1e6, **waiting(reports[name])}
             lanes += events(name, rank, reports[name].sharing.mesh.all.traffic.lanes)
         rows.append(row)
+    said = "\n".join([said_of_choices(model, plan, reports, a), said_of_links(reports, a)])
     if rank == 0:
-        (directory / "rows.json").write_text(json.dumps(rows))
+        (directory / "rows.json").write_text(json.dumps((rows, said)))
     (directory / f"lanes{rank}.json").write_text(json.dumps(lanes))
     dist.barrier()
     dist.destroy_process_group()
@@ -174,16 +184,45 @@ def bytes_of(report: lt.Report, a: argparse.Namespace) -> dict:
     return {"MB received": counted / 1e6, "by formula": formula / 1e6, "MB received by all": int(of_all) / 1e6}
 
 
-def waiting(report: lt.Report, a: argparse.Namespace) -> dict:
-    lanes = report.sharing.mesh.all.traffic.lanes
-    waited = sum(lane.done - lane.asked for lane in lanes)
-    if a.link is None:
+def waiting(report: lt.Report) -> dict:
+    traffic = report.sharing.mesh.all.traffic
+    waited = sum(lane.done - lane.asked for lane in traffic.lanes)
+    if traffic.link is None:
         return {"waited seconds": waited}
-    transfers, of_link = sum(lane.nbytes / a.link for lane in lanes), sum(lane.of_link for lane in lanes)
+    transfers, of_link = sum(lane.nbytes for lane in traffic.lanes) / traffic.link, sum(lane.of_link for lane in traffic.lanes)
     return {
         "waited seconds": waited, "transfer seconds": transfers, "hidden": max(0.0, 1 - waited / transfers),
         "hidden but for waiting for the peer": 1 - of_link / transfers,
     }
+
+
+def said_of_choices(model: LanguageModel, plan: lt.Plan, reports: dict, a: argparse.Namespace) -> str:
+    """The way that `lt.Parallel()` takes, and every way's bytes by formula. Every process calls it."""
+    chosen = lt.apply(copy.deepcopy(model), plan, parallel=lt.Parallel()).sharing
+    lines = ["chosen by lt.Parallel(), with what a rank receives in a layer (forward + backward):", chosen.explain(a.seq_len), "and if asked for:"]
+    for name in a.ways:
+        _, *of_layers = reports[name].sharing.explain(a.seq_len).splitlines()
+        lines += [f"{name}: {said}" for said in of_layers]
+    return "\n".join(lines)
+
+
+def said_of_links(reports: dict, a: argparse.Namespace) -> str:
+    lines = ["the last step played again over slower links: hidden (and what was waited for, as shares of the transfers)"]
+    for name in a.ways:
+        logs: list = [None] * a.processes
+        dist.all_gather_object(logs, reports[name].sharing.mesh.all.traffic.log)
+        at_once = play(logs, math.inf)
+        nbytes = sum(sum(event.received.values()) for log in logs for event in log if isinstance(event, Posted)) / a.processes
+        computed = max(log[-1].computed - log[0].computed for log in logs)
+        for share in (0.05, 0.1, 0.2, 0.4, 0.8):
+            link = nbytes / (share * computed)
+            played = play(logs, link)
+            later = max(rank.seconds for rank in played) - max(rank.seconds for rank in at_once)
+            waited = sum((rank.waited for rank in played), Counter())
+            waited.subtract(sum((rank.waited for rank in at_once), Counter()))
+            what = ", ".join(f"{what} {seconds / a.processes / (share * computed):.1%}" for what, seconds in waited.most_common(4))
+            lines.append(f"{name:8} {link / 1e6:8,.0f} MB a second, {share:4.0%} of the computing: {1 - later / (share * computed):6.1%}  ({what})")
+    return "\n".join(lines)
 
 
 def events(name: str, rank: int, lanes) -> list[dict]:

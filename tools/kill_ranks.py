@@ -88,7 +88,8 @@ def compare(args: argparse.Namespace, directory: Path) -> int:
 
 
 def kill_once(directory: Path, args: argparse.Namespace, chance: random.Random, kill: int, ranks: int) -> tuple[float, str]:
-    """Start the run on `ranks` and kill one of them, a fifth of the times while it starts. Seconds until all had ended, and what was wrong."""
+    """Start the run on `ranks` and kill one of them, a fifth of the times while it starts, once it has met the others (before that they wait
+    minutes for it: it may be late). Seconds until all had ended, and what was wrong."""
     log = directory / "killed.log"
     log.touch()
     begun, starting, victim = len(log.read_text()), kill % 5 == 3, chance.randrange(ranks)
@@ -100,7 +101,8 @@ def kill_once(directory: Path, args: argparse.Namespace, chance: random.Random, 
         return int(steps[-1]) if steps else 0
 
     deadline = time.monotonic() + 120
-    while not starting and done() < max(target, 1) and time.monotonic() < deadline:
+    there = lambda: has_met(directory, kill, ranks, victim) if starting else done() >= max(target, 1)
+    while not there() and time.monotonic() < deadline:
         time.sleep(0.005)
     time.sleep(chance.uniform(0, 1.0 if starting else 0.1))
     reached = done()
@@ -133,7 +135,7 @@ def one_for_a_while(directory: Path, kill: int) -> None:
 
 def start(ranks: int, directory: Path, name: str, number: int, hold: int | None = None) -> list[int]:
     """Fork `ranks` of a `longtrain train`, which finish no checkpoint beyond update `hold`; their process ids."""
-    meet, processes = directory / f"meet-{name}-{number}-{ranks}", []
+    meet, processes = meeting(directory, name, number, ranks), []
     for rank in range(ranks):
         if (process := os.fork()) == 0:
             code = 1
@@ -151,6 +153,16 @@ def start(ranks: int, directory: Path, name: str, number: int, hold: int | None 
                 os._exit(code)
         processes.append(process)
     return processes
+
+
+def meeting(directory: Path, name: str, number: int, ranks: int) -> Path:
+    return directory / f"meet-{name}-{number}-{ranks}"
+
+
+def has_met(directory: Path, kill: int, ranks: int, rank: int) -> bool:
+    """Whether a rank has given a sign of life in the file by which they meet."""
+    meet = meeting(directory, "killed", kill, ranks)
+    return meet.exists() and f"longtrain/rank {rank}".encode() in meet.read_bytes()
 
 
 def ended(processes: list[int], codes: list[int], seconds: float = 600) -> str:

@@ -62,7 +62,8 @@ class DataConfig:
     Example: 4."""
 
     validation_fraction: float = 0.05
-    """Share of the documents that is held out. Whether a document is depends on its name and `seed` alone: it stays when data is added."""
+    """Share of the documents that is held out. Whether a document is depends on its contents and `seed` alone: it stays when data is added,
+    moved or tokenized otherwise, and copies of it are on the same side."""
 
     seed: int = 0
     """Draws the validation documents and the order of the sequences."""

@@ -3,13 +3,14 @@ the group's tokens with a part of the heads, and back.
 
 Query heads are cut evenly, whatever their number; a kv head goes to every rank whose query heads read it, and the gradients of its
 replicas are summed at home, wide, in rank order. What is done between the two exchanges is another way: by oneself where the group has
-the whole sequence, a ring or travelling queries over several groups otherwise (2-D). With N tokens over P ranks that divide H and K:
+the whole sequence, a ring or travelling queries over several groups otherwise (2-D). A rank's heads go in rounds (`exchange.py`), a kv
+head with the first of its query heads, its gradient with the last. With N tokens over P ranks that divide H and K, where the gradients
+of what was attended to need q, k and v there a second time, with the LSE and delta (`way.py`) of 4 bytes each:
 
-    forward    (H (D + Dv) + K (D + Dv)) b  (N / P) (P - 1) / P          backward    the same
+    forward     (H ((D + Dv) b + w) + K (D + Dv) b)  (N / P) (P - 1) / P
+    backward    (H ((2 D + Dv) b + 2 w) + 2 K (D + Dv) b)  (N / P) (P - 1) / P
 
-and with K < P, so that each rank has one kv head:
-
-    forward    (H (D + Dv) / P + (D + Dv)) b  N (P - 1) / P          backward    (H (D + Dv) / P b + (D + Dv) w)  N (P - 1) / P
+With K < P, so that each rank has one kv head, P in place of K, and the gradients of keys as wide as their sums.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from longtrain.parallel.exchange import Arrived, to_shares, to_tokens
+from longtrain.parallel.exchange import ROUNDS, Arrived, Rounds, to_shares, to_tokens
 from longtrain.parallel.layout import total
 from longtrain.parallel.pieces import Spans, attend, attend_vjp, empty, wide_zeros
 from longtrain.parallel.ranks import Ranks
@@ -33,17 +34,16 @@ class Alone:
 
     spans: Spans
 
-    def forward(self, mixer, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def attend(self, mixer, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         out, lse = empty(q, v)
         attend(mixer, q, self.spans, k, v, self.spans, out, lse, with_sinks=True, fresh=True)
-        out = out.to(q.dtype)
-        return out, (q, k, v, out, lse)
+        return out.to(q.dtype), lse
 
-    def backward(
-        self, mixer, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+    def attend_vjp(
+        self, mixer, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         dq, dk, dv = map(wide_zeros, (q, k, v))
-        attend_vjp(mixer, dout, q, out, lse, self.spans, k, v, self.spans, dq=dq, dk=dk, dv=dv, with_sinks=True)
+        attend_vjp(mixer, dout, q, None, lse, self.spans, k, v, self.spans, dq=dq, dk=dk, dv=dv, with_sinks=True, delta=delta)
         return dq, dk, dv
 
 
@@ -62,16 +62,36 @@ class Heads:
                 "and give the others to the ring (cp_ulysses x cp_ring)"
             )
 
-    def of_queries(self, rank: int) -> slice:
-        return slice(self.query_heads * rank // self.ranks, self.query_heads * (rank + 1) // self.ranks)
+    def of_queries(self, rank: int, round: int | None = None) -> slice:
+        """A rank's query heads, or those of a round."""
+        start, stop = self.query_heads * rank // self.ranks, self.query_heads * (rank + 1) // self.ranks
+        if round is not None:
+            start, stop = (start + (stop - start) * edge // self.rounds for edge in (round, round + 1))
+        return slice(start, stop)
 
-    def of_keys(self, rank: int) -> slice:
-        heads, group = self.of_queries(rank), self.query_heads // self.kv_heads
+    def of_keys(self, rank: int, round: int | None = None) -> slice:
+        """The kv heads that they read."""
+        heads, group = self.of_queries(rank, round), self.query_heads // self.kv_heads
         return slice(heads.start // group, (heads.stop - 1) // group + 1)
 
-    def runs(self, rank: int) -> list[tuple[int, slice, slice]]:
-        """A rank's calls of attention, each with as many query heads for every kv head: (first query head, query heads, kv heads)."""
-        heads, group, first_kv = self.of_queries(rank), self.query_heads // self.kv_heads, self.of_keys(rank).start
+    @property
+    def rounds(self) -> int:
+        return min(ROUNDS, self.query_heads // self.ranks)
+
+    def coming(self, rank: int, round: int) -> slice:
+        """The kv heads that no earlier round of the rank reads."""
+        keys = self.of_keys(rank, round)
+        return slice(self.of_keys(rank, round - 1).stop if round else keys.start, keys.stop)
+
+    def going(self, rank: int, round: int) -> slice:
+        """The kv heads that this round reads or an earlier one, and no later one, and that have not gone before."""
+        start, stop = (self.of_keys(rank, r).start if r < self.rounds else self.of_keys(rank).stop for r in (round, round + 1))
+        return slice(start, stop)
+
+    def runs(self, rank: int, round: int | None = None) -> list[tuple[int, slice, slice]]:
+        """A rank's calls of attention, each with as many query heads for every kv head: (first query head, its query heads among those of
+        the round, kv heads among those of the rank)."""
+        heads, group, first_kv = self.of_queries(rank, round), self.query_heads // self.kv_heads, self.of_keys(rank).start
         inner = slice(-(-heads.start // group) * group, heads.stop // group * group)  # whole groups
         if inner.start > inner.stop:
             edges = [heads.start, heads.stop]
@@ -126,29 +146,62 @@ class AllToAll:
     heads: Heads
     inner: Way
 
-    def forward(self, mixer, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        q, k, v = self.heads.to_heads(self.ranks, self.spans, "qkv", (q,), (k, v))()
-        outs, saved = [], []
-        for first, of_q, of_k in self.heads.runs(self.ranks.rank):
-            out, of_run = self.inner.forward(mixer.from_head(first), q[:, :, of_q], k[:, :, of_k], v[:, :, of_k])
-            outs.append(out)
-            saved += of_run
-        (out,) = self.heads.to_tokens(self.ranks, self.spans, "out", (torch.cat(outs, dim=2),))()
-        return out, tuple(saved)
+    def attend(self, mixer, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        heads, rounds = self.heads, self._rounds
+        keys = [self._of_rank(x, x.dtype) for x in (k, v)]
 
-    def backward(self, mixer, dout: Tensor, *saved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        runs, dtype = self.heads.runs(self.ranks.rank), dout.dtype
-        (dout,) = self.heads.to_heads(self.ranks, self.spans, "dout", (dout,))()
-        each = len(saved) // len(runs)
-        grads = [
-            self.inner.backward(mixer.from_head(first), dout[:, :, of_q], *saved[i * each : (i + 1) * each])
-            for i, (first, of_q, _) in enumerate(runs)
-        ]
-        dq, dk, dv = (torch.cat(parts, dim=2) for parts in zip(*grads, strict=True))
-        if self.heads.replicated:  # their sums are wide; without replicas the gradients are final, and as wide as the keys
-            (dq,) = self.heads.to_tokens(self.ranks, self.spans, "dq", (dq.to(dtype),))()
-            return dq, *self.heads.to_tokens(self.ranks, self.spans, "dkv", (), (dk, dv))()
-        return tuple(self.heads.to_tokens(self.ranks, self.spans, "dqkv", (dq.to(dtype),), (dk.to(dtype), dv.to(dtype)))())
+        def work(round: int, q: Tensor, *coming: Tensor) -> tuple[Tensor, Tensor]:
+            for whole, part in zip(keys, coming, strict=True):
+                whole[:, :, self._among_own(heads.coming(self.ranks.rank, round))] = part
+            made = [
+                self.inner.attend(mixer.from_head(first), q[:, :, of_q], *(x[:, :, of_k] for x in keys))
+                for first, of_q, of_k in heads.runs(self.ranks.rank, round)
+            ]
+            return tuple(torch.cat(parts, dim=2) for parts in zip(*made, strict=True))
+
+        coming = rounds.start("qkv", [(q, heads.of_queries), (k, heads.coming), (v, heads.coming)])
+        out, lse = rounds.finish([coming], work, "out", [(heads.of_queries, heads.query_heads)] * 2)
+        return out, lse
+
+    def attend_vjp(
+        self, mixer, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        heads, rounds, dtype = self.heads, self._rounds, dout.dtype
+        keys, sums = [self._of_rank(x, x.dtype) for x in (k, v)], [self._of_rank(x, lse.dtype).zero_() for x in (k, v)]
+
+        def work(round: int, q: Tensor, dout: Tensor, lse: Tensor, delta: Tensor, *coming: Tensor) -> tuple[Tensor, ...]:
+            for whole, part in zip(keys, coming, strict=True):
+                whole[:, :, self._among_own(heads.coming(self.ranks.rank, round))] = part
+            dqs = []
+            for first, of_q, of_k in heads.runs(self.ranks.rank, round):
+                of_run, of_queries = [x[:, :, of_k] for x in keys], [x[:, :, of_q] for x in (lse, delta)]
+                dq, *made = self.inner.attend_vjp(mixer.from_head(first), dout[:, :, of_q], q[:, :, of_q], *of_run, *of_queries)
+                dqs.append(dq)
+                for whole, part in zip(sums, made, strict=True):
+                    whole[:, :, of_k] += part
+            final = [x[:, :, self._among_own(heads.going(self.ranks.rank, round))] for x in sums]
+            # Sums of replicas are wide; without replicas the gradients are final, and as wide as the keys.
+            return torch.cat(dqs, dim=2).to(dtype), *(x if heads.replicated else x.to(dtype) for x in final)
+
+        of_q, there, back = heads.of_queries, heads.coming, (heads.going, heads.kv_heads)
+        coming = rounds.start("qkv and dout", [(q, of_q), (dout, of_q), (lse, of_q), (delta, of_q), (k, there), (v, there)])
+        return tuple(rounds.finish([coming], work, "dqkv", [(of_q, heads.query_heads), back, back], summed=self._summed))
+
+    _summed = (1, 2)
+    """dk and dv: the heads of replicas."""
+
+    @property
+    def _rounds(self) -> Rounds:
+        return Rounds(self.ranks, self.spans, self.heads.rounds)
+
+    def _of_rank(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Memory for this rank's kv heads of all tokens."""
+        heads = self.heads.of_keys(self.ranks.rank)
+        return x.new_empty(x.shape[0], sum(map(total, self.spans)), _length(heads), *x.shape[3:], dtype=dtype)
+
+    def _among_own(self, heads: slice) -> slice:
+        first = self.heads.of_keys(self.ranks.rank).start
+        return slice(heads.start - first, heads.stop - first)
 
 
 def _length(part: slice) -> int:

@@ -20,7 +20,7 @@ from longtrain.parallel.exchange import Arrived
 from longtrain.parallel.layout import Shards, total
 from longtrain.parallel.pieces import Spans
 from longtrain.parallel.ranks import Ranks
-from longtrain.parallel.travelling import delta_of
+from longtrain.parallel.way import delta_of
 from longtrain.span import Span
 from longtrain.stream.carry import kv_carry_spec
 from longtrain.stream.protocol import Carry, CarrySpec, KVBlock

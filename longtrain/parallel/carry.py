@@ -11,8 +11,9 @@ and in what order, depends on plan, layout and mask alone, so all ranks meet in 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
 from itertools import chain
 
 import torch
@@ -21,8 +22,9 @@ from torch import Tensor
 from longtrain.parallel.circulate import buffers
 from longtrain.parallel.layout import Shards, total
 from longtrain.parallel.pieces import Spans, attend, attend_vjp, cut, empty, places, seen_by_any, wide_zeros
-from longtrain.parallel.ranks import Message, Ranks
-from longtrain.parallel.travelling import TravellingQueries, delta_of
+from longtrain.parallel.ranks import Message, Pending, Ranks
+from longtrain.parallel.travelling import TravellingQueries
+from longtrain.parallel.way import delta_of
 from longtrain.span import Span
 from longtrain.stream.carry import kv_carry_spec
 from longtrain.stream.protocol import CarrySpec, KVBlock
@@ -82,8 +84,7 @@ class QueriesTravel(Staying):
         if stored is not None:
             return stored
         way, held = self._way(span)
-        out, (*_, lse) = way.forward(self.mixer, q_BCHD, self._k[:, held], self._v[:, held])
-        return out, lse
+        return way.attend(self.mixer, q_BCHD, self._k[:, held], self._v[:, held])
 
     def mix_vjp(
         self, span: Span, q_BCHD: Tensor, out_BCHD: Tensor | None, lse_BCH: Tensor, dout_BCHD: Tensor, delta_BCH: Tensor | None = None
@@ -91,7 +92,7 @@ class QueriesTravel(Staying):
         delta = delta_of(dout_BCHD, out_BCHD, lse_BCH) if delta_BCH is None else delta_BCH
         way, held = self._way(span)
         k, v, dk, dv = (x[:, held] for x in (self._k, self._v, *self._adjoints))
-        return way.add_backward(self.mixer, dout_BCHD, q_BCHD, k, v, lse_BCH, delta, dk, dv).to(q_BCHD.dtype)
+        return way.add_vjp(self.mixer, dout_BCHD, q_BCHD, k, v, lse_BCH, delta, dk, dv).to(q_BCHD.dtype)
 
     def blocks(self, span: Span) -> list[KVBlock]:
         """This rank's; the others' are with them."""
@@ -104,70 +105,104 @@ class QueriesTravel(Staying):
         return TravellingQueries(self.ranks, self._queries(span), keys), held
 
 
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """Keys and values of other ranks on their way to a chunk, one message of each; or there."""
+
+    span: Span
+    pending: Pending
+    wanted: dict[int, Spans]
+
+    def wait(self) -> list[tuple[int, Spans, Tensor, Tensor]]:
+        """(owner, positions, keys, values), in the order of ranks."""
+        self.pending.wait()
+        return [(m.peer, self.wanted[m.peer], *m.tensors) for m in self.pending.received if total(self.wanted[m.peer])]
+
+
 class Halo(Staying):
-    """Keys stay; a chunk is sent those of other ranks that it sees. For windows shorter than a chunk."""
+    """Keys stay; a chunk is sent those of other ranks that it sees. For windows shorter than a chunk.
+
+    While they are on their way a rank works on its own keys; in the backward pass they leave with the chunk's replay, and their gradients go
+    home while those of one's own are made.
+    """
+
+    def __init__(self, mixer, ranks: Ranks, shards: Shards) -> None:
+        super().__init__(mixer, ranks, shards)
+        self._fetched: Fetched | None = None
+        """For the chunk that was mixed last."""
 
     def mix(self, span: Span, q_BCHD: Tensor, stored: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        self._fetched = self._fetch(span)
         if stored is not None:
             return stored
-        me, (out, lse) = self.ranks.rank, empty(q_BCHD, self._v)
-        for owner, keys, k, v in self._fetch(span):
-            attend(self.mixer, q_BCHD, self._queries(span)[me], k, v, keys, out, lse, with_sinks=owner == me, fresh=owner == me)
+        queries, (out, lse) = self._queries(span)[self.ranks.rank], empty(q_BCHD, self._v)
+        attend(self.mixer, q_BCHD, queries, *self._own(span), out, lse, with_sinks=True, fresh=True)
+        for _, keys, k, v in self._fetched.wait():
+            attend(self.mixer, q_BCHD, queries, k, v, keys, out, lse, with_sinks=False, fresh=False)
         return out.to(q_BCHD.dtype), lse
 
     def mix_vjp(
         self, span: Span, q_BCHD: Tensor, out_BCHD: Tensor | None, lse_BCH: Tensor, dout_BCHD: Tensor, delta_BCH: Tensor | None = None
     ) -> Tensor:
-        me, dq, made, (_, held) = self.ranks.rank, wide_zeros(q_BCHD), [], self._keys(span)
-        for owner, keys, k, v in self._fetch(span):
-            dk, dv = (x[:, held] for x in self._adjoints) if owner == me else map(wide_zeros, (k, v))
-            attend_vjp(
-                self.mixer, dout_BCHD, q_BCHD, out_BCHD, lse_BCH, self._queries(span)[me], k, v, keys,
-                dq=dq, dk=dk, dv=dv, with_sinks=owner == me, delta=delta_BCH,
-            )
-            if owner != me:
-                made.append(Message("dkv", owner, (dk, dv)))
-        self._bring_home(span, made)
+        dq, made, (_, held) = wide_zeros(q_BCHD), [], self._keys(span)
+        add = partial(
+            attend_vjp, self.mixer, dout_BCHD, q_BCHD, out_BCHD, lse_BCH, self._queries(span)[self.ranks.rank], dq=dq, delta=delta_BCH
+        )
+        fetched, self._fetched = self._fetched, None
+        for owner, keys, k, v in (self._fetch(span) if fetched is None or fetched.span != span else fetched).wait():
+            dk, dv = map(wide_zeros, (k, v))
+            add(k, v, keys, dk=dk, dv=dv, with_sinks=False)
+            made.append(Message("dkv", owner, (dk, dv)))
+        arrive = self._send_home(span, made)
+        dk, dv = (x[:, held] for x in self._adjoints)
+        add(*self._own(span), dk=dk, dv=dv, with_sinks=True)
+        arrive()
         return dq.to(q_BCHD.dtype)
 
     def blocks(self, span: Span) -> list[KVBlock]:
         """Those of this rank, then those sent by the others, in the order of ranks."""
+        of_others = [(k, v, keys) for _, keys, k, v in self._fetch(span).wait()]
         return [
             KVBlock(piece, k[:, rows], v[:, rows])
-            for _, keys, k, v in self._fetch(span)
+            for k, v, keys in (self._own(span), *of_others)
             for piece, rows in zip(keys, places(keys, keys), strict=True)
             if len(piece)
         ]
 
-    def _fetch(self, span: Span) -> Iterator[tuple[int, Spans, Tensor, Tensor]]:
-        """(owner, positions, keys, values): one's own, while those of the others are on their way, then theirs."""
-        me, (keys, held) = self.ranks.rank, self._keys(span)
-        k, v = self._k[:, held], self._v[:, held]
+    def _own(self, span: Span) -> tuple[Tensor, Tensor, Spans]:
+        """This rank's keys, values and their positions."""
+        keys, held = self._keys(span)
+        return self._k[:, held], self._v[:, held], keys[self.ranks.rank]
+
+    def _fetch(self, span: Span) -> Fetched:
+        """Send for the keys that the chunk sees on other ranks, and send them this one's."""
+        me, (keys, _), (k, v, _) = self.ranks.rank, self._keys(span), self._own(span)
         sends, receives, wanted = [], [], {}
         for peer in self._others:
             asked, wanted[peer] = self._wanted(span, peer, keys[me]), self._wanted(span, me, keys[peer])
             sends.append(Message("kv", peer, tuple(cut(x, keys[me], asked).contiguous() for x in (k, v))))
             receives.append(Message("kv", peer, buffers((k, v), wanted[peer])))
-        pending = self.ranks.exchange(sends, receives)
-        yield me, keys[me], k, v
-        pending.wait()
-        for message in receives:
-            if total(wanted[message.peer]):
-                yield message.peer, wanted[message.peer], *message.tensors
+        return Fetched(span, self.ranks.exchange(sends, receives), wanted)
 
-    def _bring_home(self, span: Span, made: Sequence[Message]) -> None:
-        """Add what other ranks made of this one's keys, in the order of ranks."""
+    def _send_home(self, span: Span, made: Sequence[Message]) -> Callable[[], None]:
+        """Send off what was made of other ranks' keys. What is returned waits for what they made of this one's, and adds it, in the order
+        of ranks."""
         keys, held = self._keys(span)
         mine = keys[self.ranks.rank]
         wanted = {peer: self._wanted(span, peer, mine) for peer in self._others}
         receives = [Message("dkv", peer, buffers(self._adjoints, wanted[peer])) for peer in self._others if total(wanted[peer])]
-        self.ranks.exchange(made, receives).wait()
-        for message in receives:
-            for adjoint, part in zip(self._adjoints, message.tensors, strict=True):
-                of_mine, at = adjoint[:, held], 0
-                for rows in places(mine, wanted[message.peer]):
-                    of_mine[:, rows] += part[:, at : at + rows.stop - rows.start]
-                    at += rows.stop - rows.start
+        pending = self.ranks.exchange(made, receives)
+
+        def arrive() -> None:
+            pending.wait()
+            for message in receives:
+                for adjoint, part in zip(self._adjoints, message.tensors, strict=True):
+                    of_mine, at = adjoint[:, held], 0
+                    for rows in places(mine, wanted[message.peer]):
+                        of_mine[:, rows] += part[:, at : at + rows.stop - rows.start]
+                        at += rows.stop - rows.start
+
+        return arrive
 
     @property
     def _others(self) -> list[int]:

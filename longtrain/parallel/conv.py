@@ -1,7 +1,7 @@
 """Convolution over ranks that hold different tokens.
 
     halo        a causal filter of W taps, chunk by chunk: a run of tokens is given the W - 1 inputs before it, and in the backward pass
-                gives their gradients back
+                gives their gradients back; those of its outputs that need nobody are made while they are on their way
     channels    any filter, in two passes: an all-to-all brings all tokens of a rank's channels together, and back (`exchange.py`)
 
 Gates are token-local and stay where they are: what travels is v = gate_in u, and y. A rank receives, with E channels of b bytes (w wide),
@@ -17,22 +17,25 @@ whole.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import partial, reduce
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from longtrain.ops.long_conv import long_conv, long_conv_backward
-from longtrain.parallel.exchange import Dealt, through
+from longtrain.parallel.exchange import Dealt, Rounds
 from longtrain.parallel.layout import Shards, total
 from longtrain.parallel.pieces import Spans
-from longtrain.parallel.ranks import Message, Ranks
+from longtrain.parallel.ranks import Message, Pending, Ranks
 from longtrain.span import Span
 from longtrain.stream.protocol import CarrySpec, KVBlock
 from longtrain.stream.sliding import Sliding
+
+LONG = 4
+"""A run is mixed in two calls, the one that needs others and the rest, where it is longer than so many times what a filter reaches back."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -77,6 +80,8 @@ class HaloCarry:
         held = shards.spans(ranks.rank)
         self._starts, self._places = [span.start for span in held], [0, *accumulate(map(len, held))]
         self._inputs_before: dict[Span, list[tuple[int, Span]]] = {}
+        self._coming: tuple[Span, Pending] | None = None
+        """What others hold of the inputs before the chunk that was mixed last."""
 
     @property
     def spec(self) -> CarrySpec:
@@ -103,26 +108,29 @@ class HaloCarry:
         return []
 
     def mix(self, span: Span, q: Tensor, stored: tuple[Tensor, None] | None) -> tuple[Tensor, None]:
+        self._coming = span, self._send_for(span)
         if stored is not None:
             return stored
-        outs = []
-        for keys, run, v_BSE in self._runs(span):
+        outs = {}
+        for keys, run, v_BSE in self._runs(span, own_first=True):
             out_BSE = long_conv(v_BSE, *self.mixer.shared, cu_seqlens=self._documents(keys), backend=self.mixer.backend)
-            outs.append(out_BSE[:, run.slice(keys.start)])
-        return torch.cat(outs, dim=1), None
+            outs[run] = out_BSE[:, run.slice(keys.start)]
+        return torch.cat([outs[run] for run in sorted(outs)], dim=1), None
 
     def mix_vjp(self, span: Span, q: Tensor, out: Tensor, lse: None, dout_BCE: Tensor) -> Tensor:
-        held, at = Span(self.first_needed(span), span.stop), 0
+        held = Span(self.first_needed(span), span.stop)
         dtype = _wide(self._v_BSE[held].dtype)
         self._dv_BSE.extend(held, self._v_BSE[held], dtype)
         theirs: dict[int, list[Tensor]] = {}
-        for keys, run, v_BSE in self._runs(span):
+        arrive = None
+        for keys, run, v_BSE in self._runs(span, own_first=False):
+            if arrive is None and not self._needs_others(span, run):
+                arrive = self._send_home(span, theirs)
             given = (v_BSE, *self.mixer.shared)
             wide = reduce(torch.promote_types, (t.dtype for t in given), torch.float32)
             v_BSE, filter_HW, skip_E = (t.to(wide) for t in given)
             dy_BSE = torch.zeros_like(v_BSE)  # of the outputs before the run nothing is asked here
-            dy_BSE[:, run.slice(keys.start)] = dout_BCE[:, at : at + len(run)]
-            at += len(run)
+            dy_BSE[:, run.slice(keys.start)] = dout_BCE[:, self._place(run).slice(span.start)]
             dv_BSE, *dshared = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (v_BSE, filter_HW, skip_E))
             long_conv_backward(
                 dy_BSE, v_BSE, filter_HW, skip_E, cu_seqlens=self._documents(keys), backend=self.mixer.backend,
@@ -136,7 +144,8 @@ class HaloCarry:
                     self._dv_BSE[self._place(piece)].add_(part)
                 else:
                     theirs.setdefault(owner, []).append(part.to(dtype))
-        self._bring_home(span, theirs)
+        arrive = self._send_home(span, theirs) if arrive is None else arrive
+        arrive()
         return torch.zeros_like(q)
 
     def take_grad(self, span: Span) -> tuple[Tensor]:
@@ -146,30 +155,54 @@ class HaloCarry:
         """Gradients of the mixer's `shared` tensors by this rank's tokens, once every span has had its turn."""
         return self._dshared
 
-    def _runs(self, span: Span) -> Iterator[tuple[Span, Span, Tensor]]:
-        """Of each run of tokens that this rank holds of a chunk: the inputs that it depends on, itself, and their values."""
+    def _runs(self, span: Span, *, own_first: bool) -> Iterator[tuple[Span, Span, Tensor]]:
+        """Of each run of tokens that this rank holds of a chunk: the inputs that it depends on, itself, and their values; first, or last,
+        those that need nobody."""
+        me, (of, pending) = self.ranks.rank, self._coming
+        pending = pending if of == span else self._send_for(span)
+        asked = {peer: self._asked(span, by=me, of=peer) for peer in self._others}
+        arrived = {m.peer: iter(m.tensors[0].split(list(map(len, asked[m.peer])), dim=1)) for m in pending.received}
+        for run in sorted(self._cut(span, me), key=partial(self._needs_others, span), reverse=not own_first):
+            if self._needs_others(span, run):
+                pending.wait()
+            before = [self._v_BSE[self._place(piece)] if owner == me else next(arrived[owner]) for owner, piece in self._before(span, run)]
+            yield self.mixer.keys_for(run), run, torch.cat([*before, self._v_BSE[self._place(run)]], dim=1)
+        pending.wait()
+
+    def _send_for(self, span: Span) -> Pending:
         me, v_BCE = self.ranks.rank, self._v_BSE[span]
         sends = [
             Message("halo", peer, (torch.cat([self._v_BSE[self._place(piece)] for piece in asked], dim=1),))
             for peer in self._others if (asked := self._asked(span, by=peer, of=me))
         ]  # fmt: skip
         receives = self._buffers("halo", v_BCE, {peer: self._asked(span, by=me, of=peer) for peer in self._others})
-        self.ranks.exchange(sends, receives).wait()
-        arrived = {m.peer: iter(m.tensors[0].split(list(map(len, self._asked(span, by=me, of=m.peer))), dim=1)) for m in receives}
-        for run in self.shards.parts[self._chunk_of[span.stop]][me]:
-            before = [self._v_BSE[self._place(piece)] if owner == me else next(arrived[owner]) for owner, piece in self._before(span, run)]
-            yield self.mixer.keys_for(run), run, torch.cat([*before, self._v_BSE[self._place(run)]], dim=1)
+        return self.ranks.exchange(sends, receives)
 
-    def _bring_home(self, span: Span, theirs: dict[int, list[Tensor]]) -> None:
-        """Add what other ranks made of this one's inputs, in the order of ranks."""
+    def _cut(self, span: Span, rank: int) -> list[Span]:
+        """The runs that a rank holds of a chunk; of a long one, the tokens whose filters begin before it by themselves."""
+        reach = self.mixer.filter.shape[1] - 1
+        runs = self.shards.parts[self._chunk_of[span.stop]][rank]
+        return [part for run in runs for part in (run.split(run.start + reach) if len(run) > LONG * reach else (run,))]
+
+    def _needs_others(self, span: Span, run: Span) -> bool:
+        return any(owner != self.ranks.rank for owner, _ in self._before(span, run))
+
+    def _send_home(self, span: Span, theirs: dict[int, list[Tensor]]) -> Callable[[], None]:
+        """Send off what was made of other ranks' inputs. What is returned waits for what they made of this one's, and adds it, in the order
+        of ranks."""
         asked = {peer: self._asked(span, by=peer, of=self.ranks.rank) for peer in self._others}
         sends = [Message("dhalo", owner, (torch.cat(parts, dim=1),)) for owner, parts in sorted(theirs.items())]
         receives = self._buffers("dhalo", self._dv_BSE[span], asked)
-        self.ranks.exchange(sends, receives).wait()
-        for message in receives:
-            pieces = asked[message.peer]
-            for piece, part in zip(pieces, message.tensors[0].split(list(map(len, pieces)), dim=1), strict=True):
-                self._dv_BSE[self._place(piece)].add_(part)
+        pending = self.ranks.exchange(sends, receives)
+
+        def arrive() -> None:
+            pending.wait()
+            for message in receives:
+                pieces = asked[message.peer]
+                for piece, part in zip(pieces, message.tensors[0].split(list(map(len, pieces)), dim=1), strict=True):
+                    self._dv_BSE[self._place(piece)].add_(part)
+
+        return arrive
 
     @staticmethod
     def _buffers(what: str, like: Tensor, pieces: dict[int, Spans]) -> list[Message]:
@@ -182,8 +215,7 @@ class HaloCarry:
 
     def _asked(self, span: Span, *, by: int, of: int) -> Spans:
         """What rank `of` holds of the inputs before the runs that rank `by` holds of a chunk, run by run."""
-        runs = self.shards.parts[self._chunk_of[span.stop]][by]
-        return tuple(piece for run in runs for owner, piece in self._before(span, run) if owner == of)
+        return tuple(piece for run in self._cut(span, by) for owner, piece in self._before(span, run) if owner == of)
 
     def _before(self, span: Span, run: Span) -> list[tuple[int, Span]]:
         """The inputs before a run of a chunk on which it depends, by who holds them, in the order of positions."""
@@ -229,7 +261,7 @@ class ConvByChannels:
 
     def mix_into(self, out_BTE: Tensor, u_BTE: Tensor, gate_in_BTE: Tensor | None = None, gate_out_BTE: Tensor | None = None) -> None:
         v_BTE = u_BTE if gate_in_BTE is None else u_BTE * gate_in_BTE
-        (y_BTE,) = self._through((v_BTE,), lambda _, part, v: (part(v),), ("v", "y"))
+        (y_BTE,) = self._through((v_BTE,), lambda _, part, v: (part(v),), ("v", "y"), 1)
         out_BTE.copy_(y_BTE if gate_out_BTE is None else y_BTE * gate_out_BTE)
 
     def vjp_into(self, dout_BTE: Tensor, inputs: Sequence[Tensor], dinputs: Sequence[Tensor], dshared: Sequence[Tensor]) -> None:
@@ -254,7 +286,7 @@ class ConvByChannels:
                 d += made
             return (dv, *y)
 
-        dv_BTE, *y_BTE = self._through((v_BTE, dy_BTE), work, ("v and dy", "dv"))
+        dv_BTE, *y_BTE = self._through((v_BTE, dy_BTE), work, ("v and dy", "dv"), 1 if gate_out is None else 2)
         dinputs[0].copy_(dv_BTE if gate_in is None else dv_BTE * gate_in)
         if gate_in is not None:
             dinputs[1].copy_(dv_BTE * u_BTE)
@@ -274,14 +306,16 @@ class ConvByChannels:
         filters = slice(channels.start // dealt.width, channels.stop // dealt.width)
         return [shared[0][filters], shared[1][channels], *shared[2:]]
 
-    def _through(self, tensors: Sequence[Tensor], work, what: tuple[str, str]) -> list[Tensor]:
-        spans = tuple(self.shards.spans(rank) for rank in range(self.ranks.size))
+    def _through(self, tensors: Sequence[Tensor], work, what: tuple[str, str], outputs: int) -> list[Tensor]:
+        dealt, spans = self._dealt, tuple(self.shards.spans(rank) for rank in range(self.ranks.size))
+        rounds = Rounds(self.ranks, spans, dealt.rounds)
 
         def of_round(round: int, *shares: Tensor) -> Sequence[Tensor]:
             with torch.no_grad():
                 return work(round, self.base.with_shared(*self._shares(self.base.shared, round)), *shares)
 
-        return through(self.ranks, spans, self._dealt, tensors, of_round, what)
+        coming = rounds.start(what[0], [(x, dealt.of) for x in tensors])
+        return rounds.finish([coming], of_round, what[1], [(dealt.of, dealt.size)] * outputs)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -37,7 +37,7 @@ class Shape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Received:
-    """Bytes in the forward pass and in the backward pass, which sends keys again."""
+    """Bytes in the forward pass and in the backward pass."""
 
     forward: float
     backward: float
@@ -54,10 +54,10 @@ NOTHING = Received(forward=0, backward=0)
 
 
 def received(way: str, shape: Shape, tokens: int, *, heads: int = 1, ring: int = 1, chunks: int = 1) -> Received:
-    """For one layer: heads over `heads` ranks, `way` over `ring` groups of them, a sequence streamed in `chunks`."""
+    """For one layer whose outputs are stored: heads over `heads` ranks, `way` over `ring` groups of them, a sequence streamed in `chunks`."""
     inner = shape if heads == 1 else _of_one_rank(shape, heads)
     over_groups = _over_groups(way, inner, tokens, ring, chunks) if ring > 1 else NOTHING
-    return over_groups + (_over_heads(shape, tokens / ring, heads, two_passes=way == "ring") if heads > 1 else NOTHING)
+    return over_groups + (_over_heads(shape, tokens / ring, heads) if heads > 1 else NOTHING)
 
 
 def _of_one_rank(shape: Shape, ranks: int) -> Shape:
@@ -69,15 +69,13 @@ def _of_one_rank(shape: Shape, ranks: int) -> Shape:
     )
 
 
-def _over_heads(shape: Shape, tokens: float, ranks: int, two_passes: bool) -> Received:
+def _over_heads(shape: Shape, tokens: float, ranks: int) -> Received:
     split, b, w, D = Heads(shape.heads, shape.kv_heads, ranks), shape.itemsize, shape.wide, shape.head_dim + shape.value_dim
     away = tokens / ranks * (ranks - 1) / ranks
     keys = shape.kv * sum(heads.stop - heads.start for heads in map(split.of_keys, range(ranks))) / shape.kv_heads
     gradients = keys // b * w if split.replicated else keys
     there_and_back = away * shape.heads * D * b  # q there and the output back; dout there and dq back
-    if two_passes:  # attends again in the backward pass, in order to differentiate
-        return Received(forward=there_and_back + away * keys, backward=2 * there_and_back + away * (keys + gradients))
-    return Received(  # a chunk's queries go there again, with LSE and delta, and its keys before them
+    return Received(  # in the backward pass queries go there again, with LSE and delta, and keys before them
         forward=there_and_back + away * (shape.heads * w + keys),
         backward=there_and_back + away * (shape.heads * (shape.head_dim * b + 2 * w) + keys + gradients),
     )
@@ -86,8 +84,8 @@ def _over_heads(shape: Shape, tokens: float, ranks: int, two_passes: bool) -> Re
 def _over_groups(way: str, shape: Shape, tokens: float, groups: int, chunks: int) -> Received:
     H, D, Dv, b, w, kv = shape.heads, shape.head_dim, shape.value_dim, shape.itemsize, shape.wide, shape.kv
     away, made = tokens * (groups - 1) / groups, kv // b * w
-    if way == "ring":  # in two passes: the backward pass attends again, in order to differentiate
-        return Received(forward=away * kv, backward=away * (kv + kv + made))
+    if way == "ring":
+        return Received(forward=away * kv, backward=away * (kv + made))
     if way == "queries":
         return Received(forward=away * H * (D * b + (Dv + 1) * w), backward=away * H * ((D + Dv) * b + (D + 2) * w))
     halo = chunks * min(tokens if shape.window is None else shape.window, away)

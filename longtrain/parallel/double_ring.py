@@ -36,8 +36,7 @@ class DoubleRing:
     """This rank's likes, one of each machine."""
     spans: tuple[Spans, ...]
 
-    def forward(self, mixer, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """As `Ring.forward`."""
+    def attend(self, mixer, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         mine, (out, lse) = self.spans[self._rank], empty(q, v)
 
         def visit(source: int, keys: Spans, kv: Tensors) -> None:
@@ -45,18 +44,16 @@ class DoubleRing:
             attend(mixer, q, mine, *kv, keys, out, lse, with_sinks=first, fresh=first)
 
         self._go_round(mixer, (k, v), visit)
-        out = out.to(q.dtype)
-        return out, (q, k, v, out, lse)
+        return out.to(q.dtype), lse
 
-    def backward(
-        self, mixer, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+    def attend_vjp(
+        self, mixer, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """As `Ring.backward`."""
         mine, dq = self.spans[self._rank], wide_zeros(q)
 
         def visit(source: int, keys: Spans, kv: Tensors) -> Tensors:
             dk, dv = map(wide_zeros, kv)
-            attend_vjp(mixer, dout, q, out, lse, mine, *kv, keys, dq=dq, dk=dk, dv=dv, with_sinks=source == self._rank)
+            attend_vjp(mixer, dout, q, None, lse, mine, *kv, keys, dq=dq, dk=dk, dv=dv, with_sinks=source == self._rank, delta=delta)
             return dk, dv
 
         dk, dv = self._go_round(mixer, (k, v), visit, added, in_halves=not getattr(mixer, "sinks", False))

@@ -1,7 +1,7 @@
 """Exchanges of all ranks with all: from a part of the tokens to all of them with a share of what stands along axis 2 (heads, channels),
 and back.
 
-`through` cuts a rank's share into rounds. All of them are on their way while the first is worked on, and what was made of one goes back
+`Rounds` cuts a rank's share into rounds. All of them are on their way while the first is worked on, and what was made of one goes back
 while the next is worked on: of n equal rounds only the first one's way there and the last one's way back are waited for, 1 / n of all.
 With X elements a token dealt to P ranks, a rank receives X b (N / P) (P - 1) / P each way.
 """
@@ -28,6 +28,9 @@ LEAST = 512
 Share = Callable[[int], slice]
 """What a rank gets of axis 2."""
 
+InRound = Callable[[int, int], slice]
+"""The same, of a rank in a round."""
+
 Arrived = Callable[[], list[Tensor]]
 """Waits for tensors."""
 
@@ -43,6 +46,11 @@ class Dealt:
     @property
     def rounds(self) -> int:
         return max(1, min(ROUNDS, self.count // self.ranks))
+
+    @property
+    def size(self) -> int:
+        """Of axis 2."""
+        return self.count * self.width
 
     def of(self, rank: int, round: int | None = None) -> slice:
         """A rank's run, or what of it belongs to a round."""
@@ -86,24 +94,40 @@ def to_tokens(
     return write
 
 
-def through(
-    ranks: Ranks, spans: Sequence[Spans], dealt: Dealt, inputs: Sequence[Tensor], work: Callable[..., Sequence[Tensor]],
-    what: tuple[str, str],
-) -> list[Tensor]:
-    """What ``work(round, *shares)`` makes of `inputs`, ``[B, tokens, X, ...]`` of this rank's tokens; each is given a share with all
-    tokens and gives tensors whose axis 2 is that share."""
-    shares = [partial(dealt.of, round=r) for r in range(dealt.rounds)]
-    coming = [to_shares(ranks, spans, what[0], [(x, share) for x in inputs]) for share in shares]
-    going, wholes = [], []
-    for r, share in enumerate(shares):
-        made = work(r, *coming.pop(0)())
-        going.append(to_tokens(ranks, spans, what[1], [(x, share) for x in made]))
-        if not wholes:
-            held = total(spans[ranks.rank])
-            wholes = [x.new_empty(x.shape[0], held, dealt.count * dealt.width, *x.shape[3:]) for x in made]
-    for write in going:
-        write(wholes)
-    return wholes
+@dataclass(frozen=True, slots=True)
+class Rounds:
+    """Exchanges in `count` rounds between `ranks`, each of which holds some `spans` of the tokens."""
+
+    ranks: Ranks
+    spans: Sequence[Spans]
+    count: int
+
+    def start(self, what: str, inputs: Sequence[tuple[Tensor, InRound]]) -> list[Arrived]:
+        """Send off ``[B, tokens of this rank, X, ...]`` of all rounds."""
+        of_round = lambda r: [(x, partial(share, round=r)) for x, share in inputs]
+        return [to_shares(self.ranks, self.spans, what, of_round(r)) for r in range(self.count)]
+
+    def finish(
+        self, coming: Sequence[list[Arrived]], work: Callable[..., Sequence[Tensor]], what: str,
+        outputs: Sequence[tuple[InRound, int]], summed: Sequence[int] = (),
+    ) -> list[Tensor]:
+        """What ``work(round, *shares)`` makes of what comes, of this rank's tokens. It is given shares with all tokens, and gives one tensor
+        for each of `outputs`: what axis 2 of it is in a round, and how long that axis is as a whole. `summed`: see `to_tokens`."""
+        going, wholes, held = [], [], total(self.spans[self.ranks.rank])
+        for r in range(self.count):
+            made = work(r, *(x for arriving in coming for x in arriving.pop(0)()))
+            going.append(
+                to_tokens(
+                    self.ranks, self.spans, what, [(x, partial(share, round=r)) for x, (share, _) in zip(made, outputs, strict=True)],
+                    summed=summed,
+                )
+            )  # fmt: skip
+            if not wholes:
+                shapes = [(x.shape[0], held, size, *x.shape[3:]) for x, (_, size) in zip(made, outputs, strict=True)]
+                wholes = [(x.new_zeros if i in summed else x.new_empty)(shapes[i]) for i, x in enumerate(made)]
+        for write in going:
+            write(wholes)
+        return wholes
 
 
 def _rows(spans: Sequence[Spans]) -> list[list[slice]]:

@@ -15,7 +15,7 @@ from longtrain.parallel.exchange import ROUNDS
 from longtrain.parallel.layout import Shards
 from longtrain.parallel.mesh import Mesh
 from longtrain.parallel.ring import Ring
-from longtrain.parallel.way import Way, attend_over_ranks
+from longtrain.parallel.way import Way, delta_of
 from longtrain.span import Span
 from longtrain.stream.carry import make_carry
 from longtrain.stream.protocol import Carry
@@ -57,8 +57,12 @@ class OverRanks:
         inner_spans = grouped.local_chunks(mesh.ring.rank)
         return ByHeads(self.base, mesh.heads, self._members, inner_spans, make_inner, Heads(*self.heads, mesh.heads.size), parts)
 
-    def __call__(self, q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor) -> Tensor:
-        return attend_over_ranks(self._whole, self.base, q_BTHD, k_BTKD, v_BTKD)
+    def attend_whole(self, q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor) -> tuple[Tensor, Tensor]:
+        """Output and LSE of all queries on all keys, in two passes over the sequence."""
+        return self._whole.attend(self.base, q_BTHD, k_BTKD, v_BTKD)
+
+    def attend_whole_vjp(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self._whole.attend_vjp(self.base, dout, q, k, v, lse, delta_of(dout, out, lse))
 
     def with_shared(self) -> OverRanks:
         return self

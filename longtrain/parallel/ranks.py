@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from longtrain.parallel.timeline import Asked, Log, Posted
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +40,12 @@ class Traffic:
 
     received: Counter[str] = field(default_factory=Counter)
     lanes: list[Lane] | None = None
+    log: Log | None = None
+    """Set to a list: what `longtrain.parallel.timeline` plays again."""
     link: float | None = None
     """Bytes a second of a slower link, for benchmarks and tests: what is asked for comes over it one after the other, and no sooner."""
     _busy_until: float = 0.0
+    _posts: int = 0
 
     def total(self) -> int:
         return sum(self.received.values())
@@ -51,6 +56,18 @@ class Traffic:
             return 0.0
         self._busy_until = max(self._busy_until, time.perf_counter()) + nbytes / self.link
         return self._busy_until
+
+    def posted(self, group: dist.ProcessGroup, sent: Mapping[int, int], received: Mapping[int, int]) -> int:
+        """Note bytes by peer, a rank of the group. The number under which they will be asked for."""
+        self._posts += 1
+        if self.log is not None:
+            of_all = lambda by_peer: {dist.get_global_rank(group, peer): nbytes for peer, nbytes in by_peer.items()}
+            self.log.append(Posted(self._posts, time.thread_time(), of_all(sent), of_all(received)))
+        return self._posts
+
+    def asked(self, what: str, number: int) -> None:
+        if self.log is not None:
+            self.log.append(Asked(number, time.thread_time(), what))
 
     def arrived(self, what: str, nbytes: int, started: float, asked: float, due: float) -> None:
         """Called when a rank has waited for what it asked for; waits for the slower link."""
@@ -70,26 +87,31 @@ class Message:
     tensors: tuple[Tensor, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Pending:
-    """Messages on their way."""
+    """Messages on their way, or there."""
 
     works: Sequence[dist.Work]
     sent: Sequence[Message]
     """Kept until they are gone."""
     received: Sequence[Message]
     traffic: Traffic
+    number: int
     due: float
     started: float = field(default_factory=time.perf_counter)
+    over: bool = False
 
     def wait(self) -> dict[str, tuple[Tensor, ...]]:
         """What was received, by kind; what was sent may then be changed."""
-        asked = time.perf_counter()
-        for work in self.works:
+        asked, what = time.perf_counter(), " and ".join(message.what for message in self.received)
+        if self.received and not self.over:
+            self.traffic.asked(what, self.number)
+        for work in () if self.over else self.works:
             work.wait()
-        if self.received:
+        if self.received and not self.over:
             nbytes = sum(t.nbytes for message in self.received for t in message.tensors)
-            self.traffic.arrived(" and ".join(message.what for message in self.received), nbytes, self.started, asked, self.due)
+            self.traffic.arrived(what, nbytes, self.started, asked, self.due)
+        self.over = True
         return {message.what: message.tensors for message in self.received}
 
 
@@ -120,13 +142,17 @@ class Ranks:
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
         """Start all of them at once. Between two ranks, messages must be listed in the same order on both."""
         operations = [(dist.isend, m) for m in sends] + [(dist.irecv, m) for m in receives]
-        nbytes = Counter()
+        nbytes, of_peers = Counter(), (Counter(), Counter())
+        for messages, of_peer in zip((sends, receives), of_peers, strict=True):
+            for m in messages:
+                of_peer[m.peer] += sum(t.nbytes for t in m.tensors)
         for m in receives:
             nbytes[m.what] += sum(t.nbytes for t in m.tensors)
         self.traffic.received += nbytes
+        number = self.traffic.posted(self.group, *of_peers)
         calls = [dist.P2POp(call, t, group=self.group, group_peer=m.peer) for call, m in operations for t in m.tensors if t.numel()]
         works, due = dist.batch_isend_irecv(calls) if calls else (), self.traffic.due(nbytes.total())
-        return Pending(works, sends, receives, self.traffic, due)
+        return Pending(works, sends, receives, self.traffic, number, due)
 
     def all_to_all(self, what: str, sends: Sequence[Sequence[Tensor]], shapes: Sequence[Sequence[torch.Size]]) -> Arriving:
         """Start an exchange: each peer is sent its tensors and gives those of `shapes`. One collective for each dtype.
@@ -153,10 +179,13 @@ class Ranks:
         work = dist.all_to_all_single(received, buffer, expected, counts, group=self.group, async_op=True)
         from_others = (sum(expected) - expected[self.rank]) * received.itemsize
         self.traffic.received[what] += from_others
+        of_others = lambda counts: {peer: n * received.itemsize for peer, n in enumerate(counts) if peer != self.rank}
+        number = self.traffic.posted(self.group, of_others(counts), of_others(expected))
         due = self.traffic.due(from_others)
 
         def wait() -> list[list[Tensor]]:
             asked = time.perf_counter()
+            self.traffic.asked(what, number)
             work.wait()
             self.traffic.arrived(what, from_others, started, asked, due)
             of_peers = [of_peer.split([s.numel() for s in shape]) for of_peer, shape in zip(received.split(expected), shapes, strict=True)]

@@ -28,8 +28,7 @@ class Ring:
     ranks: Ranks
     spans: tuple[Spans, ...]
 
-    def forward(self, mixer, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """q ``[B, n, H, D]``, k, v ``[B, n, K, D]`` of this rank's n tokens: out, and what `backward` needs."""
+    def attend(self, mixer, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         mine, (out, lse) = self.spans[self.ranks.rank], empty(q, v)
 
         def visit(source: int, keys: Spans, kv: tuple[Tensor, ...]) -> None:
@@ -37,18 +36,16 @@ class Ring:
             attend(mixer, q, mine, *kv, keys, out, lse, with_sinks=first, fresh=first)
 
         circulate(self.ranks, self._route(mixer), (k, v), visit, what=("kv", ""))
-        out = out.to(q.dtype)
-        return out, (q, k, v, out, lse)
+        return out.to(q.dtype), lse
 
-    def backward(
-        self, mixer, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+    def attend_vjp(
+        self, mixer, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk, dv, wide. `out` and `lse` are of all keys."""
         mine, dq = self.spans[self.ranks.rank], wide_zeros(q)
 
         def visit(source: int, keys: Spans, kv: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             dk, dv = map(wide_zeros, kv)
-            attend_vjp(mixer, dout, q, out, lse, mine, *kv, keys, dq=dq, dk=dk, dv=dv, with_sinks=source == self.ranks.rank)
+            attend_vjp(mixer, dout, q, None, lse, mine, *kv, keys, dq=dq, dk=dk, dv=dv, with_sinks=source == self.ranks.rank, delta=delta)
             return dk, dv
 
         one_visit = getattr(mixer, "sinks", False)  # a sink's gradient is made once, with the keys at home

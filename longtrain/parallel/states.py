@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from longtrain.ops.state_mixers import LaCTMixer, LinearAttentionMixer
-from longtrain.parallel.exchange import Dealt, through
+from longtrain.parallel.exchange import Arrived, Dealt, Rounds
 from longtrain.parallel.layout import Shards
 from longtrain.parallel.mesh import Mesh
 from longtrain.parallel.ranks import Ranks
@@ -173,6 +173,8 @@ class StatesByHeads:
         self._resumed = False
         self._written: tuple[Tensor, ...] = ()
         self._dwritten: Sequence[Tensor] = ()
+        self._ahead: tuple[Span, list[Arrived]] | None = None
+        """Inputs that left when their chunk was replayed."""
 
     @property
     def begins_empty(self) -> bool:
@@ -195,14 +197,16 @@ class StatesByHeads:
         self._resumed, self._entry, self._written = True, entry, tuple(t.detach() for t in written)
 
     def mix(self, span: Span, q: Tensor, stored: tuple[Tensor, None] | None) -> tuple[Tensor, None]:
+        coming = self._start(span, "qkv", (q, *self._written))
         if stored is not None:
+            self._ahead = span, coming
             return stored
 
         def work(round: int, q: Tensor, *written: Tensor) -> tuple[Tensor]:
             self._give(round, span, written)
             return (self._inner[round].mix(self._at(span), q, None)[0],)
 
-        (out,) = self._through(span, (q, *self._written), work, ("qkv", "out"))
+        (out,) = self._finish(span, [coming], work, "out", 1)
         return out, None
 
     def mix_vjp(self, span: Span, q: Tensor, out: Tensor, lse: None, dout: Tensor) -> Tensor:
@@ -211,7 +215,11 @@ class StatesByHeads:
             dq = self._inner[round].mix_vjp(self._at(span), q, None, None, dout)
             return dq, *self._inner[round].take_grad(self._at(span))
 
-        dq, *self._dwritten = self._through(span, (dout, q, *self._written), work, ("qkv and dout", "dqkv"))
+        (of, inputs), self._ahead = self._ahead or (None, []), None
+        if of != span:
+            inputs = self._start(span, "qkv", (q, *self._written))
+        coming = [self._start(span, "dout", (dout,)), inputs]
+        dq, *self._dwritten = self._finish(span, coming, work, "dqkv", 1 + len(self._written))
         return dq
 
     def take_grad(self, span: Span) -> tuple[Tensor, ...]:
@@ -242,8 +250,14 @@ class StatesByHeads:
     def _at(self, span: Span) -> Span:
         return self._inner_spans[self._chunk_of[span.stop]]
 
-    def _through(self, span: Span, tensors: Sequence[Tensor], work, what: tuple[str, str]) -> Iterator[Tensor]:
-        return through(self._ranks, self._held[self._chunk_of[span.stop]], self._dealt, tensors, work, what)
+    def _rounds(self, span: Span) -> Rounds:
+        return Rounds(self._ranks, self._held[self._chunk_of[span.stop]], self._dealt.rounds)
+
+    def _start(self, span: Span, what: str, tensors: Sequence[Tensor]) -> list[Arrived]:
+        return self._rounds(span).start(what, [(x, self._dealt.of) for x in tensors])
+
+    def _finish(self, span: Span, coming: Sequence[list[Arrived]], work, what: str, outputs: int) -> list[Tensor]:
+        return self._rounds(span).finish(coming, work, what, [(self._dealt.of, self._dealt.size)] * outputs)
 
 
 def spec_of(mixer, written: Sequence[Tensor], states: int) -> CarrySpec:

@@ -31,8 +31,8 @@ class TravellingQueries:
     queries: tuple[Spans, ...]
     keys: tuple[Spans, ...] | None = None
 
-    def forward(self, mixer, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """q ``[B, n, H, D]``, k, v ``[B, S, K, D]`` of this rank's n queries and S keys: out, and what `backward` needs."""
+    def attend(self, mixer, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """q ``[B, n, H, D]``, k, v ``[B, S, K, D]`` of this rank's n queries and S keys: out and LSE."""
 
         def visit(source: int, queries: Spans, cargo: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             made = empty(*cargo, v)
@@ -40,17 +40,15 @@ class TravellingQueries:
             return made
 
         out, lse = circulate(self.ranks, self._route(mixer), (q,), visit, lambda a, b: merge_attention(*a, *b), what=("q", "out"))
-        out = out.to(q.dtype)
-        return out, (q, k, v, out, lse)
+        return out.to(q.dtype), lse
 
-    def backward(
-        self, mixer, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+    def attend_vjp(
+        self, mixer, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk, dv, wide. `out` and `lse` are of all keys."""
         dk, dv = map(wide_zeros, (k, v))
-        return self.add_backward(mixer, dout, q, k, v, lse, delta_of(dout, out, lse), dk, dv), dk, dv
+        return self.add_vjp(mixer, dout, q, k, v, lse, delta, dk, dv), dk, dv
 
-    def add_backward(
+    def add_vjp(
         self, mixer, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor
     ) -> Tensor:
         """dq, wide; adds into dk, dv."""
@@ -74,8 +72,3 @@ class TravellingQueries:
     def _route(self, mixer) -> Route:
         keys = self.keys or self.queries
         return Route.plan(self.queries, -1, lambda source, rank: that_see(mixer, self.queries[source], keys[rank]))
-
-
-def delta_of(dout: Tensor, out: Tensor, lse: Tensor) -> Tensor:
-    """``sum_d dout * out``, ``[B, T, H]``, in the LSE's wide dtype."""
-    return (dout.to(lse.dtype) * out).sum(-1)

@@ -12,11 +12,18 @@ from torch.autograd.function import once_differentiable
 class Way(Protocol):
     """How ranks that each hold a part of the tokens attend to all of them. Every rank calls both functions, in the same order."""
 
-    def forward(self, mixer, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """q ``[B, n, H, D]``, k, v ``[B, n, K, D]`` of this rank's n tokens: out ``[B, n, H, Dv]``, and what `backward` needs."""
+    def attend(self, mixer, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """q ``[B, n, H, D]``, k, v ``[B, n, K, D]`` of this rank's n tokens: out ``[B, n, H, Dv]``, and wide the LSE ``[B, n, H]``."""
 
-    def backward(self, mixer, dout: Tensor, *saved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk, dv of this rank's tokens; where ranks add to one sum it is wide."""
+    def attend_vjp(
+        self, mixer, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """dq, dk, dv of this rank's tokens; where ranks add to one sum it is wide. `delta`: see `delta_of`."""
+
+
+def delta_of(dout: Tensor, out: Tensor, lse: Tensor) -> Tensor:
+    """``sum_d dout * out``, ``[B, T, H]``, in the LSE's wide dtype: all that the backward pass needs of the output."""
+    return (dout.to(lse.dtype) * out).sum(-1)
 
 
 def attend_over_ranks(way: Way, mixer, q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor) -> Tensor:
@@ -30,14 +37,14 @@ def attend_over_ranks(way: Way, mixer, q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: T
 class _OverRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx, way: Way, mixer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out, saved = way.forward(mixer, q, k, v)
+        out, lse = way.attend(mixer, q, k, v)
         ctx.way, ctx.mixer = way, mixer
-        ctx.save_for_backward(*saved)
+        ctx.save_for_backward(q, k, v, out, lse)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout: Tensor):
-        saved = ctx.saved_tensors
-        grads = ctx.way.backward(ctx.mixer, dout, *saved)
+        q, k, v, out, lse = ctx.saved_tensors
+        grads = ctx.way.attend_vjp(ctx.mixer, dout, q, k, v, lse, delta_of(dout, out, lse))
         return None, None, *(grad.to(dout.dtype) for grad in grads)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -32,16 +33,21 @@ def forward(call: Call, x: Sequenced, y: Sequenced, *, keep: bool) -> None:
     if any(module.training for module in call.layers[0].modules()):
         call.random.assign(call.spans)
     outs: list[Tensor] = []
+    mixed: list[Sequence[Tensor]] = []
     for mixer in call.mixers[0]:
-        outs.append(_mix_whole(mixer, _collect_inputs(call, mixer, x, outs), last=True))
+        mixed.append(_mix_whole(mixer, _collect_inputs(call, mixer, x, outs), last=True))
+        outs.append(mixed[-1][0])
     for span in call.over(call.spans, "forward"):
         with call.random.restored(span):
             y.put(span, call.run(0, span, x.get(span) if keep else x.take(span), _given(outs, span)))
     if keep:
-        call.states = [Stored(call.store, f"layer {call.indices[0]} mixer output") for _ in outs]
+        call.states = [
+            [Stored(call.store, f"layer {call.indices[0]} {name}") for name, _ in zip(("mixer output", "LSE"), of_mixer, strict=False)]
+            for of_mixer in mixed
+        ]
         if _keeps_outputs(call):
-            for stored, out in zip(call.states, outs, strict=True):
-                stored.put(Span(0, call.tokens), out)
+            for stored, tensor in zip(chain(*call.states), chain(*mixed), strict=True):
+                stored.put(Span(0, call.tokens), tensor)
 
 
 def backward(call: Call, replica: Replica, x: Sequenced, dy: Sequenced, dx: Sequenced, *, want_dx: bool) -> None:
@@ -50,10 +56,13 @@ def backward(call: Call, replica: Replica, x: Sequenced, dy: Sequenced, dx: Sequ
     stored = _keeps_outputs(call)
     inputs: list[MixerInputs] = []
     outs: list[Tensor] = []
+    lses: list[Sequence[Tensor]] = []
     for i, mixer in enumerate(call.mixers[0]):
         inputs.append(_collect_inputs(call, mixer, x, outs, replica))
         with call.surroundings.restored():
-            outs.append(call.states[i].take(whole) if stored else _mix_whole(mixer, inputs[i], last=False))
+            out, *lse = [kept.take(whole) for kept in call.states[i]] if stored else _mix_whole(mixer, inputs[i], last=False)
+        outs.append(out)
+        lses.append(lse)
     with torch.enable_grad(), call.surroundings.restored():
         mixers = call.live_mixers(0, replica)
 
@@ -62,7 +71,7 @@ def backward(call: Call, replica: Replica, x: Sequenced, dy: Sequenced, dx: Sequ
     _pass(call, replica, x, outs, douts, dx_sum, want_dx, last=len(outs), cotangents=lambda span: [dy.take(span)])
     for i in reversed(range(len(outs))):
         with call.surroundings.restored():
-            dinputs = _mix_whole_vjp(mixers[i], inputs.pop(), douts[i], replica)
+            dinputs = _mix_whole_vjp(mixers[i], inputs.pop(), (outs[i], *lses[i]), douts[i], replica)
         outs[i] = None
         _pass(
             call, replica, x, outs, douts, dx_sum, want_dx, last=i, cotangents=lambda span, d=dinputs: [t[:, span.slice()] for t in d]
@@ -182,11 +191,14 @@ def _as_steps(outs: Sequence[Tensor]) -> list[Callable[..., Tensor]]:
     return [lambda *inputs, out=out: out for out in outs]
 
 
-def _mix_whole(mixer, inputs: MixerInputs, *, last: bool) -> Tensor:
-    """The mixer's output over the whole sequence, by head or channel group, without a graph. `last`: nobody needs the inputs any more."""
+def _mix_whole(mixer, inputs: MixerInputs, *, last: bool) -> Sequence[Tensor]:
+    """The mixer's output over the whole sequence, by head or channel group, without a graph; from attention over ranks, which takes all heads
+    at once, the LSE too. `last`: nobody needs the inputs any more."""
     out = None
     with torch.no_grad():
         for index, part, part_inputs in inputs.groups(mixer, last=last):
+            if hasattr(part, "attend_whole"):
+                return part.attend_whole(*part_inputs)
             if hasattr(part, "mix_into"):
                 out = inputs.whole(0) if out is None else out
                 part.mix_into(out[:, :, index], *part_inputs)
@@ -195,10 +207,10 @@ def _mix_whole(mixer, inputs: MixerInputs, *, last: bool) -> Tensor:
             if out is None:
                 out = part_out.new_empty(*part_out.shape[:2], inputs.empty[0].shape[2], *part_out.shape[3:])
             out[:, :, index] = part_out
-    return out
+    return (out,)
 
 
-def _mix_whole_vjp(mixer, inputs: MixerInputs, dout: Tensor, replica: Replica) -> list[Tensor]:
+def _mix_whole_vjp(mixer, inputs: MixerInputs, mixed: Sequence[Tensor], dout: Tensor, replica: Replica) -> list[Tensor]:
     """Gradients of the mixer's inputs, by group; those of its shared tensors go on to the parameters they are made of."""
     dinputs = [inputs.whole(i).zero_() for i in range(len(inputs.empty))]
     dshared = [torch.zeros_like(t) for t in mixer.shared]
@@ -206,6 +218,8 @@ def _mix_whole_vjp(mixer, inputs: MixerInputs, dout: Tensor, replica: Replica) -
     values = inputs.groups(mixer.with_shared(*(t.detach() for t in mixer.shared)), last=True)
     sums = mixer.with_shared(*dshared).by_group(*dinputs)
     for (index, part, part_inputs), (_, dpart, dpart_inputs) in zip(values, sums, strict=True):
+        if hasattr(part, "attend_whole_vjp"):
+            return [d.to(x.dtype) for d, x in zip(part.attend_whole_vjp(dout, *part_inputs, *mixed), part_inputs, strict=True)]
         if hasattr(part, "vjp_into"):
             part.vjp_into(dout[:, :, index], part_inputs, dpart_inputs, dpart.shared)
             continue

@@ -1,41 +1,13 @@
 """Memory of a step by family: tensors alive at the peak, in chunks of a sixteenth of the sequence against the whole at once."""
 
-import weakref
-
 import hf_families
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import longtrain as lt
+from tests.held import Alive, made
 
 TOKENS = 1024
-
-
-class Alive(TorchDispatchMode):
-    """Bytes of the storages that operations made and that still live; `peak` is the most there were."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.peak = 0
-        self.seen = weakref.WeakSet()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                if storage.data_ptr() not in given and storage not in self.seen and storage.nbytes():
-                    self.seen.add(storage)
-                    self.now += storage.nbytes()
-                    weakref.finalize(storage, self.free, storage.nbytes())
-        self.peak = max(self.peak, self.now)
-        return out
-
-    def free(self, count):
-        self.now -= count
 
 
 def peak_bytes(family, chunk_tokens):
@@ -45,7 +17,7 @@ def peak_bytes(family, chunk_tokens):
     model(input_ids=ids[:, :64], labels=ids[:, :64]).loss.backward()  # gradients are there from the first step on
     with Alive() as alive:
         model(input_ids=ids, labels=ids).loss.backward()
-    return alive.peak
+    return alive.most
 
 
 TWELVE = ["llama", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "gpt_neox", "cohere", "olmo2", "glm4", "mixtral", "gpt_oss"]
@@ -68,16 +40,14 @@ class Made(Alive):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = super().__torch_dispatch__(func, types, args, kwargs)
-        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        self.shapes |= {tuple(sorted(t.shape)) for t in tree_leaves(out)
-                        if isinstance(t, torch.Tensor) and t.ndim == 2 and t.untyped_storage().data_ptr() not in given}
+        self.shapes |= {tuple(sorted(t.shape)) for t in made(out, args, kwargs) if t.ndim == 2}
         return out
 
 
 def test_lora_forms_no_weight_gradient():
     """Neither its shape nor its bytes ever appear; with all weights trained they do."""
     peft = pytest.importorskip("peft")
-    made = {}
+    runs = {}
     for lora in (False, True):
         model = hf_families.build("llama", hidden_size=64, intermediate_size=192).float()
         frozen = {tuple(sorted(p.shape)) for p in model.parameters() if p.ndim == 2}
@@ -87,9 +57,9 @@ def test_lora_forms_no_weight_gradient():
         lt.apply(model, lt.Plan(chunk_tokens=12, loss_chunk_tokens=12))
         ids = torch.randint(3, hf_families.VOCAB, (1, 40))
         for _ in range(2):  # gradients are there from the first step on
-            with Made() as made[lora]:
+            with Made() as runs[lora]:
                 model(input_ids=ids, labels=ids).loss.backward()
         assert all((p.grad is None) == ("lora_" not in name) for name, p in model.named_parameters()) or not lora
-    assert frozen <= made[False].shapes, "all weights' gradients were formed, in one shape or its transpose"
-    assert not frozen & made[True].shapes
-    assert made[True].peak <= made[False].peak - layer_bytes, "a layer's sums of weight gradients are not there either"
+    assert frozen <= runs[False].shapes, "all weights' gradients were formed, in one shape or its transpose"
+    assert not frozen & runs[True].shapes
+    assert runs[True].most <= runs[False].most - layer_bytes, "a layer's sums of weight gradients are not there either"

@@ -21,7 +21,7 @@ def test_the_table(P, H, K):
     heads, ring, queries = received("heads", s, N, heads=P), received("ring", s, N, ring=P), received("queries", s, N, ring=P)
     assert heads.forward == (4 * H + 4 * K) * (N / P) * D * f + 4 * H * (N / P) * f
     assert heads.backward == (6 * H + 4 * K) * (N / P) * D * f + 4 * K * (N / P) * D * f + 8 * H * (N / P) * f
-    assert (ring.forward, ring.backward) == (4 * N * K * D * f, (12 + 4) * N * K * D * f)
+    assert (ring.forward, ring.backward) == (4 * N * K * D * f, 12 * N * K * D * f)
     assert queries.forward == 6 * N * H * D * f + 4 * N * H * f
     assert queries.backward == 8 * N * H * D * f + 8 * N * H * f
 

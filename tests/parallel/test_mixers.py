@@ -18,7 +18,7 @@ from longtrain.ops.state_mixers import LinearAttentionMixer
 from longtrain.parallel.layout import spread
 from longtrain.parallel.scan import hand_overs, stages
 from longtrain.span import Layout
-from tests.parallel.test_stream import PLANS, call, check, documents, summed
+from tests.parallel.test_stream import PLANS, call, check, documents, in_every_tier, summed
 from tests.processes import run_ranks
 from tests.stream.conftest import VOCAB, assert_same, loss_and_grads
 
@@ -125,10 +125,7 @@ def test_filters_of_every_kind_bits_and_bytes(world):
 def with_disk(rank: int, world: int, directory: str) -> None:
     torch.set_default_dtype(torch.float64)
     torch.manual_seed(0)
-    away, halves = lt.Split(), lt.Split(device=0.3, host=0.3)
-    disk = lt.DiskSettings(path=directory, budget=2**26)
-    offload = lt.Offload(inputs=away, gradients=halves, outputs=halves, kv=away, host_bytes=2**24, disk=disk)
-    plan = lt.Plan(chunk_tokens=16, store_outputs=0.6, store_kv=0.5, offload=offload)
+    plan = in_every_tier(directory, store_kv=0.5)
     model = model_of("all kinds", layers=("conv", "delta", "lact", "attention"), window=None)
     for way in ("halo and scan, zigzag", "heads and channels"):
         check(model, plan, WAYS[way], CALLS["documents"](), f"disk, {way}")

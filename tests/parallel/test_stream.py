@@ -235,15 +235,18 @@ def test_every_plan_and_way(world):
     run_ranks(every_plan, world)
 
 
-def with_disk(rank: int, world: int, directory: str) -> None:
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
+def in_every_tier(directory: str, store_kv: float) -> lt.Plan:
     away, halves = lt.Split(), lt.Split(device=0.3, host=0.3)
     disk = lt.DiskSettings(path=directory, budget=2**26)
     offload = lt.Offload(inputs=away, gradients=halves, outputs=halves, kv=away, host_bytes=2**24, disk=disk)
-    model = make_model(layers=3, window=(None, 9))
+    return lt.Plan(chunk_tokens=16, store_outputs=0.6, store_kv=store_kv, offload=offload)
+
+
+def with_disk(rank: int, world: int, directory: str) -> None:
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    model, plan = make_model(layers=3, window=(None, 9)), in_every_tier(directory, store_kv=1.0)
     for way, parallel in WAYS.items():
-        plan = lt.Plan(chunk_tokens=16, store_outputs=0.6, store_kv=1.0, offload=offload)
         check(model, plan, parallel, call(cu_seqlens=documents(33)), f"disk, {way}")
 
 

@@ -17,7 +17,7 @@ from longtrain.parallel.layout import ARRANGEMENTS, Shards, spread
 from longtrain.parallel.ranks import Ranks, Traffic
 from longtrain.parallel.ring import Ring
 from longtrain.parallel.travelling import TravellingQueries
-from longtrain.parallel.way import attend_over_ranks
+from longtrain.parallel.way import attend_over_ranks, delta_of
 from longtrain.span import Layout, Span
 from tests.processes import run_ranks
 
@@ -144,9 +144,9 @@ def counted(way, mixer, shards: Shards, heads, dtype=torch.float64) -> tuple[int
     traffic = way.ranks.traffic
     q, k, v, dout = (shards.take(x, torch.distributed.get_rank()).to(dtype) for x in tensors(heads, shards.tokens, batch=1))
     before = traffic.total()
-    out, saved = way.forward(mixer, q, k, v)
+    out, lse = way.attend(mixer, q, k, v)
     between = traffic.total()
-    way.backward(mixer, dout, *saved)
+    way.attend_vjp(mixer, dout, q, k, v, lse, delta_of(dout, out, lse))
     return between - before, traffic.total() - between
 
 
@@ -160,11 +160,10 @@ def bytes_are_the_formulas(rank: int, world: int) -> None:
         expected = {
             "ring": (K * wide * b * tokens * f, K * wide * (b + w) * tokens * f),
             "queries": (H * (DIM * b + (DIM + 3) * w) * tokens * f, H * (wide * b + (DIM + 2) * w) * tokens * f),
-            "all to all": ((H + K) * wide * b * tokens / world * f,) * 2,
+            "all to all": _of_heads(H, K * wide * b, K * wide * (b + b), tokens / world * f),
         }
         if K < world:
-            H_part, one = H / world * wide * b * tokens * f, wide * tokens * f
-            expected["all to all"] = (H_part + one * b, H_part + one * w)
+            expected["all to all"] = _of_heads(H, world * wide * b, world * wide * (b + w), tokens / world * f)
         for name, way in found.items():
             if K >= world and K % world:
                 continue
@@ -174,13 +173,18 @@ def bytes_are_the_formulas(rank: int, world: int) -> None:
         spans = tuple(shards.spans(r) for r in range(world))
         way = DoubleRing(replace(ranks["heads"], traffic=traffic), replace(ranks["ring"], traffic=traffic), spans)
         q, k, v, dout = (shards.take(x, rank).to(torch.bfloat16) for x in tensors((4, 1), tokens, batch=1))
-        _, saved = way.forward(mixer, q, k, v)
+        out, lse = way.attend(mixer, q, k, v)
         inside, between = machines * (n - 1) * kv, (machines - 1) * kv
         assert +traffic.received == +Counter({"kv": inside * b, "kv between": between * b})
-        way.backward(mixer, dout, *saved)
+        way.attend_vjp(mixer, dout, q, k, v, lse, delta_of(dout, out, lse))
         made = traffic.received["dkv"] + traffic.received["dkv home"], traffic.received["dkv between"]
         assert made == (inside * w, between * w)
         assert (traffic.received["kv"], traffic.received["kv between"]) == (2 * inside * b, 2 * between * b)
+
+
+def _of_heads(H: int, keys: int, keys_and_gradients: int, tokens: float) -> tuple[float, float]:
+    """Queries with bf16 elements and a wide LSE and delta, and the bytes of a token's keys."""
+    return (H * ((2 * DIM + 2) * 2 + 4) + keys) * tokens, (H * ((3 * DIM + 2) * 2 + 8) + keys_and_gradients) * tokens
 
 
 def routes_are_those_of_the_mask(rank: int, world: int) -> None:
@@ -247,15 +251,13 @@ def same_bits_every_time(rank: int, world: int) -> None:
 
 
 class SwappedGradients(Ring):
-    def backward(self, mixer, dout, *saved):
-        dq, dk, dv = super().backward(mixer, dout, *saved)
+    def attend_vjp(self, mixer, dout, *saved):
+        dq, dk, dv = super().attend_vjp(mixer, dout, *saved)
         return dq, dv[..., :DIM], torch.nn.functional.pad(dk, (0, 2))
 
 
-class ReplicasNotSummed(Heads):
-    def to_tokens(self, ranks, spans, what, queries, keys=()):
-        found = super().to_tokens(ranks, spans, what, queries, keys)()
-        return lambda: found if not keys else [x / self.ranks for x in found]
+class ReplicasNotSummed(AllToAll):
+    _summed = ()
 
 
 def faults_are_seen(rank: int, world: int) -> None:
@@ -266,7 +268,7 @@ def faults_are_seen(rank: int, world: int) -> None:
     faults = {
         "wrong hop": Ring(ranks, spans[-1:] + spans[:-1]),
         "swapped dK and dV": SwappedGradients(ranks, spans),
-        "replicas": AllToAll(ranks, spans, ReplicasNotSummed(*heads, world), Alone((Span(0, tokens),))),
+        "replicas": ReplicasNotSummed(ranks, spans, Heads(*heads, world), Alone((Span(0, tokens),))),
     }
     for name, way in faults.items():
         error = torch.tensor(error_of(way, AttentionMixer(), shards, heads, tokens))

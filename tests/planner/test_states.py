@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.profiler import ProfilerActivity, profile
 
 import longtrain as lt
 from longtrain.nn import LanguageModel, ModelConfig
@@ -14,6 +13,7 @@ from longtrain.planner import measure_model, peak, step_memory
 from longtrain.planner.tiers import tier_use
 from longtrain.span import Span
 from longtrain.stream.footprint import probe_layer
+from tests.held import most_held
 
 TOKENS = 1024
 
@@ -50,10 +50,10 @@ def test_memory_grows_by_a_state_a_chunk_and_the_workspace_is_a_chunk_s():
 
 @pytest.mark.parametrize("kv", [lt.Split(device=0.5, host=0.25, compress=True), lt.Split()])
 @pytest.mark.parametrize("layers, segment_layers", [(("linear", "attention", "lact"), 1), (("linear", "lact"), 2)])
-def test_what_a_tier_holds_and_is_written_is_what_was_predicted(layers, segment_layers, kv, tmp_path):
+def test_what_a_tier_holds_and_is_written_is_what_was_predicted(layers, segment_layers, kv, disk):
     m = model(layers, lact_chunk=100)
-    disk = lt.DiskSettings(path=str(tmp_path), budget=1 << 26)
-    offload = lt.Offload(outputs=lt.Split(device=0.25, host=0.25), kv=kv, host_bytes=1 << 24, disk=disk, staging_bytes=1 << 20)
+    settings = lt.DiskSettings(path=disk, budget=1 << 26)
+    offload = lt.Offload(outputs=lt.Split(device=0.25, host=0.25), kv=kv, host_bytes=1 << 24, disk=settings, staging_bytes=1 << 20)
     plan = lt.Plan(chunk_tokens=64, segment_layers=segment_layers, store_outputs=0.45, offload=offload)
     predicted = tier_use(measure_model(m), plan, TOKENS)
     report = lt.apply(m, plan)
@@ -64,18 +64,6 @@ def test_what_a_tier_holds_and_is_written_is_what_was_predicted(layers, segment_
         assert report.store.stats.written.get(tier, 0) == pytest.approx(use.written, rel=0.05, abs=1 << 15), tier
     assert predicted["disk"].written >= 3 * 4 * 9 * 16 * 16 * 4  # at least three entry states of the lact layer are among it
     report.undo()
-
-
-def most_held(run) -> int:
-    """Bytes that torch's allocator gave out and had not taken back, at the most, while `run` ran."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    events = [(e.start_ns(), e.nbytes()) for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = most = 0
-    for _, size in sorted(events):
-        held += size
-        most = max(most, held)
-    return most
 
 
 @pytest.mark.parametrize("gated", [None, "head", "feature"])

@@ -6,42 +6,17 @@ import json
 import os
 import subprocess
 import sys
-import weakref
 from pathlib import Path
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import longtrain as lt
 from longtrain.offload.system import System
+from tests.held import Alive
 from tests.stream.conftest import VOCAB, make_model
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-class Live(TorchDispatchMode):
-    """Bytes of the tensors that operations made and that are alive."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.most = 0
-        self._seen = weakref.WeakSet()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        known = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
-        for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor) and (storage := x.untyped_storage())._cdata not in known and storage not in self._seen:
-                self._seen.add(storage)
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self._gone, storage.nbytes())
-        self.most = max(self.most, self.now)
-        return out
-
-    def _gone(self, nbytes: int) -> None:
-        self.now -= nbytes
 
 
 def peak_bytes(layers: int, tokens: int, offload: lt.Offload | None) -> int:
@@ -52,10 +27,10 @@ def peak_bytes(layers: int, tokens: int, offload: lt.Offload | None) -> int:
         "cpu", disk=offload.disk, staging_bytes=offload.staging_bytes, system=System(2))  # fmt: skip
     report = lt.apply(model, lt.Plan(chunk_tokens=128, offload=offload), store=store)
     ids = torch.randint(VOCAB, (1, tokens), generator=torch.Generator().manual_seed(0))
-    with Live() as live:
+    with Alive() as alive:
         model(ids, labels=ids).loss.backward()
     report.undo()
-    return live.most
+    return alive.most
 
 
 @pytest.fixture

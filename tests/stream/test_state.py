@@ -198,7 +198,7 @@ def test_without_gradients_nothing_is_kept():
     assert report._chains[0].store.names() == []
 
 
-def test_entry_states_go_where_keys_and_values_go(tmp_path):
+def test_entry_states_go_where_keys_and_values_go(disk):
     """To the host and to disk, never compressed, with the same bits."""
     model, inputs = hybrid(layers=("linear", "lact"), lact_chunk=9), call()
 
@@ -211,7 +211,7 @@ def test_entry_states_go_where_keys_and_values_go(tmp_path):
         return {n: p.grad.clone() for n, p in model.named_parameters()}, stats
 
     here, _ = grads(lt.Plan(chunk_tokens=8, store_outputs=0.0))
-    away = Offload(kv=Split(device=0.2, host=0.4, compress=True), host_bytes=2**22, disk=DiskSettings(path=str(tmp_path), budget=2**22))
+    away = Offload(kv=Split(device=0.2, host=0.4, compress=True), host_bytes=2**22, disk=DiskSettings(path=disk, budget=2**22))
     there, stats = grads(lt.Plan(chunk_tokens=8, store_outputs=0.0, offload=away))
     assert all(torch.equal(here[n], there[n]) for n in here)
     assert stats.written["disk"] > 0 and stats.written["host"] > 0

@@ -29,10 +29,10 @@ class FakeCall:
 
 @pytest.mark.parametrize("kv", [DISK, HOST, MIXED, replace(HOST, compress=True)], ids=["disk", "host", "every tier", "never compressed"])
 @pytest.mark.parametrize("store_outputs", [0.0, 1.0])
-def test_the_same_bits_wherever_the_inputs_of_mixers_live(store_outputs, kv, tmp_path):
+def test_the_same_bits_wherever_the_inputs_of_mixers_live(store_outputs, kv, disk):
     model = stack_of(Layer(GroupsOfThree(taps=TOKENS)), Layer(GroupsOfThree(taps=2 * TOKENS, causal=False)))
     x = torch.randn(1, TOKENS, WIDTH)
-    tiers = dict(host_bytes=1 << 22, disk=lt.DiskSettings(path=str(tmp_path), budget=1 << 23), staging_bytes=1 << 20)
+    tiers = dict(host_bytes=1 << 22, disk=lt.DiskSettings(path=disk, budget=1 << 23), staging_bytes=1 << 20)
     outcomes = []
     for offload in (None, lt.Offload(kv=kv, **tiers)):
         report = lt.apply(model, lt.Plan(chunk_tokens=7, store_outputs=store_outputs, offload=offload))

@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
 import longtrain as lt
 from longtrain.nn import LanguageModel, ModelConfig
 from longtrain.planner import measure_model
 from longtrain.planner.shapes import on_meta
 from longtrain.stream.footprint import probe_layer
-from longtrain.stream.loss import loss_lines
+from longtrain.stream.loss import loss_lines, streamed_token_loss
 from longtrain.stream.work import highest, lines
+from tests.held import most_held
 
 SHAPE = dict(vocab_size=512, num_layers=2, hidden_size=64, intermediate_size=160, num_heads=4, num_kv_heads=2)
 
@@ -63,8 +63,6 @@ def test_what_a_chunk_holds_is_what_was_said(tokens, segment_layers):
 def test_what_the_loss_holds_is_what_was_said():
     norm, head = nn.RMSNorm(64), nn.Linear(64, 2048, bias=False)
     hidden, targets = torch.randn(1, 256, 64, requires_grad=True), torch.randint(2048, (1, 256))
-    from longtrain.stream.loss import streamed_token_loss
-
     measured = most_held(lambda: streamed_token_loss(hidden, norm, head, targets, chunk_tokens=256))
     assert highest(loss_lines(norm, head), 256) + head.weight.nbytes == pytest.approx(measured, rel=0.03)
 
@@ -73,15 +71,3 @@ def test_lines_decide_by_length():
     """One moment holds much whatever the chunk, another grows with it."""
     found = lines([[124, 240], [156, 560]], (24, 56))
     assert highest(found, 1) == 101 and highest(found, 100) == 1000
-
-
-def most_held(run) -> int:
-    """Bytes that torch's allocator gave out and had not taken back, at the most, while `run` ran."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    events = [(e.start_ns(), e.nbytes()) for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = most = 0
-    for _, size in sorted(events):
-        held += size
-        most = max(most, held)
-    return most
