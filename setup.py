@@ -22,7 +22,7 @@ if X86:
     INSTRUCTION_SETS += [("avx2", ["-mavx2", "-mfma", "-mf16c"]), ("avx512", AVX512), ("avx512bf16", [*AVX512, "-mavx512bf16"])]
 FLAGS = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-g0", "-Wno-psabi"]
 KERNELS = ["longtrain.kernels"] if os.path.isdir("kernels") else []
-PER_INSTRUCTION_SET = ["csrc/attention_kernels.cpp", "csrc/long_conv_kernels.cpp"]
+PER_INSTRUCTION_SET = ["csrc/attention_kernels.cpp", "csrc/long_conv_kernels.cpp", "csrc/linear_attention_kernels.cpp"]
 
 
 class BuildExtension(build_ext):
@@ -98,7 +98,7 @@ setup(
     ext_modules=[
         Extension(
             "longtrain._C",
-            sources=["csrc/attention.cpp", "csrc/long_conv.cpp", "csrc/memory_trace.cpp"],
+            sources=["csrc/attention.cpp", "csrc/linear_attention.cpp", "csrc/long_conv.cpp", "csrc/memory_trace.cpp"],
             depends=[*PER_INSTRUCTION_SET, *sorted(glob("csrc/*.h"))],
         )
     ],

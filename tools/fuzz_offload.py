@@ -27,6 +27,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -249,9 +250,9 @@ def main(argv: list[str] | None = None) -> int:
     if a.serve:
         serve(a.serve)
     rows: dict[str, Counter] = {"no fault": Counter()}
-    for seed in range(a.seed, a.seed + a.schedules):
-        rows["no fault"].update(("drawn", run_case(seed)[0]))
-    for index in range(a.faults):
+    for index in counted("schedules", a.schedules):
+        rows["no fault"].update(("drawn", run_case(a.seed + index)[0]))
+    for index in counted("faults", a.faults):
         fault = FAULTS[index % len(FAULTS)]
         outcome, happened = run_case(a.seed + 10**6 + index, fault)
         rows.setdefault(fault, Counter()).update(("drawn", outcome, *(["happened"] if happened else [])))
@@ -270,6 +271,15 @@ def main(argv: list[str] | None = None) -> int:
     a.out.write_text(json.dumps({"rows": rows, "waits left out: noticed by, of": caught, "kills": killed}, indent=1) + "\n")
     missed = [wait for wait, (n, _) in caught.items() if not n]
     return int(any(row["wrong"] for row in rows.values()) or bool(missed) or killed["wrong"] > 0)
+
+
+def counted(what: str, number: int) -> Iterator[int]:
+    """Indices, and on the terminal how far they are."""
+    began = time.monotonic()
+    for index in range(number):
+        yield index
+        if (index + 1) % 50 == 0:
+            print(f"{what}: {index + 1} of {number}, {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
 
 
 def caught_of(wait: str, seed: int, most: int, enough: int = 3) -> tuple[int, int]:

@@ -256,7 +256,7 @@ def read_parts(files: Sequence[Input], kinds: Sequence[str], at: Sequence[int], 
                 else:
                     begins, size = begins + part.content[: KEY_BYTES - len(begins)], size + len(part.content)
                     if part.last:
-                        part = part._replace(key=content_key(begins, size))
+                        part = Part(*part[:-1], content_key(begins, size))
                         begins, size = b"", 0
                 yield index, part
         except OSError as error:

@@ -42,7 +42,7 @@ MIXERS: dict[str, tuple[str, Callable[[ModelConfig, int], nn.Module]]] = {
     "attention": ("self_attn", _attention),
     "window": ("self_attn", _attention),
     "linear": ("linear", lambda config, index: LinearAttention(**_heads(config))),
-    "delta": ("delta", lambda config, index: DeltaNet(**_heads(config))),
+    "delta": ("delta", lambda config, index: DeltaNet(**_heads(config), layer_index=index)),
     "lact": ("lact", lambda config, index: LaCT(**_heads(config), chunk_tokens=config.lact_chunk)),
     "conv": (
         "conv",
@@ -50,7 +50,8 @@ MIXERS: dict[str, tuple[str, Callable[[ModelConfig, int], nn.Module]]] = {
     ),
 }
 """By kind of layer (`ModelConfig.layers`): the name its mixer's parameters have, and how it is made. Each has
-``mixer(documents, dropout_seed)``, which says what is to be computed, and ``forward(x_BTE, positions_BT, mix) -> [B, T, E]``."""
+``mixer(documents, dropout_seed)``, which says what is to be computed (several in a tuple, in the order in which they are called), and
+``forward(x_BTE, positions_BT, mix) -> [B, T, E]``."""
 
 
 class DecoderLayer(nn.Module):
@@ -77,13 +78,18 @@ class DecoderLayer(nn.Module):
     def mixers(
         self, *, positions_BT: Tensor, documents: Layout | None = None, dropout_seed: int | None = None
     ) -> tuple[Any, ...]:
-        return (self.token_mixer.mixer(documents, dropout_seed),)
+        found = self.token_mixer.mixer(documents, dropout_seed)
+        return found if isinstance(found, tuple) else (found,)
 
     def forward(
         self, x_BTE: Tensor, *, positions_BT: Tensor, documents: Layout | None = None, dropout_seed: int | None = None, mix=None
     ) -> Tensor:
         if mix is None:
-            (mix,) = self.mixers(positions_BT=positions_BT, documents=documents, dropout_seed=dropout_seed)
+            mixers = iter(self.mixers(positions_BT=positions_BT, documents=documents, dropout_seed=dropout_seed))
+
+            def mix(*inputs: Tensor) -> Tensor:
+                return next(mixers)(*inputs)
+
         x_BTE = x_BTE + self.token_mixer(self.input_layernorm(x_BTE), positions_BT, mix)
         return x_BTE + self.mlp(self.post_attention_layernorm(x_BTE))
 

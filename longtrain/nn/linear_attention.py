@@ -1,7 +1,7 @@
 """Mixers of a decoder layer whose memory is a matrix: gated linear attention and the (gated) delta rule. In the place of `nn.Attention`.
 
-Positions are not rotated: decays and order tell what is far. The papers' short convolutions before q, k and v are left out: a layer of kind
-`conv` or `window` beside them looks at the neighbours.
+Positions are not rotated: decays and order tell what is far. `DeltaNet` has its paper's short convolution of queries, keys and values, without
+which it does not learn to store a value under the key before it, whatever layer stands below; `LinearAttention`, as in its paper, has none.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longtrain.nn.long_conv import LongConv
 from longtrain.nn.norm import RMSNorm
+from longtrain.ops.mixers import LongConvMixer
 from longtrain.ops.state_mixers import LinearAttentionMixer
 from longtrain.span import Layout
 
@@ -83,11 +85,12 @@ class DeltaNet(nn.Module):
     """The delta rule (Yang et al. 2024, arXiv:2406.06484), by default gated (arXiv:2412.06464), ``[B, T, E] -> [B, T, E]``: a token
     overwrites what its key pointed to.
 
-    Keys and queries have norm 1; beta is a sigmoid of x. A head's decay is ``-exp(log_rate) softplus(step_proj(x) + step_bias)``
+    Queries, keys and values pass a causal convolution of `short_taps` taps a channel, beginning near the identity, and a SiLU. Keys and
+    queries then have norm 1; beta is a sigmoid of x. A head's decay is ``-exp(log_rate) softplus(step_proj(x) + step_bias)``
     as in Mamba-2, but not drawn as there, where no head remembers half of anything for 700 tokens, and most for 10: at the start of training
     half-lives lie evenly (in their logarithm) from `longest_half_life` tokens, the first head's, to 16.
-    State: ``q_proj, k_proj, v_proj [H D, E]``, ``beta_proj [H, E]``, ``output``; gated also ``step_proj [H, E]``,
-    ``log_rate, step_bias [H]``.
+    State: ``q_proj, k_proj, v_proj [H D, E]``, ``short.filter.taps [3 H D, W]``, ``short.skip [3 H D]``, ``beta_proj [H, E]``, ``output``;
+    gated also ``step_proj [H, E]``, ``log_rate, step_bias [H]``.
     """
 
     def __init__(
@@ -97,12 +100,15 @@ class DeltaNet(nn.Module):
         head_dim: int,
         *,
         gated: bool = True,
+        short_taps: int = 4,
         longest_half_life: float = 8192,
         norm_eps: float = 1e-6,
+        layer_index: int = 0,
     ) -> None:
         super().__init__()
         self.head_dim, self.gated = head_dim, gated
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(hidden_size, num_heads * head_dim, bias=False) for _ in range(3))
+        self.short = LongConv(3 * num_heads * head_dim, short_taps, init="normal", init_std=0.3, squash=0.0, layer_index=layer_index)
         self.beta_proj = nn.Linear(hidden_size, num_heads, bias=False)
         if gated:
             self.step_proj = nn.Linear(hidden_size, num_heads, bias=False)
@@ -111,12 +117,15 @@ class DeltaNet(nn.Module):
             self.step_bias = nn.Parameter(torch.log(torch.expm1(steps)).to(torch.get_default_dtype()))  # softplus of it is the step
         self.output = HeadOutput(hidden_size, num_heads, head_dim, norm_eps)
 
-    def mixer(self, documents: Layout | None = None, dropout_seed: int | None = None) -> LinearAttentionMixer:
-        return LinearAttentionMixer(gated=self.gated, delta=True, documents=documents)
+    def mixer(self, documents: Layout | None = None, dropout_seed: int | None = None) -> tuple[LongConvMixer, LinearAttentionMixer]:
+        """The short convolution, then the delta rule."""
+        return self.short.mixer(documents), LinearAttentionMixer(gated=self.gated, delta=True, documents=documents)
 
     def forward(self, x_BTE: Tensor, positions_BT: Tensor, mix) -> Tensor:
-        """`mix`: callable of (q, k, v, decay if gated, beta), the whole mixer or the streaming engine's part of it."""
-        q, k, v = (F.silu(p(x_BTE)).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        """`mix`: called with queries, keys and values side by side, then with (q, k, v, decay if gated, beta); the whole mixers or the streaming
+        engine's part of them."""
+        qkv_BTE = mix(torch.cat([p(x_BTE) for p in (self.q_proj, self.k_proj, self.v_proj)], -1))
+        q, k, v = F.silu(qkv_BTE).unflatten(-1, (3, -1, self.head_dim)).unbind(-3)
         wide = torch.promote_types(x_BTE.dtype, torch.float32)
         rates = [self.beta_proj(x_BTE).to(wide).sigmoid()]
         if self.gated:

@@ -4,10 +4,9 @@ TRITON_INTERPRET when a kernel is defined.
     TRITON_INTERPRET=1 python -m tests.kernels.interpreted 3 17 no_query_or_no_key    # drawn cases by number, functions below by name
 """
 
-import sys
-import warnings
 
 import torch
+from tests.kernels.interpreter import run
 from tests.ops.attention_cases import assert_close, drawn_case, forward_backward
 
 from longtrain.kernels.attention_configs import Tiles
@@ -114,7 +113,4 @@ def no_query_or_no_key() -> None:
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's: the interpreter computes lanes that are masked afterwards
-    torch.manual_seed(0)
-    for argument in sys.argv[1:]:
-        drawn_case_equals_the_reference(int(argument)) if argument.isdigit() else globals()[argument]()
+    run(drawn_case_equals_the_reference, globals())

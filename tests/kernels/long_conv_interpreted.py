@@ -4,11 +4,10 @@ reads TRITON_INTERPRET when a kernel is defined.
     TRITON_INTERPRET=1 python -m tests.kernels.long_conv_interpreted 3 17 order_three    # drawn cases by number, functions below by name
 """
 
-import sys
-import warnings
 from dataclasses import replace
 
 import torch
+from tests.kernels.interpreter import run
 from tests.ops.long_conv_cases import Case, directly, draw, error, found, widened
 
 from longtrain.ops.long_conv import explain, fft, long_conv, long_conv_backward, triton
@@ -144,7 +143,4 @@ def what_is_refused() -> None:
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's: the interpreter computes lanes that are masked afterwards
-    torch.manual_seed(0)
-    for argument in sys.argv[1:]:
-        check(drawn(int(argument))) if argument.isdigit() else globals()[argument]()
+    run(lambda number: check(drawn(number)), globals())

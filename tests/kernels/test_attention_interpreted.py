@@ -1,23 +1,11 @@
 """The Triton kernels without a GPU: what they compute, in Triton's interpreter (`interpreted.py`), is the reference."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from tests.kernels.interpreter import interpreted
 from tests.ops.attention_cases import OPTIONS, drawn_case, drawn_options
 
 pytest.importorskip("triton", reason="triton is not installed: pip install longtrain[gpu]")
-ROOT = Path(__file__).parents[2]
-
-
-def interpreted(*arguments) -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.kernels.interpreted", *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def quick_cases() -> list[int]:
@@ -36,6 +24,7 @@ def quick_cases() -> list[int]:
 
 def test_the_kernels_in_the_interpreter():
     interpreted(
+        "interpreted",
         "no_query_or_no_key", "every_alignment_of_mask_and_tiles", "sinks_and_kept_blocks_outside_the_window",
         "nan_reaches_only_rows_that_see_it", "autograd_and_the_functional_pair_agree", *quick_cases(),
     )
@@ -44,4 +33,4 @@ def test_the_kernels_in_the_interpreter():
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(10))
 def test_many_drawn_cases_equal_the_reference(part):
-    interpreted(*range(part, 300, 10))
+    interpreted("interpreted", *range(part, 300, 10))

@@ -1,35 +1,24 @@
 """Linear attention by Triton kernels without a GPU: what they compute, in Triton's interpreter (`linear_attention_interpreted.py`), is the
 recurrence."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="triton is not installed: pip install longtrain[gpu]")
+from tests.kernels.interpreter import interpreted
 
 from longtrain.ops.linear_attention import linear_attention
 
-ROOT = Path(__file__).parents[2]
-
-
-def interpreted(*arguments) -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.kernels.linear_attention_interpreted", *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_the_kernels_in_the_interpreter():
-    interpreted("one_token_and_none", "documents", "what_is_refused")
+    interpreted("linear_attention_interpreted", "one_token_and_none", "documents", "what_is_refused")
 
 
 @pytest.mark.slow
 def test_more_of_the_kernels_in_the_interpreter():
     interpreted(
+        "linear_attention_interpreted",
         "every_decay_with_and_without_the_delta_rule", "strong_decays_lose_nothing_that_is_near", "pieces_change_nothing", "strides_do_not_matter",
     )
 
@@ -37,7 +26,7 @@ def test_more_of_the_kernels_in_the_interpreter():
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(3))
 def test_many_drawn_calls_equal_the_recurrence(part):
-    interpreted(*range(part, 30, 3))
+    interpreted("linear_attention_interpreted", *range(part, 30, 3))
 
 
 def test_on_a_cpu_it_is_refused_with_the_reason():

@@ -1,45 +1,33 @@
 """Long convolutions by Triton kernels without a GPU: what they compute, in Triton's interpreter (`long_conv_interpreted.py`), is convolution."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="triton is not installed: pip install longtrain[gpu]")
+from tests.kernels.interpreter import interpreted
 
 from longtrain.ops.long_conv import explain, long_conv
 
-ROOT = Path(__file__).parents[2]
-
-
-def interpreted(*arguments) -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.kernels.long_conv_interpreted", *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_the_kernels_in_the_interpreter():
-    interpreted("odd_lengths_and_filters_shorter_and_longer", "through_the_public_functions", "what_is_refused")
+    interpreted("long_conv_interpreted", "odd_lengths_and_filters_shorter_and_longer", "through_the_public_functions", "what_is_refused")
 
 
 @pytest.mark.slow
 def test_more_of_the_kernels_in_the_interpreter():
-    interpreted("one_token", "gates_skip_heads_and_documents", "nan_stays_in_its_row", "groups_cut_inside_a_head", "only_what_is_wanted")
+    interpreted("long_conv_interpreted", "one_token", "gates_skip_heads_and_documents", "nan_stays_in_its_row", "groups_cut_inside_a_head", "only_what_is_wanted")
 
 
 @pytest.mark.slow
 def test_pieces_and_large_transforms_in_the_interpreter():
-    interpreted("pieces_of_a_document", "several_tiles", "order_three")
+    interpreted("long_conv_interpreted", "pieces_of_a_document", "several_tiles", "order_three")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(3))
 def test_many_drawn_cases_are_convolutions(part):
-    interpreted(*range(part, 15, 3))
+    interpreted("long_conv_interpreted", *range(part, 15, 3))
 
 
 def test_on_a_cpu_it_is_refused_with_the_reason():

@@ -68,14 +68,25 @@ def test_delta_net_begins_with_long_memories(heads, expected):
     layer, seen = DeltaNet(24, heads, 4, longest_half_life=4096), []
     with torch.no_grad():
         layer.step_proj.weight.zero_()
-        layer(torch.randn(1, 3, 24), None, lambda q, k, v, decay, beta: seen.extend((q, k, decay, beta)) or v)
-    q, k, decay, beta = seen
+        layer(torch.randn(1, 3, 24), None, lambda *inputs: inputs[0] if len(inputs) == 1 else seen.extend(inputs) or inputs[2])
+    q, k, _, decay, beta = seen
     torch.testing.assert_close(k.norm(dim=-1), torch.ones(1, 3, heads))
     torch.testing.assert_close(q.norm(dim=-1), torch.ones(1, 3, heads))
     assert (math.log(0.5) / decay[0, 2]).tolist() == pytest.approx(expected, rel=1e-4)
     assert (0 < beta).all() and (beta < 1).all()
     plain = DeltaNet(24, 4, 6, gated=False)
-    assert plain.mixer().tensors == ("k", "v", "beta") and not hasattr(plain, "step_proj")
+    assert plain.mixer()[1].tensors == ("k", "v", "beta") and not hasattr(plain, "step_proj")
+
+
+def test_delta_net_s_queries_keys_and_values_pass_a_short_convolution():
+    layer, x, seen = DeltaNet(24, 2, 4, short_taps=3), torch.randn(1, 7, 24), []
+    short, rule = layer.mixer()
+    assert short.filter.shape == (3 * 2 * 4, 3) and rule.delta
+    layer(x, None, lambda *inputs: short(*inputs) if len(inputs) == 1 else seen.extend(inputs) or inputs[2])
+    taps = (layer.short.filter.taps + F.pad(layer.short.skip[:, None], (0, 2)))[16:]  # of the values
+    padded = F.pad(layer.v_proj(x), (0, 0, 2, 0))
+    expected = F.silu(sum(taps[:, lag] * padded[:, 2 - lag : 9 - lag] for lag in range(3)))
+    torch.testing.assert_close(seen[2].flatten(-2), expected)
 
 
 def test_lact_begins_at_its_base_rate():

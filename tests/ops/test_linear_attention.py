@@ -1,74 +1,18 @@
-"""`linear_attention` by chunks against its recurrence, and the recurrence against what a person can check."""
+"""`linear_attention` by chunks, in torch and in C++, against its recurrence, and the recurrence against what a person can check."""
 
 import math
-import random
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from longtrain.ops.linear_attention import chunked, decay, explain, linear_attention, linear_attention_backward
+from longtrain.ops.linear_attention import chunked, cpp, decay, explain, linear_attention, linear_attention_backward
+from longtrain.ops.linear_attention.call import checked
+from tests.ops.linear_attention_cases import F64, assert_same, drawn, make, output_and_grads, relative, upstream
 
-F64 = torch.float64
-
-
-def relative(a, b):
-    return float((a.detach().double() - b.detach().double()).norm() / b.detach().double().norm().clamp_min(1e-300))
-
-
-def make(B=2, T=37, H=2, D=5, V=3, forget=None, beta=False, state=False, dtype=F64, seed=0, strength=1.0):
-    """Tensors of a call. `forget`: None, "fixed" [H], "head" [B, T, H] or "feature" [B, T, H, D]."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator, dtype=F64)
-
-    data = dict(q=normal(B, T, H, D), k=F.normalize(normal(B, T, H, D), dim=-1), v=normal(B, T, H, V))
-    shape = {None: None, "fixed": (H,), "head": (B, T, H), "feature": (B, T, H, D)}[forget]
-    if shape is not None:
-        data["decay"] = -normal(*shape).exp() * strength
-    if beta:
-        data["beta"] = 2 * normal(B, T, H).sigmoid()
-    if state:
-        data["initial_state"] = normal(B, H, D, V)
-    return {name: t.to(dtype) for name, t in data.items()}
-
-
-def output_and_grads(data, **options):
-    """Output, last state and the gradients of everything, for random gradients of both."""
-    leaves = {name: t.clone().requires_grad_() for name, t in data.items()}
-    out, state = linear_attention(**leaves, return_state=True, **options)
-    generator = torch.Generator().manual_seed(1)
-    upstream = [torch.randn(t.shape, generator=generator, dtype=F64).to(t.dtype) for t in (out, state)]
-    grads = torch.autograd.grad((out, state), list(leaves.values()), upstream)
-    return {"out": out, "state": state, **dict(zip(leaves, grads))}
-
-
-def assert_same(ours, theirs, tolerance=1e-12):
-    assert ours.keys() == theirs.keys()
-    scale = max(float(t.detach().double().norm()) for t in theirs.values())
-    for name in theirs:
-        assert ours[name].dtype == theirs[name].dtype and ours[name].shape == theirs[name].shape, name
-        a, b = ours[name].detach().double(), theirs[name].detach().double()
-        error, norm = float((a - b).norm()), float(b.norm())
-        # zero by mathematics (decays of one token, states behind a document): noise, held to the whole
-        assert error <= tolerance * (norm if norm > 1e-10 * scale else scale), f"{name}: {error / max(norm, 1e-300):.2e}"
-
-
-def drawn(case):
-    """A call drawn at random, over what breaks."""
-    draw = random.Random(case)
-    tokens = draw.choice([1, 2, 3, 7, 15, 16, 17, 31, 33, 50, 64, 65, draw.randint(1, 90)])
-    data = make(
-        B=draw.choice([1, 1, 2]), T=tokens, H=draw.choice([1, 2, 3]), D=draw.choice([1, 2, 4, 5, 8]), V=draw.choice([1, 3, 4, 7]),
-        forget=draw.choice([None, "fixed", "head", "feature", "feature"]), beta=draw.random() < 0.5, state=draw.random() < 0.5,
-        strength=draw.choice([1e-3, 0.3, 5.0, 300.0]), seed=case,
-    )  # fmt: skip
-    options = dict(chunk_size=draw.choice([1, 2, 4, 16, 16, 64]), scale=draw.choice([None, 0.3]))
-    if draw.random() < 0.5:
-        inner = sorted(draw.randint(0, tokens) for _ in range(draw.randint(1, 4)))
-        options["cu_seqlens"] = torch.tensor([0, *inner, tokens], dtype=draw.choice([torch.int32, torch.int64]))
-    return data, options
+MISSING = cpp.refuse(checked(*[torch.ones(1, 1, 1, 1)] * 3, None, None, None, None, None, 64))
+SERVING = ["chunked"] if MISSING else ["chunked", "cpp"]
+SETS = [] if MISSING else cpp.instruction_sets()
+by_matrices = pytest.mark.parametrize("backend", ["chunked", pytest.param("cpp", marks=pytest.mark.skipif(MISSING is not None, reason=str(MISSING)))])
 
 
 @pytest.mark.parametrize("block", range(12))
@@ -76,14 +20,17 @@ def test_chunks_equal_the_recurrence(block):
     """300 drawn calls: lengths, chunks, documents (empty ones, too), decays of every kind and strength, states, the delta rule."""
     for case in range(25 * block, 25 * block + 25):
         data, options = drawn(case)
-        try:
-            assert_same(output_and_grads(data, **options), output_and_grads(data, **options, backend="reference"))
-        except AssertionError as error:
-            raise AssertionError(f"case {case}, {({n: list(t.shape) for n, t in data.items()})}, {options}: {error}") from None
+        expected = output_and_grads(data, **options, backend="reference")
+        for backend in SERVING:
+            try:
+                assert_same(output_and_grads(data, **options, backend=backend), expected)
+            except AssertionError as error:
+                raise AssertionError(f"{backend}, case {case}, {({n: list(t.shape) for n, t in data.items()})}, {options}: {error}") from None
 
 
+@by_matrices
 @pytest.mark.parametrize("block", range(4))
-def test_float32_is_as_exact_as_the_recurrence_in_float32(block):
+def test_float32_is_as_exact_as_the_recurrence_in_float32(block, backend):
     """Against float64 on the same rounded inputs: at most twice the recurrence's own error, both measured over 10 calls together. With
     the delta rule on keys in many directions: the system of a chunk whose keys are all parallel costs a digit."""
     ours, theirs = {}, {}
@@ -93,8 +40,8 @@ def test_float32_is_as_exact_as_the_recurrence_in_float32(block):
             data = make(T=data["q"].shape[1], D=16, forget=("head", "feature")[case % 2], beta=True, state=True, seed=case, strength=0.3)
         narrow = {name: t.float() for name, t in data.items()}
         exact = output_and_grads({name: t.double() for name, t in narrow.items()}, **options, backend="reference")
-        for errors, backend in ((ours, "chunked"), (theirs, "reference")):
-            result = output_and_grads(narrow, **options, backend=backend)
+        for errors, named in ((ours, backend), (theirs, "reference")):
+            result = output_and_grads(narrow, **options, backend=named)
             scale = max(float(t.detach().norm()) for t in exact.values())
             for name in exact:
                 error = float((result[name].double() - exact[name]).detach().norm() / exact[name].detach().norm().clamp_min(1e-3 * scale))
@@ -105,48 +52,51 @@ def test_float32_is_as_exact_as_the_recurrence_in_float32(block):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("forget, beta", [(None, False), ("feature", False), ("head", True)])
-def test_narrow_types_compute_in_float32(dtype, forget, beta):
+@by_matrices
+def test_narrow_types_compute_in_float32(backend, dtype, forget, beta):
     data = make(T=300, D=16, V=16, forget=forget, beta=beta, dtype=dtype, strength=0.05)
-    ours = output_and_grads(data)
+    ours = output_and_grads(data, backend=backend)
     exact = output_and_grads({name: t.double() for name, t in data.items()}, backend="reference")
     assert ours["state"].dtype == torch.float32
     for name in data | {"out": 0}:
         assert ours[name].dtype == dtype
-        # output and gradients are rounded once; the upstream gradient was rounded for one and not for the other
-        assert relative(ours[name], exact[name]) < 2 * torch.finfo(dtype).eps, name
+        assert relative(ours[name], exact[name]) < torch.finfo(dtype).eps / 2, name  # rounded once
 
 
-def test_decays_and_betas_may_be_wider_than_queries():
+@by_matrices
+def test_decays_and_betas_may_be_wider_than_queries(backend):
     data = make(forget="head", beta=True, dtype=torch.bfloat16)
     data["decay"], data["beta"] = data["decay"].float(), data["beta"].float()
-    ours = output_and_grads(data)
+    ours = output_and_grads(data, backend=backend)
     assert (ours["out"].dtype, ours["q"].dtype, ours["decay"].dtype, ours["beta"].dtype) == (torch.bfloat16,) * 2 + (torch.float32,) * 2
     with torch.autocast("cpu", torch.bfloat16):
-        assert_same(output_and_grads(data), ours, 0)
+        assert_same(output_and_grads(data, backend=backend), ours, 0)
 
 
+@by_matrices
 @pytest.mark.parametrize("kind", ["head", "feature"])
-def test_strong_decays_lose_nothing_that_is_near(kind):
+def test_strong_decays_lose_nothing_that_is_near(kind, backend):
     """A token that forgets nearly all, then tokens that forget nearly nothing: sums of the whole chunk would drown the small ones."""
     data = make(T=64, D=4, V=4, forget=kind, dtype=torch.float32)
     data["decay"] = torch.full_like(data["decay"], -1e-4)
     data["decay"][:, 10] = -1e5
-    ours = output_and_grads(data)
+    ours = output_and_grads(data, backend=backend)
     exact = output_and_grads({name: t.double() for name, t in data.items()}, backend="reference")
     for name in ours:
         assert relative(ours[name], exact[name]) < 1e-6, name
 
 
+@by_matrices
 @pytest.mark.parametrize("kind", ["fixed", "head", "feature"])
 @pytest.mark.parametrize("beta", [False, True])
-def test_a_decay_of_minus_infinity_is_a_document_s_beginning(kind, beta):
+def test_a_decay_of_minus_infinity_is_a_document_s_beginning(kind, beta, backend):
     data = make(T=40, forget=kind, beta=beta)
     if kind == "fixed":
         data["decay"] = data["decay"].expand(2, 40, 2).contiguous()
-    packed = output_and_grads(data, cu_seqlens=torch.tensor([0, 13, 40]), chunk_size=16)
+    packed = output_and_grads(data, cu_seqlens=torch.tensor([0, 13, 40]), chunk_size=16, backend=backend)
     data["decay"] = data["decay"].clone()
     data["decay"][:, 13] = -math.inf
-    marked = output_and_grads(data, chunk_size=16)
+    marked = output_and_grads(data, chunk_size=16, backend=backend)
     assert all(t.isfinite().all() for t in marked.values())
     assert_same(marked, packed, 0 if kind != "fixed" else 1e-14)
 
@@ -174,24 +124,25 @@ def test_a_sequence_in_two_calls_is_the_sequence(forget, beta, cut):
     torch.testing.assert_close(last, state, rtol=1e-12, atol=1e-12)
 
 
+@by_matrices
 @pytest.mark.parametrize("forget, beta", [(None, False), ("feature", True)])
-def test_pieces_change_nothing(forget, beta, monkeypatch):
-    data = make(T=70, forget=forget, beta=beta, state=True)
-    whole = output_and_grads(data, chunk_size=8)
-    monkeypatch.setattr(chunked, "PIECE_TOKENS", {"cpu": 24, "other": 24})
-    assert_same(output_and_grads(data, chunk_size=8), whole, 1e-14)
-
-
-def test_the_backward_pass_alone(monkeypatch):
-    data = make(T=70, forget="head", beta=True, state=True)
-    expected = output_and_grads(data)
-    out, state = linear_attention(**data, return_state=True)
-    generator = torch.Generator().manual_seed(1)
-    dout, dstate = (torch.randn(t.shape, generator=generator, dtype=F64) for t in (out, state))
+def test_pieces_change_nothing(forget, beta, backend, monkeypatch):
+    data = make(T=200, forget=forget, beta=beta, state=True)
+    whole = output_and_grads(data, chunk_size=8, backend=backend)
     monkeypatch.setattr(chunked, "PIECE_TOKENS", {"cpu": 64, "other": 64})
-    grads = linear_attention_backward(dout, **data, dstate=dstate)
-    assert_same(dict(zip(data, grads)), {name: expected[name] for name in data}, 1e-13)
-    without = linear_attention_backward(dout, **{n: t for n, t in data.items() if n in "qkv"})
+    assert_same(output_and_grads(data, chunk_size=8, backend=backend), whole, 1e-14)
+
+
+@by_matrices
+def test_the_backward_pass_alone(backend, monkeypatch):
+    data = make(T=70, forget="head", beta=True, state=True)
+    expected = output_and_grads(data, backend="reference")
+    out, state = linear_attention(**data, return_state=True)
+    dout, dstate = upstream(out, state)
+    monkeypatch.setattr(chunked, "PIECE_TOKENS", {"cpu": 64, "other": 64})
+    grads = linear_attention_backward(dout, **data, dstate=dstate, backend=backend)
+    assert_same(dict(zip(data, grads)), {name: expected[name] for name in data})
+    without = linear_attention_backward(dout, **{n: t for n, t in data.items() if n in "qkv"}, backend=backend)
     assert [g is None for g in without] == [False, False, False, True, True, False]
 
 
@@ -269,16 +220,47 @@ def test_frozen_tensors(frozen):
     expected = output_and_grads(data)
     leaves = {name: t.clone().requires_grad_(name != frozen) for name, t in data.items()}
     out, state = linear_attention(**leaves, return_state=True)
-    generator = torch.Generator().manual_seed(1)
-    torch.autograd.backward((out, state), [torch.randn(t.shape, generator=generator, dtype=F64) for t in (out, state)])
+    torch.autograd.backward((out, state), upstream(out, state))
     assert leaves[frozen].grad is None
     assert_same({n: t.grad for n, t in leaves.items() if n != frozen}, {n: expected[n] for n in leaves if n != frozen}, 1e-14)
 
 
-def test_strides_do_not_matter():
+@by_matrices
+def test_strides_do_not_matter(backend):
     data = make(T=20, forget="feature", beta=True)
-    strided = {name: t.transpose(0, 1).contiguous().transpose(0, 1) for name, t in data.items()}
-    assert_same(output_and_grads(strided), output_and_grads(data), 0)
+    strided = {name: t.transpose(0, -1).contiguous().transpose(0, -1) for name, t in data.items()}
+    assert_same(output_and_grads(strided, backend=backend), output_and_grads(data, backend=backend), 0)
+
+
+@pytest.mark.parametrize("instruction_set", SETS)
+@pytest.mark.parametrize("D, V", [(20, 70), (100, 5), (64, 128)])
+def test_every_instruction_set_and_wide_heads(instruction_set, D, V):
+    for forget, beta in ((None, False), ("head", True), ("feature", True)):
+        data = make(B=1, T=150, H=1, D=D, V=V, forget=forget, beta=beta, state=True, strength=0.1)
+        expected = output_and_grads(data, backend="chunked")
+        call = checked(*(data.get(name) for name in ("q", "k", "v", "decay", "beta")), None, data["initial_state"], None, 64)
+        out, state, entries = cpp.forward(call, instruction_set)
+        grads = cpp.backward(call, entries, *upstream(out, state), instruction_set)
+        given = ("q", "k", "v", "decay", "beta", "initial_state")
+        found = {name: grad.view_as(data[name]) for name, grad in zip(given, grads, strict=True) if grad is not None and name in data}
+        assert_same({"out": out, "state": state} | found, {name: expected[name] for name in ("out", "state", *found)})
+
+
+@pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+def test_threads_do_not_change_a_bit():
+    data = make(T=100, H=3, forget="feature", beta=True, dtype=torch.float32)
+    threads, one = torch.get_num_threads(), output_and_grads(data, backend="cpp")
+    torch.set_num_threads(threads + 2)
+    try:
+        assert_same(output_and_grads(data, backend="cpp"), one, 0)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+def test_what_the_kernels_refuse():
+    for change, why in ((dict(D=129), "129 key features are above 128"), (dict(V=130), "130 value features"), (dict(T=0), "nothing to compute")):
+        assert why in explain(**make(**change))["cpp"]
 
 
 def test_no_token_at_all():
@@ -309,7 +291,7 @@ def test_second_derivatives_are_refused_and_the_reference_has_them():
     (dict(cu_seqlens=torch.tensor([0, 36])), "must ascend from 0 to T = 37"),
     (dict(cu_seqlens=torch.tensor([0, 8, 7, 37])), "must ascend"),
     (dict(cu_seqlens=torch.tensor([0.0, 37.0])), "int32 or int64"),
-    (dict(backend="fla"), "backend must be auto or one of triton, chunked, reference"),
+    (dict(backend="fla"), "backend must be auto or one of triton, cpp, chunked, reference"),
 ])  # fmt: skip
 def test_what_is_refused(change, match):
     with pytest.raises(ValueError, match=match):
@@ -330,4 +312,4 @@ def test_a_number_is_a_decay_of_all_heads():
 
 def test_explain_names_every_backend():
     found = explain(**make(forget="head"))
-    assert list(found) == ["triton", "chunked", "reference"] and found["chunked"] is None and found["reference"] is None
+    assert list(found) == ["triton", "cpp", "chunked", "reference"] and found["chunked"] is None and found["reference"] is None

@@ -1,6 +1,6 @@
 """Linear attention: a state of fixed size that every token writes to and reads from, with decay, and with the delta rule.
 
-Read `reference.py` for what is computed and `chunked.py` for how; `triton.py` is the same as kernels for GPUs.
+Read `reference.py` for what is computed and `chunked.py` for how; `cpp.py` and `triton.py` are the same as kernels for CPUs and GPUs.
 """
 
 from __future__ import annotations
@@ -10,14 +10,13 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from . import chunked, reference, triton
+from . import chunked, cpp, reference, triton
 from .call import Call, checked
-from .chunked import footprint_bytes
 
 __all__ = ["explain", "footprint_bytes", "linear_attention", "linear_attention_backward"]
 
 # In order of preference of backend="auto".
-BACKENDS = {"triton": triton, "chunked": chunked, "reference": reference}
+BACKENDS = {"triton": triton, "cpp": cpp, "chunked": chunked, "reference": reference}
 
 
 def linear_attention(
@@ -47,7 +46,7 @@ def linear_attention(
     cu_seqlens: int32 or int64 [documents + 1], 0 first and T last: at a document's first token the state is 0 (in every row of the batch
     the same boundaries); the initial state is for the first document, the state returned is the last one's.
     chunk_size: tokens that are worked on as matrices, a power of two.
-    backend: "auto", or one of "triton", "chunked", "reference".
+    backend: "auto", or one of "triton", "cpp", "chunked", "reference".
 
     Returns q's dtype [B, T, H, Dv], with return_state also the last state [B, H, D, Dv]. States and all arithmetic are float32 at least
     (float64 where an input is); "triton" rounds the factors of its matrix products to tf32 where queries have 16 bits. Inputs and a few
@@ -99,6 +98,18 @@ def explain(q: Tensor, k: Tensor, v: Tensor, *, decay: Tensor | float | None = N
     """Each backend, in order of preference, and why it does not serve this call (None: it could)."""
     call = checked(q, k, v, decay, beta, scale, initial_state, cu_seqlens, chunk_size)
     return {name: module.refuse(call) for name, module in BACKENDS.items()}
+
+
+def footprint_bytes(
+    tokens: int, heads: int, key_dim: int, value_dim: int, *, decays: int = 0, delta: bool = False, chunk_size: int = 64, itemsize: int = 4,
+    device: str = "cpu",
+) -> int:  # fmt: skip
+    """Workspace of the backward pass, the larger one, of backend="auto" for a batch of one. `decays`: log decays of a token and head, 0, 1
+    or D."""
+    if cpp.refuse_shape(device, key_dim, value_dim) is None:
+        return cpp.footprint_bytes(tokens, heads, key_dim, value_dim, itemsize=itemsize)
+    options = dict(decays=decays, delta=delta, chunk_size=chunk_size, itemsize=itemsize, device=device)
+    return chunked.footprint_bytes(tokens, heads, key_dim, value_dim, **options)
 
 
 def _choose(call: Call, backend: str) -> Any:

@@ -39,10 +39,9 @@ def refuse(call: Call) -> str | None:
 
 
 def footprint_bytes(
-    tokens: int, heads: int, key_dim: int, value_dim: int, *, decays: int = 0, delta: bool = False, chunk_size: int = 64, itemsize: int = 4,
-    device: str = "cpu",
+    tokens: int, heads: int, key_dim: int, value_dim: int, *, decays: int, delta: bool, chunk_size: int, itemsize: int, device: str,
 ) -> int:  # fmt: skip
-    """Workspace of the backward pass, the larger one, for a batch of one. `decays`: log decays of a token and head, 0, 1 or D.
+    """Workspace of the backward pass, as `longtrain.ops.linear_attention.footprint_bytes`.
 
     Counted: tensors of a piece as wide as the widest of D, Dv and c, 16 of them, 4 more with a decay, 10 with one a feature, 16 with the
     delta rule.

@@ -1,0 +1,39 @@
+// One linear-attention call as plain data. Axes and formulas as in longtrain/ops/linear_attention/chunked.py.
+#pragma once
+#include <atomic>
+#include <cstdint>
+
+#include "attention_args.h"
+
+namespace longtrain {
+
+// [batch, token, head, dim] of any dtype, strides in elements. Without data where a call has none.
+struct Operand {
+  char* data = nullptr;
+  int64_t batch = 0, token = 0, head = 0, dim = 0, itemsize = 0;
+  DType dtype = DType::f32;
+
+  char* at(int64_t b, int64_t t, int64_t h) const { return data + (b * batch + t * token + h * head) * itemsize; }
+};
+
+struct LinearArgs {
+  Operand q, k, v, g, beta, dout;        // read; g: log decays
+  Operand out, dq, dk, dv, dg, dbeta;    // written
+  char* state = nullptr;                 // wide, contiguous [B, H, D, V]: the state, or its adjoint; from one end of the sequence to the other
+  char* entries = nullptr;               // wide, contiguous [B, pieces, H, D, V]: written by forward, read by backward
+  bool wide = false;                     // arithmetic in float64, else float32
+  int features = 0;                      // decays: 0 none, 1 one a head, 2 one a key feature
+  int64_t B = 0, T = 0, H = 0, D = 0, V = 0, piece = 1;
+  double scale = 1;
+
+  std::atomic<int64_t>* next_head = nullptr;
+  char* workspace = nullptr;             // `workspace_bytes` a thread
+  int64_t workspace_bytes = 0;
+
+  int64_t pieces() const { return (T + piece - 1) / piece; }
+};
+
+constexpr int kChunk = 64;       // tokens worked on as matrices
+constexpr int kLinearWidest = 128;  // features of a key or a value
+
+}  // namespace longtrain
