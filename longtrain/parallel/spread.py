@@ -44,10 +44,10 @@ class Sharing:
         self.plan, self.parallel, self.shapes = plan, parallel, shapes
         size = Ranks.of(group).size if not isinstance(group, DeviceMesh) else group.size()
         of_kind = lambda kind: [shape.heads for of_layer in shapes for shape in of_layer if isinstance(shape, kind)]
-        fewest = min(of_kind(Shape) or of_kind(StateShape), default=1)
-        heads = parallel.heads or max(n for n in range(1, size + 1) if size % n == 0 and n <= fewest)
+        fewest = min(of_kind(Shape) or of_kind(StateShape), default=None)  # None: convolutions exchange channels
+        heads = parallel.heads or max(n for n in range(1, size + 1) if size % n == 0 and n <= (fewest or 1))
         self.mesh = Mesh.make(group, heads, machine=parallel.machine)
-        if self.mesh.heads.size > fewest:
+        if fewest is not None and self.mesh.heads.size > fewest:
             raise ValueError(
                 f"parallel: {self.mesh.heads.size} ranks cannot exchange {fewest} heads; set parallel.heads to at most {fewest}"
             )

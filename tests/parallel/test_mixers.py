@@ -96,7 +96,8 @@ def every_way(rank: int, world: int, models: list[str]) -> None:
             inputs, plan = list(CALLS)[(i + k) % len(CALLS)], list(PLANS)[(i + 2 * k) % len(PLANS)]
             if "lact" in MODELS[name]["layers"] and "few" in inputs:  # no update: plain autograd finds no gradient of its keys
                 inputs = "documents"
-            if PLANS[plan].segment_layers > 1 and ("channels" in way or "long" in name or "implicit" in name):
+            alone = world == 1 and name == "filter of a chunk"  # of 16 tokens; these are shorter
+            if PLANS[plan].segment_layers > 1 and ("channels" in way or "long" in name or "implicit" in name or alone):
                 plan = "chunks"
             check(model_of(name), PLANS[plan], parallel, CALLS[inputs](), f"P={world}, {name}, {inputs}, {plan}, {way}")
 
@@ -244,12 +245,11 @@ def bytes_are_the_formulas(rank: int, world: int) -> None:
         loss.backward()
         counted = torch.tensor([before.total(), traffic.total() - before.total()], dtype=torch.float64)
         dist.all_reduce(counted)
-        (kind,) = {shape for of_layer in sharing.shapes for shape in of_layer}
-        chosen = sharing.choice(kind, shards)
-        expected = chosen.costs[chosen.way]
-        expected = torch.tensor([expected.forward, expected.backward], dtype=torch.float64) * 2 * world
+        choices = [sharing.choice(shape, shards, of_layer) for of_layer in sharing.shapes for shape in of_layer]
+        costs = [chosen.costs[chosen.way] for chosen in choices]
+        expected = torch.tensor([[of.forward, of.backward] for of in costs], dtype=torch.float64).sum(0) * world
         torch.testing.assert_close(counted, expected, rtol=1e-12, atol=0, msg=lambda m: f"{name}, {way}: {m}")
-        assert chosen.way in sharing.explain(tokens)
+        assert all(chosen.way in sharing.explain(tokens) for chosen in choices)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
