@@ -92,10 +92,12 @@ class LayerFootprint:
 
     def carry_tokens(self, tokens: int, chunk: int) -> int:
         """Tokens that the carry's buffers hold: all, or as far as a chunk's queries see."""
-        last = Span(max(0, tokens - chunk), tokens)
-        firsts = [mixer.keys_for(last).start if self.causal and hasattr(mixer, "keys_for") else 0 for mixer in self.mixers]
-        first = min(firsts, default=0) // chunk * chunk
-        return capacity(tokens - first, tokens)
+        return capacity(tokens - self.first_key(Span(max(0, tokens - chunk), tokens), chunk), tokens)
+
+    def first_key(self, span: Span, chunk: int) -> int:
+        """Where the first chunk begins that `span` sees."""
+        firsts = [mixer.keys_for(span).start if self.causal and hasattr(mixer, "keys_for") else 0 for mixer in self.mixers]
+        return min(firsts, default=0) // chunk * chunk
 
     def carry_bytes(self) -> int:
         """Of one token while its layer runs backward; with two passes the output and its gradient are held whole as well."""
