@@ -233,8 +233,8 @@ def bytes_are_the_formulas(rank: int, world: int) -> None:
     shape = dict(hidden_size=8 * world, num_heads=2 * world, num_kv_heads=2 * world, head_dim=4)
     for name, way in [
         ("short filter", "halo and scan"), ("short filter", "halo and scan, zigzag"), ("long filter", "heads and channels"),
-        ("linear", "heads and channels"), ("linear", "halo and scan"), ("delta", "halo and scan, striped"), ("lact", "heads and channels"),
-        ("lact", "halo and scan, zigzag"),
+        ("linear", "heads and channels"), ("linear", "halo and scan"), ("linear", "halo and scan, striped"), ("delta", "halo and scan, zigzag"),
+        ("lact", "heads and channels"), ("lact", "halo and scan, zigzag"),
     ]:  # fmt: skip
         model = model_of(name, **shape)
         report = lt.apply(model, lt.Plan(chunk_tokens=8 * world), parallel=WAYS[way])
