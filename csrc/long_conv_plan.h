@@ -17,6 +17,7 @@ namespace longtrain {
 struct PieceClass {
   bool direct = false;
   int64_t size = 0, odd = 1, past = 0, future = 0;
+  std::vector<std::pair<int64_t, int64_t>> documents;
   std::vector<Piece> pieces;
 };
 
@@ -92,17 +93,18 @@ struct Planner {
         c.pieces.push_back({start, stop, start, stop, start, start, stop, start});
         continue;
       }
-      // The frames are set when the class knows the taps that all its pieces meet.
-      const int64_t tokens = is_direct ? kDirectTokens : 2 * size - overlap;
-      for (int64_t o = start; o < stop; o += tokens) c.pieces.push_back({o, std::min(o + tokens, stop), start, stop, 0, start, stop, 0});
+      c.documents.emplace_back(start, stop);
     }
     std::vector<PieceClass> found;
     for (auto& [key, c] : classes) {
-      if (!std::get<1>(key))
-        for (Piece& x : c.pieces) {
-          x.v_frame = x.out_start - (c.past - 1), x.g_frame = x.out_start - c.future;
-          x.v_start = std::max(x.v_start, x.v_frame), x.v_stop = std::min(x.v_stop, x.out_stop + c.future);
-          x.g_start = std::max(x.g_start, x.g_frame), x.g_stop = std::min(x.g_stop, x.out_stop + c.past - 1);
+      // The class has the taps that any of its documents meets, and every one of its transforms takes all of them: so many tokens of a piece
+      // are free of what wraps around. At least one: the longest document has the most taps, and this size was chosen for it.
+      const int64_t tokens = c.direct ? kDirectTokens : 2 * c.size - (c.past + c.future - 1);
+      for (const auto& [start, stop] : c.documents)
+        for (int64_t o = start; o < stop; o += tokens) {
+          const int64_t end = std::min(o + tokens, stop), v_frame = o - (c.past - 1), g_frame = o - c.future;
+          c.pieces.push_back({o, end, std::max(start, v_frame), std::min(stop, end + c.future), v_frame,
+                              std::max(start, g_frame), std::min(stop, end + c.past - 1), g_frame});
         }
       found.push_back(std::move(c));
     }

@@ -107,7 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("run", metavar="RUN", help="directory of the run, or one of its checkpoints")
     sub.add_argument("out", metavar="OUT", help="directory to write, empty or not there")
     sub.add_argument("--dtype", choices=("trained", "float32", "bfloat16", "float16"), default="trained", help="the run's, by default")
-    sub.add_argument("--shard", default="5GB", metavar="SIZE", help="bytes of a file at most (5GB)")
+    sub.add_argument("--shard", type=memory, default="5GB", metavar="SIZE", help="bytes of a file at most (5GB)")
     sub.set_defaults(command=export)
     config = commands.add_parser("config", help="explain the settings").add_subparsers(required=True, metavar="COMMAND")
     sub = config.add_parser("explain", help="type, default, meaning and example of a setting, or of all in a section")

@@ -56,8 +56,8 @@ def grpo_loss(
         loss = sum over mask of (-min(ratio A, clamp(ratio, 1 - clip[0], 1 + clip[1]) A) + kl_coef kl) / normalizer
 
     `unbiased_kl` multiplies kl by the ratio, which makes its gradient that of the reverse KL divergence (DeepSeek-V3.2, arXiv:2512.02556;
-    what TRL does by default). `normalizer` is by default the number of tokens that count in this call; over micro-batches and ranks give the global number.
-    Raises ValueError for `kl_coef` without `ref_logp_BT`.
+    what TRL does by default). `normalizer` is by default the number of tokens that count in this call; over micro-batches and ranks give
+    the global number. Raises ValueError for `kl_coef` without `ref_logp_BT`.
     """
     if kl_coef and ref_logp_BT is None:
         raise ValueError(f"kl_coef={kl_coef} needs ref_logp_BT, the reference model's log-probabilities")

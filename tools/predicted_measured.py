@@ -132,7 +132,7 @@ def child(case: Case, out: Path, machine: str | None, path: str, times: bool) ->
         away = lt.Split(device=0.25)
         settings["offload"] = lt.Offload(inputs=away, outputs=lt.Split(), gradients=away, disk=disk, staging_bytes=8 * MIB)
     plan = lt.Plan(**settings)
-    footprint = measure_model(model)
+    footprint = measure_model(model, 2 * next(model.parameters()).element_size())  # torch's AdamW has its moments in the weights' dtype
     phases = step_memory(footprint, plan, case.tokens)
     top = peak(phases)
     held = status_bytes("VmRSS")

@@ -25,7 +25,8 @@ from longtrain.planner.machines import Machine, find_machine
 from longtrain.planner.rates import usual_rates
 from longtrain.planner.asked import held_beside_model
 from longtrain.planner.shapes import find_shape, on_meta, with_wide_gradients
-from longtrain.train.prepare import build_model, step_count
+from longtrain.train.budget import step_count
+from longtrain.train.prepare import build_model
 from longtrain.units import format_bytes, parse_bytes
 
 STAGING = 2 << 30

@@ -14,7 +14,7 @@ from longtrain.offload.traffic import staging_rooms
 from longtrain.ops.linear_cross_entropy import default_chunk_tokens
 from longtrain.plan import Plan
 from longtrain.planner.pretrained import layers_differ, probe_transformers
-from longtrain.span import Span
+from longtrain.span import Span, chunk_spans
 from longtrain.stream.footprint import LayerFootprint, gradient_bytes, probe_layer
 from longtrain.stream.loss import loss_lines
 from longtrain.stream.protocol import StreamableLayer
@@ -168,6 +168,7 @@ def step_memory(model: ModelFootprint, plan: Plan, tokens: int, batch: int = 1, 
     segments = [range(a, min(a + k, len(layers))) for a in range(0, len(layers), k)]
     inputs = [layers[s[0]].x * n * stays("inputs", s[0]) for s in segments]
     end, phases, several = len(layers), [], tokens > chunk
+    second = chunk_spans(tokens, chunk)[-2:][0]  # of the backward pass
 
     def staging(fetched: float, x: int, stay: float, under_way: bool) -> dict[str, float]:
         """`under_way`: whether the chunk of x that was just made leaves; the last tokens are those that `stay`."""
@@ -180,9 +181,12 @@ def step_memory(model: ModelFootprint, plan: Plan, tokens: int, batch: int = 1, 
         part = min(loss_chunk, n, chunk * batch if streams else n)
         x = layers[-1].x
         hidden = x * n * (max(stays("inputs", end), stays("gradients", end)) + model.norm_is_layer * stays("inputs", end) if streams else 2)
+        logits = highest(model.loss, part) + (x * max(0, chunk * batch - part) if streams else -x * part)
+        if model.norm_is_layer and n <= loss_chunk:  # few enough for ordinary ones (`longtrain.hf.head`): log-softmax, its gradient, theirs
+            logits = 3 * 4 * model.vocab_size * n
         items = {
             "layer inputs": sum(inputs), "stored outputs and K/V": sum(stored), "hidden states and gradient": hidden,
-            "logits of a chunk": highest(model.loss, part) + (x * max(0, chunk * batch - part) if streams else -x * part), "gradients": model.head_gradients,
+            "logits of a chunk": logits, "gradients": model.head_gradients,
             **staging(x * n * (1 - stays("inputs", end)), x, stays("gradients", end), stays("gradients", end) < 1),
         }  # fmt: skip
         phases.append(Phase("loss", _whole({**fixed, **items})))
@@ -202,8 +206,9 @@ def step_memory(model: ModelFootprint, plan: Plan, tokens: int, batch: int = 1, 
                 continue
             held = layers[i].carry_tokens(tokens, chunk) * batch
             carries += (layers[i].carry_bytes() - (0 if several else layers[i].adjoint)) * held
-            if slides[i]:  # the store has all of it
-                keeps += layers[i].carry * n * stays("kv", i)
+            if slides[i]:  # the store has what came before the first key that the second chunk sees
+                taken = (tokens - layers[i].first_key(second, chunk)) * batch
+                keeps += layers[i].carry * max(0.0, n * stays("kv", i) - taken)
         away = sum(layers[i].output * batch * len(kept_outputs[i]) * (1 - stays("outputs", i)) for i in s) + own[0].x * n * (1 - stays("inputs", s[0]))
         away += own[-1].x * n * (1 - stays("gradients", s[-1] + 1))
         items = {

@@ -1,4 +1,4 @@
-"""The plans as a page (HTML, opens from disk) and a picture (PNG, where matplotlib is installed): step time against memory."""
+"""The plans as a page (HTML, opens from disk) and a picture (PNG, where matplotlib is installed): time against memory."""
 
 from __future__ import annotations
 
@@ -32,27 +32,35 @@ def page(title: str, found: Sequence[Found], front: Sequence[Found], wanted: Wan
     name = f"{title}: {wanted.tokens:,} tokens on {wanted.devices} x {wanted.machine.name}"
     sentence = (
         f"Fits: {format_bytes(best.peak.total)} of {format_bytes(wanted.room)} a device, {best.time.total:,.1f} s a step, {best.rate:,.0f} tokens a "
-        f"second, {best.utilisation(wanted.machine.peak_flops):.1%} of what the device can do. {explain.binding(best, wanted).capitalize()}."
+        f"second, {best.utilisation(wanted.machine.peak_flops):.1%} of what the device can do; {explain.binding(best, wanted)}."
     )
     drawn = [
         {
             "id": "front", "title": "Time against memory", "note": "Plans of which none is both smaller and faster, and the best of every way to use "
-            "the devices.", "x": "GiB at the peak of a step", "y": "seconds a step", "digits": 4,
+            "the devices.", "x": "GiB at the peak of a step, of one device", "y": "seconds a million tokens", "digits": 4,
             "series": [
-                {"name": "Pareto front", "role": "predicted", "points": [[f.peak.total / GIB, f.time.total] for f in front]},
-                {"name": "other ways", "role": "reference", "points": [[f.peak.total / GIB, f.time.total] for f in found[1:]]},
+                {"name": "Pareto front", "role": "reference", "points": [point(f) for f in front]},
+                {"name": "other ways to use the devices", "role": "compared", "dots": True, "points": [point(f) for f in found[1:]]},
+                {"name": "the plan", "role": "predicted", "points": [point(best)]},
             ],
             "lines": [], "marks": [],
         }
     ]  # fmt: skip
-    text = "\n\n".join("\n".join(part) for part in (
-        explain.table(found, wanted), explain.memory(best, wanted), explain.time(best, wanted), explain.formulas(best, wanted), explain.front(front),
-    ))  # fmt: skip
+    parts = {
+        "Ways to run the step": explain.table(found, wanted), "Memory": explain.memory(best, wanted), "Time": explain.time(best, wanted),
+        "By hand": explain.formulas(best, wanted), "Less memory or less time": explain.front(front),
+    }  # fmt: skip
+    texts = "".join(f"<h2>{name}</h2><pre>{escape(chr(10).join(lines))}</pre>" for name, lines in parts.items())
     return document(
         title=f"{name}: plan", header=f'<h1>{escape(name)}</h1>\n<p class="summary">{escape(sentence)}</p>', notices=[],
-        main=f'<main class="charts">{figures(drawn)}</main>\n<section class="tables"><pre>{escape(text)}</pre></section>', drawn=drawn,
-        css="pre { overflow-x: auto; font-size: 0.8rem; line-height: 1.35; }",
+        main=f'<main class="charts">{figures(drawn)}</main>\n<section class="tables">{texts}</section>', drawn=drawn,
+        css=".tables h2 { margin-top: 1.5rem; } pre { overflow-x: auto; font-size: 0.8rem; line-height: 1.35; }",
     )  # fmt: skip
+
+
+def point(found: Found) -> list[float]:
+    """GiB of a device, and seconds a million tokens: steps of several replicas have more of them."""
+    return [found.peak.total / GIB, 1e6 / found.rate]
 
 
 def draw(path: Path, title: str, found: Sequence[Found], front: Sequence[Found], wanted: Wanted) -> None:
@@ -62,11 +70,12 @@ def draw(path: Path, title: str, found: Sequence[Found], front: Sequence[Found],
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    axes.plot([f.peak.total / GIB for f in front], [f.time.total for f in front], marker="o", label="Pareto front")
+    axes.plot(*zip(*map(point, front), strict=True), marker="o", label="Pareto front")
     if len(found) > 1:
-        axes.scatter([f.peak.total / GIB for f in found[1:]], [f.time.total for f in found[1:]], color="gray", label="other ways")
+        axes.scatter(*zip(*map(point, found[1:]), strict=True), color="gray", label="other ways to use the devices")
+    axes.scatter(*point(found[0]), color="crimson", zorder=3, label="the plan")
     axes.axvline(wanted.room / GIB, color="black", linestyle="--", linewidth=1, label="budget")
-    axes.set(xlabel="GiB at the peak of a step", ylabel="seconds a step", title=f"{title}, {wanted.tokens:,} tokens, {wanted.devices} x {wanted.machine.name}")
+    axes.set(xlabel="GiB at the peak of a step", ylabel="seconds a million tokens", title=f"{title}, {wanted.tokens:,} tokens, {wanted.devices} x {wanted.machine.name}")
     axes.legend(frameon=False)
     FigureCanvasAgg(figure)
     write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=130))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from longtrain.report.charts import charts
 from longtrain.report.read import Run, amount, count_parameters, number, read_run, sentence
-from longtrain.train.output import REPORT, write_whole
+from longtrain.train.output import REPORT, said_plainly, write_whole
 from longtrain.units import format_bytes, format_time
 
 HERE = Path(__file__).parent
@@ -19,6 +19,8 @@ def run(directory: str, out: str | None = None) -> int:
     """Write the report of a run's directory, `report.html` in it unless `out` says where. Raises RunError without metrics."""
     found = read_run(Path(directory))
     path = Path(out) if out else Path(directory) / REPORT
+    with said_plainly(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, lambda temporary: temporary.write_text(page(found), encoding="utf-8"))
     print(f"{sentence(found)}\n{path}")
     return 0

@@ -138,7 +138,9 @@ def sentence(run: Run) -> str:
 
 
 def source_of(run: Run) -> str:
-    source = run.setting("data", "source")
+    source, built = run.setting("data", "source"), run.setting("data", "tokens", [])
+    if source == "tokens":
+        return ", ".join(str(part.get("path")) for part in built[:3]) + (f" and {len(built) - 3} more" if len(built) > 3 else "")
     return {"stdlib": "the Python standard library's source code", "recall": "made-up pairs to recall", None: "its data"}.get(source, str(source))
 
 

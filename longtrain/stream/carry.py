@@ -33,8 +33,8 @@ class KVCarry:
     """Keys and values that a chunk's queries can see, on the device, in one buffer each, so that a chunk is one call of the kernel.
 
     Where no chunk sees the whole sequence (windows, packed documents) the carry `slides`: its buffers hold the longest stretch that one
-    does, and in the backward pass it is given the keys chunk by chunk, the last first. Several blocks, where a subclass yields them, are merged by
-    their LSE.
+    does, and in the backward pass it is given the keys chunk by chunk, the last first. Several blocks, where a subclass yields them,
+    are merged by their LSE.
     """
 
     def __init__(self, mixer: AttentionMixer, spans: Sequence[Span]) -> None:

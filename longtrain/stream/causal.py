@@ -9,7 +9,8 @@ the replay's graph as they are, and each projection is differentiated once.
         dx[span], dparams += vjp(y, dy[span])        # mixer node: dq = carry.mix_vjp(span, ...); dk, dv = carry.take_grad(span)
 
 Cost, with A = attention forward and N = token-local forward of the segment, b = share of outputs stored: forward A + N; backward
-2.5 A + 3 N, plus (1 - b)^2 A for one full-causal document or (1 - b) A for windows; restoring keys and values that are not stored runs the layers up to the last one's projections once more.
+2.5 A + 3 N, plus (1 - b)^2 A for one full-causal document or (1 - b) A for windows; restoring keys and values that are not stored
+runs the layers up to the last one's projections once more.
 """
 
 from __future__ import annotations

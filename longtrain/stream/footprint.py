@@ -92,10 +92,12 @@ class LayerFootprint:
 
     def carry_tokens(self, tokens: int, chunk: int) -> int:
         """Tokens that the carry's buffers hold: all, or as far as a chunk's queries see."""
-        last = Span(max(0, tokens - chunk), tokens)
-        firsts = [mixer.keys_for(last).start if self.causal and hasattr(mixer, "keys_for") else 0 for mixer in self.mixers]
-        first = min(firsts, default=0) // chunk * chunk
-        return capacity(tokens - first, tokens)
+        return capacity(tokens - self.first_key(Span(max(0, tokens - chunk), tokens), chunk), tokens)
+
+    def first_key(self, span: Span, chunk: int) -> int:
+        """Where the first chunk begins that `span` sees."""
+        firsts = [mixer.keys_for(span).start if self.causal and hasattr(mixer, "keys_for") else 0 for mixer in self.mixers]
+        return min(firsts, default=0) // chunk * chunk
 
     def carry_bytes(self) -> int:
         """Of one token while its layer runs backward; with two passes the output and its gradient are held whole as well."""
@@ -114,7 +116,8 @@ def _probe(layer: nn.Module, chunk_tokens: int) -> LayerFootprint:
     counted = [observed.pop("counting") for observed in seen]
     small, large = seen
     fixed = {key: large.pop(key) for key in ("mixers", "state", "workspaces", "causal")}
-    moments = {key: (small.pop(key), large.pop(key)) for key in ("begun", "mixed", "ended", "differentiated", "forward_operations", "at_mixers")}
+    moments = ("begun", "mixed", "ended", "differentiated", "forward_operations", "at_mixers")
+    moments = {key: (small.pop(key), large.pop(key)) for key in moments}
     slopes = {key: (large[key] - small[key]) // (PROBE_TOKENS[1] - PROBE_TOKENS[0]) for key in large}
     trainable = [p for p in layer.parameters() if p.requires_grad]
     of = lambda first, last: work_between(moments[first], moments[last], PROBE_TOKENS)
@@ -153,7 +156,8 @@ def _observe(layer: nn.Module, tokens: int, chunk_tokens: int) -> dict[str, Any]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad():
         x, arguments = layer.example(tokens)
         given = sum({id(t): t.nbytes for t in tree_leaves(arguments) if isinstance(t, Tensor)}.values())
-        seen = {"x": x.nbytes // x.shape[0], "arguments": given, **dict.fromkeys(("output", "lse", "carry", "adjoint", "state"), 0), "workspaces": ()}
+        nothing = dict.fromkeys(("output", "lse", "carry", "adjoint", "state"), 0)
+        seen = {"x": x.nbytes // x.shape[0], "arguments": given, **nothing, "workspaces": ()}
         counting = seen["counting"] = Counting(tokens)
 
         def observed(mixer, *inputs: Tensor) -> Tensor:

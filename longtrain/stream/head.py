@@ -35,7 +35,9 @@ class StreamedHead:
     surroundings: Surroundings
 
     @classmethod
-    def make(cls, hidden_BTE: Tensor, norm: nn.Module, head: nn.Linear, boundary: Boundary | None, chunk_tokens: int | None) -> StreamedHead:
+    def make(
+        cls, hidden_BTE: Tensor, norm: nn.Module, head: nn.Linear, boundary: Boundary | None, chunk_tokens: int | None
+    ) -> StreamedHead:
         batch, length = hidden_BTE.shape[:2]
         tokens = chunk_tokens or default_chunk_tokens(head.out_features, hidden_BTE.device, hidden_BTE.dtype)
         return cls(
@@ -62,20 +64,28 @@ class StreamedHead:
         return next((dtype for kind, on, dtype in self.surroundings.autocast if kind == weight_VE.device.type and on), weight_VE.dtype)
 
     def vjp(
-        self, inputs: Sequence[Tensor], wanted: Sequence[bool], wide: torch.dtype, vjp_part: Callable[..., Tensor | None], *, stays: bool = False
+        self,
+        inputs: Sequence[Tensor],
+        wanted: Sequence[bool],
+        wide: torch.dtype,
+        vjp_part: Callable[..., Tensor | None],
+        *,
+        stays: bool = False,
     ) -> list[Tensor | None]:
-        """Gradients by `inputs` (hidden states, weight, bias, the norm's parameters) that are `wanted`, summed in `wide`; None for the others.
+        """Gradients by those of `inputs` (hidden states, weight, bias, the norm's parameters) that are `wanted`, summed in `wide`.
 
-        ``vjp_part(part, x_CE, weight_VE, want_dx=, dweight_VE=, dbias_V=)`` returns the gradient of x_CE (None without `want_dx`) and adds to
-        the two others where they are not None. The gradient of hidden states that stream goes into the boundary, and what is returned for
-        it is the stand-in. `stays`: the hidden states are left in the boundary.
+        ``vjp_part(part, x_CE, weight_VE, want_dx=, dweight_VE=, dbias_V=)`` returns the gradient of x_CE (None without `want_dx`) and
+        adds to the two others where they are not None. The gradient of hidden states that stream goes into the boundary, and what is
+        returned for it is the stand-in. `stays`: the hidden states are left in the boundary.
         """
         hidden_BTE, weight_VE, bias_V, *parameters = inputs
         want_hidden, want_weight, want_bias, *want_parameters = wanted
         dtype, upstream = self.dtype(weight_VE), want_hidden or any(want_parameters)
         cast_VE = weight_VE.detach().to(dtype)
         aliases = [p.detach().requires_grad_(want) for p, want in zip(parameters, want_parameters, strict=True)]
-        dweight_VE, dbias_V = (torch.zeros_like(t, dtype=wide) if want else None for t, want in ((weight_VE, want_weight), (bias_V, want_bias)))
+        dweight_VE, dbias_V = (
+            torch.zeros_like(t, dtype=wide) if want else None for t, want in ((weight_VE, want_weight), (bias_V, want_bias))
+        )
         hidden, sums = self.hidden(hidden_BTE), GradientSums(len(parameters))
         dhidden = WholeTensor(hidden_BTE.shape[1]) if self.boundary is None else self.boundary.grad
         if self.boundary is not None:

@@ -85,7 +85,8 @@ class _TokenLogprobs(torch.autograd.Function):
         def vjp_part(part: Span, x_CE: Tensor, cast_VE: Tensor, **wanted) -> Tensor | None:
             target_C, valid_C = work.targets(part)
             dlogp_C, dentropy_C = (d[:, part.slice()].flatten().where(valid_C, 0) for d in (dlogp_BT, dentropy_BT))
-            return chunk_logprobs_backward(dlogp_C, dentropy_C, x_CE, cast_VE, inputs[2], target_C, work.temperature, work.softcap, **wanted)
+            scores = x_CE, cast_VE, inputs[2], target_C, work.temperature, work.softcap
+            return chunk_logprobs_backward(dlogp_C, dentropy_C, *scores, **wanted)
 
         grads = work.head.vjp(inputs, ctx.needs_input_grad[1:], dlogp_BT.dtype, vjp_part)
         return None, grads[0], *map(delivered, inputs[1:], grads[1:])

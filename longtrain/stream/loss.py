@@ -88,7 +88,9 @@ class _Losses:
         def vjp_part(part: Span, x_CE: Tensor, cast_VE: Tensor, **wanted) -> Tensor | None:
             target_C = self.targets_BT[:, part.slice()].flatten()
             factors_C = None if factors_BT is None else factors_BT[:, part.slice()].flatten()
-            result = chunk_loss_and_grad(x_CE, cast_VE, target_C, factors_C, scale, self.options, bias_V=bias_V, logits_buffer=buffer, **wanted)
+            result = chunk_loss_and_grad(
+                x_CE, cast_VE, target_C, factors_C, scale, self.options, bias_V=bias_V, logits_buffer=buffer, **wanted
+            )
             total.add_(result.loss)
             return result.dx_CE
 
@@ -112,7 +114,7 @@ def loss_lines(norm: nn.Module, head: nn.Linear, options: LossOptions = LossOpti
         inputs = (hidden_BTE, weight_VE, head.bias, *norm.parameters())
         wanted = [True, *(p is not None and p.requires_grad for p in inputs[1:])]
         with Counting(tokens) as counting, torch.no_grad():
-            work.run(inputs, wanted, None, torch.ones((), dtype=torch.promote_types(weight_VE.dtype, torch.float32), device=weight_VE.device))
+            work.run(inputs, wanted, None, weight_VE.new_ones((), dtype=torch.promote_types(weight_VE.dtype, torch.float32)))
         levels.append([level - sums for level in counting.levels])
     return lines(levels, PROBE_TOKENS)
 

@@ -97,7 +97,8 @@ class Carry(Protocol):
 
     # A state carry that `resumes` (attribute, true) has `entry`, the state ``[B, ...]`` before the span mixed last (None before the
     # first, unless it says `begins_empty = False`), and resume(span, entry, *written): its inputs again, to mix or to differentiate it.
-    # Entry states are kept in the token store, and whole spans are mixed. A state carry that does not is rebuilt from the first token on, and holds what it needs.
+    # Entry states are kept in the token store, and whole spans are mixed. A state carry that does not is rebuilt from the first token
+    # on, and holds what it needs.
     #
     # Of a mixer with `shared` tensors (filters) also: shared_grads() -> their gradients, once every span had its turn. Such a mixer's
     # `carried(mix, *inputs)` calls `mix(q, *written)` and does by itself what of it is token-local (gates).

@@ -125,7 +125,8 @@ class Segment:
         if self._given is None or position != self._next:
             raise self.skipped()
         given, expected = self._given
-        if x.data_ptr() != given.data_ptr() or x.shape != given.shape or version_of(x) != version_of(given) or not _same(arguments, expected):
+        changed = x.data_ptr() != given.data_ptr() or x.shape != given.shape or version_of(x) != version_of(given)
+        if changed or not _same(arguments, expected):
             raise RuntimeError(
                 f"layers {self.indices[0]} to {self.indices[-1]} are streamed as one segment, and a layer of it was given other hidden "
                 "states or arguments than the one before; use Plan(segment_layers=1)"

@@ -192,8 +192,8 @@ def _as_steps(outs: Sequence[Tensor]) -> list[Callable[..., Tensor]]:
 
 
 def _mix_whole(mixer, inputs: MixerInputs, *, last: bool) -> Sequence[Tensor]:
-    """The mixer's output over the whole sequence, by head or channel group, without a graph; from attention over ranks, which takes all heads
-    at once, the LSE too. `last`: nobody needs the inputs any more."""
+    """The mixer's output over the whole sequence, by head or channel group, without a graph; from attention over ranks, which takes all
+    heads at once, the LSE too. `last`: nobody needs the inputs any more."""
     out = None
     with torch.no_grad():
         for index, part, part_inputs in inputs.groups(mixer, last=last):

@@ -38,6 +38,9 @@ def run(run_or_config: str, overrides: Sequence[str], processes: Processes = ALO
     whole checkpoint. Overrides may ask other probes, or read more. Raises ConfigError, DataError, or RunError without weights that fit.
     """
     given = Path(run_or_config)
+    if not given.exists() or given.is_dir() and not (given / output.CONFIG).is_file():
+        found = f"{given} holds no {output.CONFIG}" if given.is_dir() else f"there is no {given} (from {Path.cwd()})"
+        raise RunError(f"{found}; name the directory of a run, or its YAML file")
     config, where = load_config(given / output.CONFIG if given.is_dir() else given, overrides)
     directory = given if given.is_dir() else Path(config.output.dir)
     processes.check_same(dict(flat(asdict(config))), "start all of them with the same config")

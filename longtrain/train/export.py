@@ -25,15 +25,17 @@ from longtrain.train.output import CHECKPOINTS, RunError, said_plainly
 from longtrain.train.prepare import build_model, stage_at
 from longtrain.train.state import load_checkpoint_weights
 from longtrain.train.weights import INDEX, SINGLE, cast
-from longtrain.units import format_bytes, parse_bytes
+from longtrain.units import format_bytes
 
 HF_CONFIG = "config.json"
 
 
-def run(given: str, out: str, dtype: str, shard: str) -> int:
+def run(given: str, out: str, dtype: str, shard_bytes: int) -> int:
     """`longtrain export RUN OUT`: the newest whole checkpoint of a run (or one given by its path) as a Hugging Face directory."""
     path = Path(given)
     refused: dict[Path, str] = {}
+    if not path.is_dir():
+        raise RunError(f"there is no directory {path} (from {Path.cwd()}); name a run's directory, or a whole checkpoint")
     if (path / CHECKPOINTS).is_dir():
         checkpoint, refused = on_disk.newest_whole(path / CHECKPOINTS)
         for problem in refused.values():
@@ -47,13 +49,13 @@ def run(given: str, out: str, dtype: str, shard: str) -> int:
         except on_disk.DamagedCheckpoint as error:
             raise RunError(f"{error}; name a run's directory, or a whole checkpoint") from None
     directory = Path(out)
-    if directory.exists() and any(directory.iterdir()):
-        raise RunError(f"{directory} is not empty; name another directory")
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise RunError(f"{directory} is {'not empty' if directory.is_dir() else 'a file'}; name another directory")
     facts = on_disk.read_facts(checkpoint)
     config, where = load_config(checkpoint / on_disk.CONFIG)
     stage = stage_at(config, facts["step"] - 1)
     if isinstance(config.model, HfModelConfig):
-        return export_pretrained(checkpoint, config, where, stage, directory, dtype, parse_bytes(shard, "--shard"))
+        return export_pretrained(checkpoint, config, where, stage, directory, dtype, shard_bytes)
     names = {name.removeprefix("weights."): name for name in facts["tensors"] if name.startswith("weights.")}
     names |= {name.removeprefix("model."): name for name in facts["tensors"] if name.startswith("model.")}
     held = {key: torch.empty(facts["tensors"][key]) for key in names.values()}
@@ -63,7 +65,7 @@ def run(given: str, out: str, dtype: str, shard: str) -> int:
     weights = {name: held[key].to(getattr(torch, dtype)) for name, key in names.items()}
     with said_plainly(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        files = write_shards(directory, weights, parse_bytes(shard, "--shard"))
+        files = write_shards(directory, weights, shard_bytes)
         described = hf_config(config.model, stage, dtype)
         (directory / HF_CONFIG).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
     size = sum(t.nbytes for t in weights.values())

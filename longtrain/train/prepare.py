@@ -26,7 +26,7 @@ from longtrain.nn.attention import Attention
 from longtrain.nn.rotary import RotaryEmbedding
 from longtrain.planner.pretrained import layers_differ
 from longtrain.train import output
-from longtrain.train.budget import make_plan, step_count  # noqa: F401
+from longtrain.train.budget import make_plan
 from longtrain.train.calls import described, is_transformers, vocabulary
 from longtrain.train.distribute import Work, choose_device, sequence_group, shard
 from longtrain.train.flops import RULE, Costs, costs_of, measure_rate

@@ -45,6 +45,13 @@ def test_drawn_cases_in_float64_equal_direct_convolution(tenth):
         assert_exact(draw(seed, torch.float64, longest=700), METHODS[seed // 10 % 4])
 
 
+@pytest.mark.parametrize("instruction_set", SETS)
+def test_documents_that_meet_different_numbers_of_taps_share_pieces(instruction_set):
+    """Documents shorter than the filter, of different lengths, cut into pieces of one size."""
+    for seed in (10, 47, 50, 92, 98, 146):
+        assert_exact(draw(seed, torch.float64, longest=700), "pieces", instruction_set)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tenth", range(10))
 def test_drawn_cases_are_as_accurate_as_torch_fft(tenth, dtype):

@@ -21,7 +21,7 @@ from longtrain.planner.cost import CPU_WORKSPACE, GPU_WORKSPACE
 from longtrain.planner.search import fastest_plan
 from longtrain.planner.smallest import smallest_plan, what_to_change
 from longtrain.planner.tiers import describe, tier_use
-from longtrain.train.prepare import step_count
+from longtrain.train.budget import step_count
 
 TOKENS = 4096
 

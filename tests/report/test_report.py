@@ -103,6 +103,12 @@ def test_whatever_is_missing_or_unknown_is_said_and_the_rest_shown(records, tail
     assert said in (directory / "report.html").read_text()
 
 
+def test_built_data_is_named_in_the_sentence(directory):
+    (directory / "config.yaml").write_text("data: {source: tokens, tokens: [{path: built/books}, {path: built/code}]}\n")
+    write(directory, [RUN, step(1)])
+    assert "tokens of built/books, built/code in 1" in sentence(read_run(directory))
+
+
 def test_without_a_config_the_page_still_tells(directory):
     (directory / "config.yaml").unlink()
     write(directory, RESUMED)

@@ -57,8 +57,9 @@ def test_unknown_methods_and_settings(method, match):
 
 
 def test_memory_sees_a_tensor_of_known_size():
-    found = memory(lambda: torch.ones(8 << 20).sum(), torch.device("cpu"))
-    assert 32e6 <= found["peak"] <= 40e6 and found["base"] > 50e6
+    """134 MB. Linux counts pages of each processor by themselves, some hundred late at the most."""
+    found = memory(lambda: torch.ones(32 << 20).sum(), torch.device("cpu"))
+    assert 124e6 <= found["peak"] <= 150e6 and found["base"] > 50e6
 
 
 def test_table_and_json(capsys, tmp_path):

@@ -117,8 +117,16 @@ def test_eval_reads_the_newest_checkpoint_where_a_run_has_not_ended(config_file,
 
 
 def test_eval_without_weights_or_with_others_says_so(config_file, out, capsys):
-    assert cli.main(["train", "--eval", str(config_file)]) == 1
-    assert "nor a whole checkpoint" in capsys.readouterr().err
+    for given, said in (
+        (config_file, "nor a whole checkpoint"),
+        (config_file.parent / "nowhere", "there is no "),
+        (config_file.parent, "holds no config.yaml; name the directory of a run, or its YAML file"),
+    ):
+        assert cli.main(["train", "--eval", str(given)]) == 1
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1
+    assert cli.main(["train", "--eval", str(config_file), "--stop-after", "1h"]) == 2
+    assert "--stop-after: ends training, and --eval trains nothing" in capsys.readouterr().err
     assert cli.main(["train", str(config_file), "train.steps=1", "train.validate_every=null"]) == 0
     assert cli.main(["train", "--eval", str(out), "model.hidden_size=24"]) == 1
     assert "does not fit the model section" in capsys.readouterr().err

@@ -102,13 +102,13 @@ def test_the_peak_is_that_of_the_step():
     if not reset_peak(cpu):
         pytest.skip("this system does not reset the peak")
     before = read_peak(cpu)
-    block = mmap.mmap(-1, 64 * 2**20)  # malloc might keep what it is given back
+    block = mmap.mmap(-1, 128 * 2**20)  # malloc might keep what it is given back
     for page in range(0, len(block), mmap.PAGESIZE):
         block[page] = 1
-    assert read_peak(cpu) - before > 60 * 2**20
+    assert read_peak(cpu) - before > 112 * 2**20  # Linux counts some pages late
     block.close()
     reset_peak(cpu)
-    assert read_peak(cpu) - before < 30 * 2**20
+    assert read_peak(cpu) - before < 64 * 2**20
 
 
 @pytest.mark.parametrize("size, text", [(812 * 2**20, "812 MiB"), (3 * 2**29, "1.50 GiB")])

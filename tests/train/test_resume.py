@@ -143,6 +143,17 @@ def test_the_plan_may_change_between_two_starts(config_file, out, tmp_path, cras
         assert ours[:2] == alone[:2] and ours[2] == pytest.approx(alone[2], rel=1e-4)
 
 
+def test_a_run_goes_on_when_its_texts_have_moved(config_file, texts, out, alone, tmp_path, crash_after, monkeypatch, capsys):
+    crash_after(3)
+    die(config_file)
+    monkeypatch.undo()
+    shutil.copytree(texts, tmp_path / "moved" / "here")
+    capsys.readouterr()
+    assert train(config_file, f"data.files=[{tmp_path / 'moved'}]") == 0
+    assert "changed since then: data.files" in capsys.readouterr().out
+    assert trajectory(out) == trajectory(alone) and weights(out) == weights(alone)
+
+
 @pytest.mark.parametrize(
     "overrides, setting, said",
     [

@@ -74,6 +74,8 @@ def test_bad_exports_and_bad_weights_are_one_line(config_file, out, tmp_path, ca
     capsys.readouterr()
     for arguments, said in (
         (["export", str(out), str(target)], "is not empty"),
+        (["export", str(out), str(config_file)], "run.yaml is a file"),
+        (["export", str(tmp_path / "nowhere"), str(tmp_path / "x")], "there is no directory "),
         (["export", str(tmp_path), str(tmp_path / "x")], "is damaged"),
     ):
         assert cli.main(arguments) == 1
