@@ -1,6 +1,7 @@
 """Linear attention by Triton kernels without a GPU: every variant compiles to a cubin and fits.
 
-Registers of decays by feature, and of the delta rule's gradients, spill as yet: printed, not asserted.
+No register spills for heads of up to 64 features, but for the delta rule's gradients with decays a head (160 bytes on sm_90) and decays by
+feature on float32 queries (up to 336): these, and those of wider heads, are printed, not asserted.
 """
 
 import pytest
@@ -32,7 +33,8 @@ def check(launch, capability: int) -> None:
     found, what = compiled(launch, capability), {n: x for n, x in launch.arguments.items() if n.isupper()}
     print(f"sm_{capability} {launch.kernel.__name__} {what}: {found.registers} registers, {found.shared} bytes shared, {found.spilled} spilled")
     assert found.shared <= SHARED[capability], (launch.kernel.__name__, found.shared)
-    if launch.arguments["FEATURES"] < 2 and launch.arguments.get("beta") is None and launch.arguments["DIM"] <= 64:
+    by_feature, narrow = launch.arguments["FEATURES"] == 2, launch.arguments["k"].dtype != torch.float32
+    if launch.arguments["DIM"] <= 64 and (narrow if by_feature else launch.arguments.get("beta") is None):
         assert found.spilled == 0, (launch.kernel.__name__, found.spilled)
 
 

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import longtrain as lt
 from longtrain.nn import LanguageModel, ModelConfig
-from longtrain.planner import measure_model, step_memory
+from longtrain.planner import measure_model, peak, step_memory
 
 FLOAT = 4
 TOLERATED = 0.02
@@ -121,6 +121,30 @@ def test_a_streamed_step_is_named_from_its_carries_to_its_extents(plan, allocato
         row = rows[phase.name]
         assert row["predicted"] == sum(size for what, size in phase.items.items() if what != "workspace")
         assert row["measured"] is not None, phase.name
+
+
+def qwen3() -> nn.Module:
+    transformers = pytest.importorskip("transformers", reason='needs pip install "longtrain[hf]"')
+    config = transformers.AutoConfig.for_model(
+        "qwen3", vocab_size=256, hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=1, head_dim=16,
+        use_cache=False, pad_token_id=0,
+    )  # fmt: skip
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize("kind", ["whole", "window", "window, keys and values again", "two layers a segment", "few tokens of transformers: ordinary logits"])
+def test_the_peak_is_as_predicted(kind, allocators, tmp_path):
+    model = qwen3() if "transformers" in kind else language_model(window=(512,) if "window" in kind else None)
+    plan = lt.Plan(chunk_tokens=256, store_kv=0.0 if "again" in kind else 1.0, segment_layers=2 if "segment" in kind else 1)
+    predicted = peak(step_memory(measure_model(model, 0), plan, 4096))
+    report = lt.apply(model, plan)
+    ids = torch.randint(256, (1, 4096))
+    with lt.profile(tmp_path, quiet=True) as watched:
+        model(input_ids=ids, labels=ids).loss.backward()
+    report.undo()
+    found = watched.result["peak"]
+    held = found["bytes"] - found["by_category"].get("other", 0)  # what other tests left in this process
+    assert predicted.total - predicted.items["workspace"] == pytest.approx(held, rel=0.03)
 
 
 @pytest.mark.parametrize("streamed", [False, True])

@@ -39,6 +39,30 @@ def test_no_search_beyond_the_longest():
     assert found["longest"] == max(found["runs"]) == 65536
 
 
+def test_a_search_goes_on_where_it_was_and_methods_add_up(tmp_path, monkeypatch):
+    slopes, ran = {"checkpoint": 110e3, "streamed": 5e3}, []
+
+    def measure(method, task):
+        ran.append((method, task.tokens))
+        if len(ran) == 4:
+            raise KeyboardInterrupt
+        return int(50e6 + slopes[method] * task.tokens)
+
+    monkeypatch.setattr(longest_sequence, "peak", measure)
+    call = lambda *more: longest_sequence.main(["--budget", "256MiB", "--rounds", "0", "--out", str(tmp_path), *more])
+    with pytest.raises(KeyboardInterrupt):
+        call("--methods", "streamed")
+    assert not call("--methods", "streamed") and not call("--methods", "checkpoint")
+    assert len(set(ran)) == len(ran) - 1  # the one that was interrupted
+    found = json.loads((tmp_path / "longest_sequence.json").read_text())
+    assert list(found["methods"]) == ["checkpoint", "streamed"] and len(found["commands"]) == 2
+    for method, slope in slopes.items():
+        assert found["methods"][method]["longest"] == pytest.approx((256 * 2**20 - 50e6) / slope, rel=0.02, abs=512)
+    runs = len(ran)
+    assert not call("--methods", "streamed", "--longest", "8192", "--redo")
+    assert len(ran) > runs and "at least 8,192" in (tmp_path / "longest_sequence.md").read_text()
+
+
 @pytest.mark.slow
 def test_a_real_search_writes_what_it_found(tmp_path):
     assert not longest_sequence.main([

@@ -41,7 +41,8 @@ def _padded(dim: int) -> int:
 
 def _chunk_tokens(call: Call) -> int:
     """`chunk_size`, within what products take and what registers hold. Results do not depend on it but for their rounding."""
-    return max(16, min(call.chunk_size, 32))
+    by_feature = call.decay_BTHG is not None and call.decay_BTHG.shape[3] > 1
+    return max(16, min(call.chunk_size, 16 if by_feature else 32))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
