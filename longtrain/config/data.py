@@ -63,7 +63,7 @@ class DataConfig:
 
     validation_fraction: float = 0.05
     """Share of the documents that is held out. Whether a document is depends on its contents and `seed` alone: it stays when data is added,
-    moved or tokenized otherwise, and copies of it are on the same side."""
+    moved or tokenized otherwise, and copies of it are on the same side. (Of stdlib and recall: on its name.)"""
 
     seed: int = 0
     """Draws the validation documents and the order of the sequences."""

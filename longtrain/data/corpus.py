@@ -1,7 +1,7 @@
 """Documents in columns, whether they are in memory or in mapped files: millions of them take 40 bytes each, tokens are read on demand.
 
 Validation documents are drawn by the hash of their contents, one by one: what is held out stays held out when data is added, moved or
-renamed, and copies of a document are on the same side.
+renamed, and copies of a document are on the same side. (Modules of the standard library and made-up documents: by their names.)
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Corpus:
     length_N: np.ndarray
     """Its tokens, int64."""
     key_N: np.ndarray
-    """`content_key`, uint64; of data built in format 1, of its name."""
+    """`content_key`, uint64; `name_key` where names mean the same everywhere, and of data built in format 1."""
     source_N: np.ndarray
     """Its place in `sources`."""
     number_N: np.ndarray
@@ -112,19 +112,26 @@ def content_key(begins: bytes | np.ndarray, size: int) -> int:
     return int.from_bytes(hashed.digest(), "little")
 
 
-def corpus_in_memory(documents: Sequence[Document], source: str = "documents") -> Corpus:
-    """Of byte tokens."""
+def name_key(name: str) -> int:
+    """64 bits of a document's name."""
+    return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
+
+
+def corpus_in_memory(documents: Sequence[Document], source: str = "documents", *, by_name: bool = False) -> Corpus:
+    """Of byte tokens; held out by their contents, or by their names where these are not where files happen to lie."""
     count = len(documents)
+    key_N = np.array([name_key(d.name) if by_name else content_key(d.tokens, len(d.tokens)) for d in documents], dtype=np.uint64)
     digest = hashlib.blake2b(digest_size=16)
     for document in documents:
         digest.update(len(document.tokens).to_bytes(8, "little"))
         digest.update(document.tokens)
+    digest.update(key_N)
     return Corpus(
         blocks=tuple(d.tokens for d in documents),
         block_N=np.arange(count),
         start_N=np.zeros(count, dtype=np.int64),
         length_N=np.array([len(d.tokens) for d in documents], dtype=np.int64),
-        key_N=np.array([content_key(d.tokens, len(d.tokens)) for d in documents], dtype=np.uint64),
+        key_N=key_N,
         source_N=np.zeros(count, dtype=np.int32),
         number_N=np.arange(count),
         sources=(source,),

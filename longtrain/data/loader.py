@@ -29,11 +29,11 @@ PERIOD = 4096
 def open_data(data: DataConfig) -> tuple[Corpus, Corpus]:
     """Training and validation documents. Raises DataError."""
     if data.source == "stdlib":
-        corpus = corpus_in_memory(read_stdlib(), "stdlib")
+        corpus = corpus_in_memory(read_stdlib(), "stdlib", by_name=True)
     elif data.source == "text":
         corpus = corpus_in_memory(read_text(data.files), "text")
     elif data.source == "recall":
-        corpus = corpus_in_memory(make_recall(data.seed), "recall")
+        corpus = corpus_in_memory(make_recall(data.seed), "recall", by_name=True)
     else:
         corpus = join([open_built(source.path, source.path) for source in data.tokens])
     longest = int(corpus.length_N.argmax())

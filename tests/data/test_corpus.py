@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from longtrain.data.corpus import check_vocabulary, corpus_in_memory, held_out, join, split
+from longtrain.data.corpus import check_vocabulary, corpus_in_memory, held_out, join, name_key, split
 from longtrain.data.sources import DataError, Document
 
 
@@ -41,6 +41,13 @@ def test_the_split_is_of_contents_so_copies_stay_together_and_names_do_not_matte
         assert [len(part) for part in split(few, 1e-4, seed)] == [2, 2] == [len(part) for part in split(few, 0.9999, seed)]
     with pytest.raises(DataError, match=r"one document 3 times \(d0\)"):
         split(join([corpus(9)] * 3), 0.5, 0)
+
+
+def test_documents_with_names_of_their_own_are_held_out_by_them():
+    documents = [Document(name, np.zeros(5, dtype=np.uint8)) for name in ("ast.py", "bdb.py", "cgi.py")]
+    by_name = corpus_in_memory(documents, by_name=True)
+    assert by_name.key_N.tolist() == [name_key(d.name) for d in documents] and by_name.digest != corpus_in_memory(documents).digest
+    assert [len(part) for part in split(by_name, 1e-4, 0)] == [2, 1]
 
 
 def test_long_documents_that_begin_alike_are_told_apart_by_their_length():
