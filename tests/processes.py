@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-COLLECTIVE_SECONDS, PROCESS_SECONDS = 60, 240
+COLLECTIVE_SECONDS, PROCESS_SECONDS = 300, 1200
 
 
 def run_ranks(work, world: int, *args) -> None:
