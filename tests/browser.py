@@ -22,7 +22,7 @@ def open_page(file: Path, scratch: Path, *, width: int, scheme: str = "light") -
         [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={scratch / 'browser'}", f"--window-size={width},900",
          f"--blink-settings=preferredColorScheme={0 if scheme == 'dark' else 1}", "--enable-logging=stderr", "--log-level=0",
          "--virtual-time-budget=3000", "--dump-dom", file.as_uri()],
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert shown.returncode == 0 and [line for line in shown.stderr.splitlines() if "CONSOLE" in line] == []
     figures = {figure.split('"')[0]: figure.split("</figure>")[0] for figure in shown.stdout.split('<figure id="')[1:]}

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 def run(name: str, *launcher: str, arguments: tuple[str, ...] = ()) -> str:
     done = subprocess.run(
-        [sys.executable, *launcher, ROOT / "examples" / name, *arguments], capture_output=True, text=True, timeout=300,
+        [sys.executable, *launcher, ROOT / "examples" / name, *arguments], capture_output=True, text=True, timeout=1200,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-2000:]

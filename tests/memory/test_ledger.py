@@ -269,7 +269,7 @@ def test_the_system_saw_resident_memory_grow_by_as_much(kind, allocators, tmp_pa
     paths = os.pathsep.join([str(Path(lt.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": paths}
     command = [sys.executable, "-c", RESIDENT, str(tmp_path), kind]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1200)
     assert done.returncode == 0, done.stderr
     resident, allocated = map(int, done.stdout.split())
     assert abs(resident - allocated) <= max(0.03 * resident, 8 << 20), (resident, allocated)

@@ -139,7 +139,7 @@ def test_a_browser_draws_every_chart_without_a_complaint(width, directory, tmp_p
     shown = subprocess.run(
         [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900",
          "--enable-logging=stderr", "--log-level=0", "--virtual-time-budget=3000", "--dump-dom", (directory / "report.html").as_uri()],
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     complaints = [line for line in shown.stderr.splitlines() if "CONSOLE" in line]
     assert shown.returncode == 0 and complaints == []

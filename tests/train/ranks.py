@@ -18,7 +18,7 @@ from longtrain.train.output import read_metrics
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["longtrain.cli", "longtrain.train.loop", "torch._dynamo"])
-LONGEST = 120.0
+LONGEST = 600.0
 """Seconds that a test waits for processes."""
 
 
