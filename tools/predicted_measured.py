@@ -3,6 +3,7 @@
     python tools/predicted_measured.py --machine machine.json --path /scratch          # those that are not there yet
     python tools/predicted_measured.py --only 3 7 --redo                               # these again
     python tools/predicted_measured.py --machine machine.json --times                  # only the times again, on a machine that does nothing else
+    python tools/predicted_measured.py --most-tokens 4096 --out FILE                   # the memory of shorter ones, in minutes
     python tools/predicted_measured.py --table                                          # the table again
 
 Shapes, lengths and plans are drawn with a fixed seed: 2 to 16 layers, 4K to 128K tokens, windows where the square of the length would take
@@ -26,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
@@ -230,6 +231,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", type=int, nargs="+", help="these of the twenty")
     parser.add_argument("--redo", action="store_true", help="run again what is there already")
     parser.add_argument("--times", action="store_true", help="measure again only how long the steps take that are there already, and predict that again")
+    parser.add_argument("--most-tokens", type=int, default=max(LENGTHS), help="shorten the sequences to this")
     parser.add_argument("--table", action="store_true", help="run nothing")
     parser.add_argument("--machine", help="a file of longtrain calibrate: predicts time too")
     parser.add_argument("--path", default=".", help="a directory on a disk")
@@ -240,7 +242,7 @@ def main(argv: list[str] | None = None) -> int:
         child(Case(**json.loads(a.child[0])), Path(a.child[1]), a.machine, a.path, a.times)
         return 0
     results = json.loads(a.out.read_text()) if a.out.exists() else {}
-    chosen = [case for case in cases() if a.only is None or case.number in a.only]
+    chosen = [replace(case, tokens=min(case.tokens, a.most_tokens)) for case in cases() if a.only is None or case.number in a.only]
     for case in chosen:
         before = results.get(str(case.number), {})
         if not a.table and (("measured" in before) if a.times else (a.redo or "measured" not in before)):
@@ -252,7 +254,8 @@ def main(argv: list[str] | None = None) -> int:
     text = table(results, chosen)
     print(text)
     if a.only is None:
-        a.out.with_suffix(".md").write_text(f"`python tools/predicted_measured.py`\n\n{text}\n")
+        shorter = f" --most-tokens {a.most_tokens} --out {a.out.name}" if a.most_tokens < max(LENGTHS) else ""
+        a.out.with_suffix(".md").write_text(f"`python tools/predicted_measured.py{shorter}`\n\n{text}\n")
     return 0 if text.endswith("\n0 bounds not kept") else 1
 
 
