@@ -199,7 +199,8 @@ def waiting(report: lt.Report) -> dict:
 def said_of_choices(model: LanguageModel, plan: lt.Plan, reports: dict, a: argparse.Namespace) -> str:
     """The way that `lt.Parallel()` takes, and every way's bytes by formula. Every process calls it."""
     chosen = lt.apply(copy.deepcopy(model), plan, parallel=lt.Parallel()).sharing
-    lines = ["chosen by lt.Parallel(), with what a rank receives in a layer (forward + backward):", chosen.explain(a.seq_len), "and if asked for:"]
+    lines = ["chosen by lt.Parallel(), with what a rank receives in a layer (forward + backward):"]
+    lines += [chosen.explain(a.seq_len), "and if asked for:"]
     for name in a.ways:
         _, *of_layers = reports[name].sharing.explain(a.seq_len).splitlines()
         lines += [f"{name}: {said}" for said in of_layers]
@@ -221,7 +222,8 @@ def said_of_links(reports: dict, a: argparse.Namespace) -> str:
             waited = sum((rank.waited for rank in played), Counter())
             waited.subtract(sum((rank.waited for rank in at_once), Counter()))
             what = ", ".join(f"{what} {seconds / a.processes / (share * computed):.1%}" for what, seconds in waited.most_common(4))
-            lines.append(f"{name:8} {link / 1e6:8,.0f} MB a second, {share:4.0%} of the computing: {1 - later / (share * computed):6.1%}  ({what})")
+            hidden = 1 - later / (share * computed)
+            lines.append(f"{name:8} {link / 1e6:8,.0f} MB a second, {share:4.0%} of the computing: {hidden:6.1%}  ({what})")
     return "\n".join(lines)
 
 

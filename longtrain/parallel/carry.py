@@ -122,8 +122,8 @@ class Fetched:
 class Halo(Staying):
     """Keys stay; a chunk is sent those of other ranks that it sees. For windows shorter than a chunk.
 
-    While they are on their way a rank works on its own keys; in the backward pass they leave with the chunk's replay, and their gradients go
-    home while those of one's own are made.
+    While they are on their way a rank works on its own keys; in the backward pass they leave with the chunk's replay, and their gradients
+    go home while those of one's own are made.
     """
 
     def __init__(self, mixer, ranks: Ranks, shards: Shards) -> None:

@@ -64,8 +64,8 @@ def circulate(
     """Call ``visit(source, spans, cargo)`` for one's own cargo and every one that comes by.
 
     With `combine`, what a visit returns (tensors ``[B, tokens of the spans, ...]``) is combined with what the stops before made of that
-    cargo, and what came of one's own is returned: ``combine(made at home, made elsewhere)``. With `first`, so many tokens of one's own cargo
-    are visited while the next one is on its way, and the others while what was made elsewhere is on its way home.
+    cargo, and what came of one's own is returned: ``combine(made at home, made elsewhere)``. With `first`, so many tokens of one's own
+    cargo are visited while the next one is on its way, and the others while what was made elsewhere is on its way home.
     """
     size, me, held, leaving, at_home = ranks.size, ranks.rank, cargo, None, None
     mine, last = route.stops[me][0], len(route.stops[me])

@@ -54,7 +54,7 @@ NOTHING = Received(forward=0, backward=0)
 
 
 def received(way: str, shape: Shape, tokens: int, *, heads: int = 1, ring: int = 1, chunks: int = 1) -> Received:
-    """For one layer whose outputs are stored: heads over `heads` ranks, `way` over `ring` groups of them, a sequence streamed in `chunks`."""
+    """For one layer whose outputs are stored: heads over `heads` ranks, `way` over `ring` groups of them, a sequence in `chunks`."""
     inner = shape if heads == 1 else _of_one_rank(shape, heads)
     over_groups = _over_groups(way, inner, tokens, ring, chunks) if ring > 1 else NOTHING
     return over_groups + (_over_heads(shape, tokens / ring, heads) if heads > 1 else NOTHING)

@@ -111,8 +111,8 @@ class Rounds:
         self, coming: Sequence[list[Arrived]], work: Callable[..., Sequence[Tensor]], what: str,
         outputs: Sequence[tuple[InRound, int]], summed: Sequence[int] = (),
     ) -> list[Tensor]:
-        """What ``work(round, *shares)`` makes of what comes, of this rank's tokens. It is given shares with all tokens, and gives one tensor
-        for each of `outputs`: what axis 2 of it is in a round, and how long that axis is as a whole. `summed`: see `to_tokens`."""
+        """What ``work(round, *shares)`` makes of what comes, of this rank's tokens. It is given shares with all tokens, and gives one
+        tensor for each of `outputs`: what axis 2 of it is in a round, and how long that axis is as a whole. `summed`: see `to_tokens`."""
         going, wholes, held = [], [], total(self.spans[self.ranks.rank])
         for r in range(self.count):
             made = work(r, *(x for arriving in coming for x in arriving.pop(0)()))

@@ -10,7 +10,8 @@ from longtrain.parallel.timeline import Asked, Posted, play
 def rank(me: int, *, before: float = 0.0, during: float, nbytes: int = 100) -> list:
     """Computes `before`, sends the other rank something and asks for as much, computes `during`, and then needs what it asked for."""
     peer = {1 - me: nbytes}
-    return [Posted(0, 5.0, {}, {}), Posted(1, 5.0 + before, peer, peer), Asked(1, 5.0 + before + during, "kv"), Asked(2, 6.0 + before + during, "end")]
+    done = 5.0 + before + during
+    return [Posted(0, 5.0, {}, {}), Posted(1, 5.0 + before, peer, peer), Asked(1, done, "kv"), Asked(2, done + 1.0, "end")]
 
 
 @pytest.mark.parametrize("link, waited, seconds", [
