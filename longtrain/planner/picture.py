@@ -41,7 +41,7 @@ def page(title: str, found: Sequence[Found], front: Sequence[Found], wanted: Wan
             "series": [
                 {"name": "Pareto front", "role": "reference", "points": [point(f) for f in front]},
                 {"name": "other ways to use the devices", "role": "compared", "dots": True, "points": [point(f) for f in found[1:]]},
-                {"name": "the plan", "role": "predicted", "points": [point(best)]},
+                {"name": "the plan", "role": "predicted", "dots": True, "points": [point(best)]},
             ],
             "lines": [], "marks": [],
         }
