@@ -9,7 +9,7 @@ import torch
 import longtrain as lt
 from longtrain.hf.promise import LazyHidden
 from tests.hf.test_families import UPCASTS
-from tests.hf.test_memory import Alive
+from tests.held import Alive
 
 PLAN = lt.Plan(chunk_tokens=8, loss_chunk_tokens=8)
 TOKENS, WIDTH = 96, 32
