@@ -92,6 +92,7 @@ class Trainer:
         self.guard = SpikeGuard(self.config.spike)
         self.done = self.validated = 0
         self.seconds_before = 0.0
+        self.limit = self.time_limit(0.0)
         self.slowest: dict[int, float] = {}
         self.saved: Saved | None = None
         self.evaluation: Evaluation | None = None
@@ -195,7 +196,8 @@ class Trainer:
         batches = setup.loader.update(self.done)
         tokens, flops = self.work.total_of_groups(sum(b.input_ids_BT.numel() for b in batches), update_flops(setup.costs, batches))
         seq_len, tokens = batches[0].input_ids_BT.shape[1], int(tokens)
-        self.processes.doing(f"step {step}", self.time_limit(flops))
+        self.limit = self.time_limit(flops)
+        self.processes.doing(f"step {step}", self.limit)
         self.bar.begin(f"step {step}/{config.train.steps}", seq_len, len(batches))
         try:
             loss, targets, norm = gradients(
@@ -246,7 +248,7 @@ class Trainer:
     def validate(self) -> None:
         setup = self.setup
         setup.set_rotary(stage_at(self.config, self.done - 1))
-        self.processes.doing(f"the validation after step {self.done}")
+        self.processes.doing(f"the validation after step {self.done}", self.limit)
         self.evaluation = evaluate(setup.model, self.config, setup.validation, setup.rows, setup.device, self.bar, self.work)
         self.random = random_states()
         if self.done > self.validated:

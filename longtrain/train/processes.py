@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from longtrain.train.output import RunError
-from longtrain.train.watch import Watch
+from longtrain.train.watch import LIMIT, Watch
 
 MEET = timedelta(minutes=5)
 """How long processes that were started wait for the others."""
@@ -85,7 +85,7 @@ class Processes:
             more = f", and {len(differ) - 5} more" if len(differ) > 5 else ""
             raise RunError(f"the ranks were not given the same: {'; '.join(differ[:5])}{more}; {remedy}")
 
-    def doing(self, what: str, limit: float | None = None) -> None:
+    def doing(self, what: str, limit: float = LIMIT) -> None:
         """What errors that end the job should say; `limit`: seconds in which it must get ahead."""
         if self.watch is not None:
             self.watch.doing(what, limit)

@@ -27,6 +27,8 @@ SILENT = 15.0
 """Seconds without one after which a process counts as dead."""
 GONE = 4.0
 """The same, where a collective has already failed."""
+LIMIT = 3600.0
+"""Seconds in which what has no limit of its own must be done: reading weights, waiting for a checkpoint's disk."""
 TELL = 5.0
 """Seconds in which rank 0 should have printed the error of another; after that, the other does."""
 NOWHERE = "no collective"
@@ -42,7 +44,7 @@ class Watch:
         self.process = f"process {os.getpid()} on {socket.gethostname()}"
         self.main = threading.main_thread().ident
         self.beats = 0
-        self.said, self.limit, self.since = "starting", None, time.monotonic()
+        self.said, self.limit, self.since = "starting", LIMIT, time.monotonic()
         self.waited_at: str | None = None
         self.ending = threading.Lock()
         self.closed = threading.Event()
@@ -59,7 +61,7 @@ class Watch:
         self.closed.set()
         self.thread.join()
 
-    def doing(self, what: str, limit: float | None = None) -> None:
+    def doing(self, what: str, limit: float = LIMIT) -> None:
         """From now on `what`, which must get ahead (`moved`) every `limit` seconds."""
         self.said, self.since, self.limit = what, time.monotonic(), limit
 
@@ -119,7 +121,7 @@ class Watch:
             silent = [r for r in ranks if now - heard[r] > (SILENT if self.waited_at is None else GONE)]
             if silent:
                 self.end(_of_the_dead(beats, silent, self.rank), 1)
-            if self.limit is not None and now - self.since > self.limit:
+            if now - self.since > self.limit:
                 where = "; ".join(f"rank {r} is at {said['at']}" for r, said in enumerate(beats))
                 self.end(f"{self.said}: a rank is stuck: nothing moved for {self.limit:.0f} s: {where}; all ranks end", 1)
 

@@ -16,6 +16,7 @@ import pytest
 
 from longtrain import cli
 from longtrain.train import checkpoint
+from longtrain.train import loop
 from longtrain.train import step as one_step
 from longtrain.train.output import read_metrics
 from tests.train.ranks import Ranks, assert_same_run, losses
@@ -165,15 +166,30 @@ def hang(rank: int) -> None:
     one_step.accumulate = accumulate
 
 
+def hang_in_validation(rank: int) -> None:
+    original = loop.evaluate
+
+    def evaluate(*args):
+        while rank == 1:
+            time.sleep(1)
+        return original(*args)
+
+    loop.evaluate = evaluate
+
+
 @pytest.mark.slow
-def test_a_rank_that_gets_nowhere_ends_all_after_the_stated_time(tmp_path, config_file):
-    ranks = Ranks(2, tmp_path, config_file, *SETTINGS, "parallel.step_timeout=15s", before="tests.train.test_processes:hang")
-    assert ranks.wait(seconds=LIMIT) == [1, 1]
-    assert re.search(
-        r"step 3: a rank is stuck: nothing moved for 15 s: rank 0 is at all_reduce \(.*\); rank 1 is at no collective, accumulate \(test_processes.py:\d+\)",
-        ranks.said(),
-    )
-    assert ranks.said(1) == ""
+@pytest.mark.parametrize(
+    "before, said",
+    [
+        ("hang", "step 3: .*; rank 1 is at no collective, accumulate"),
+        ("hang_in_validation", "the validation after step 2: .*; rank 1 is at no collective, evaluate"),
+    ],
+)
+def test_a_rank_that_gets_nowhere_ends_all_after_the_stated_time(before, said, tmp_path, config_file):
+    ranks = Ranks(2, tmp_path, config_file, *SETTINGS, "parallel.step_timeout=15s", before=f"tests.train.test_processes:{before}")
+    assert ranks.wait() == [1, 1]
+    assert re.search(said + r" \(test_processes.py:\d+\)", ranks.said())
+    assert "a rank is stuck: nothing moved for 15 s: rank 0 is at all_" in ranks.said() and ranks.said(1) == ""
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)])
