@@ -330,6 +330,6 @@ def test_an_expanded_tensor_takes_the_room_of_what_it_repeats():
     x = values(1).expand(1, 500, 64)
     store.put("x", Span(0, 500), x, DISK)
     store.settle()
-    assert store.regions["disk"].used == 4096
+    assert store.regions["disk"].used <= 2 * 4096  # a page; two where its 256 bytes lie across the end of one
     assert torch.equal(store.get("x", Span(3, 77)), x[:, 3:77])
     store.close()
