@@ -1,6 +1,7 @@
 # make quickstart    set up .venv, then train a language model on long documents (about five minutes on two cores)
 # make test          set up .venv, then the quick suite (at most 15 minutes on two cores)
 # make test-all      the long suite too (at most 75 minutes)
+# make lint          ruff: unused names, order of imports (pip install ruff)
 # make verify        check streamed gradients against plain autograd on the quickstart's model
 # make doctor        this machine: which backend serves which op, and a self-test
 # make clean         remove what was built; make distclean: the environment too
@@ -21,7 +22,7 @@ PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 BUILT := $(VENV)/.built
 
-.PHONY: quickstart test test-all verify doctor setup clean distclean
+.PHONY: quickstart test test-all lint verify doctor setup clean distclean
 
 quickstart: $(BUILT)
 	$(VENV)/bin/longtrain train $(CONFIG)
@@ -31,6 +32,9 @@ test: $(BUILT)
 
 test-all: $(BUILT)
 	$(PY) -m pytest $(PYTEST_ARGS)
+
+lint: $(BUILT)
+	$(PY) -m ruff check
 
 verify: $(BUILT)
 	$(VENV)/bin/longtrain verify $(CONFIG)

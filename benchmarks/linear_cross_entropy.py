@@ -69,7 +69,9 @@ def main() -> None:
     if a.backend:
         print(json.dumps(measure(a)))
         return
-    rows = [("reference", 0), ("torch", 0)] + [(backend, chunk) for chunk in a.chunks for backend in ("torch", "chunked")] + [("chunked", 0)]
+    rows = (
+        [("reference", 0), ("torch", 0)] + [(backend, chunk) for chunk in a.chunks for backend in ("torch", "chunked")] + [("chunked", 0)]
+    )
     print(f"N={a.tokens} E={a.width} V={a.vocab} {a.dtype} torch {torch.__version__} threads {torch.get_num_threads()}")
     print(f"{'backend':>10} {'chunk':>8} {'ms':>9} {'peak MB':>9} {'error':>9}")
     for backend, chunk in rows:

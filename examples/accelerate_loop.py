@@ -18,7 +18,9 @@ TOKENS, STEPS, ACCUMULATE = 2048, 5, 2
 
 def main() -> None:
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=512, hidden_size=64, intermediate_size=192, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=64, intermediate_size=192, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2
+    )
     model = AutoModelForCausalLM.from_config(config)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and ".mlp." in name:

@@ -3,9 +3,10 @@
     torchrun --nproc-per-node 2 examples/fsdp.py          # gloo on CPUs, nccl on GPUs; a tiny random Qwen3
     torchrun --nproc-per-node 2 examples/fsdp.py ddp      # the same with DDP
 
-Each layer is one unit: one gather a pass and one reduce-scatter, whatever the number of chunks. (A segment of several layers can be one unit
-where FSDP2 casts nothing: its casts give the layers of a unit different arguments, which is refused.) FSDP2 and DDP average over the processes,
-so that the loss is divided by the targets of all of them over their number.
+Each layer is one unit: one gather a pass and one reduce-scatter, whatever the number of chunks. (A segment of several layers can be one
+unit
+where FSDP2 casts nothing: its casts give the layers of a unit different arguments, which is refused.) FSDP2 and DDP average over the
+processes, so that the loss is divided by the targets of all of them over their number.
 """
 
 import sys
@@ -27,7 +28,13 @@ def main() -> None:
     device = torch.device("cuda", rank % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
     torch.manual_seed(0)
     config = Qwen3Config(
-        vocab_size=512, hidden_size=64, intermediate_size=192, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=16
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
     )
     model = AutoModelForCausalLM.from_config(config).to(device)
     report = lt.apply(model, lt.Plan(chunk_tokens=TOKENS // 8))

@@ -2,8 +2,8 @@
 
     python examples/hf_compile.py                 # a tiny random Qwen3; most of the minute is the compiler's
 
-Attention itself, and what streams, stay as they are. Pieces see one shape (the chunk), with and without gradients: everything is compiled in the first
-two steps. Give sequences a length that the chunk divides, or the last chunk has a shape of its own.
+Attention itself, and what streams, stay as they are. Pieces see one shape (the chunk), with and without gradients: everything is compiled
+in the first two steps. Give sequences a length that the chunk divides, or the last chunk has a shape of its own.
 """
 
 import time
@@ -19,7 +19,15 @@ TOKENS, CHUNK, STEPS = 2048, 256, 5
 def main() -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(
-        Qwen3Config(vocab_size=512, hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+        Qwen3Config(
+            vocab_size=512,
+            hidden_size=64,
+            intermediate_size=192,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+        )
     )
     print(lt.apply(model, lt.Plan(chunk_tokens=CHUNK)))
     for layer in model.model.layers:

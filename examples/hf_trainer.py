@@ -22,7 +22,15 @@ def load() -> torch.nn.Module:
         return AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(
-        Qwen3Config(vocab_size=512, hidden_size=64, intermediate_size=192, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+        Qwen3Config(
+            vocab_size=512,
+            hidden_size=64,
+            intermediate_size=192,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+        )
     )
 
 
@@ -35,7 +43,14 @@ def main() -> None:
     rows = [(torch.arange(TOKENS) + start) % 512 for start in starts]
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
-            folder, max_steps=STEPS, per_device_train_batch_size=1, learning_rate=1e-2, logging_steps=1, report_to=[], save_strategy="no", disable_tqdm=True,
+            folder,
+            max_steps=STEPS,
+            per_device_train_batch_size=1,
+            learning_rate=1e-2,
+            logging_steps=1,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
             gradient_checkpointing=False,
         )
         Trainer(model, arguments, train_dataset=[dict(input_ids=row, labels=row) for row in rows]).train()

@@ -14,7 +14,15 @@ PROMPT, COMPLETION, GROUP, STEPS, WANTED = 8, 120, 8, 8, 7
 
 def main() -> None:
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=32, hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0)
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=0,
+    )
     policy, reference = (AutoModelForCausalLM.from_config(config) for _ in range(2))
     reference.load_state_dict(policy.state_dict())
     for model in (policy, reference):
@@ -22,7 +30,9 @@ def main() -> None:
     optimizer = torch.optim.AdamW(policy.parameters(), lr=3e-3)
     for step in range(STEPS):
         prompts = torch.randint(3, 32, (1, PROMPT)).expand(GROUP, PROMPT)
-        ids = policy.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=COMPLETION, do_sample=True, eos_token_id=None)
+        ids = policy.generate(
+            prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=COMPLETION, do_sample=True, eos_token_id=None
+        )
         mask = (torch.arange(ids.shape[1]) >= PROMPT).expand(ids.shape)
         reward = (ids[:, PROMPT:] == WANTED).float().mean(1)
         with torch.no_grad():

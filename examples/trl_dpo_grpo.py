@@ -27,7 +27,15 @@ COMMON = dict(
 
 def policy() -> torch.nn.Module:
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=203, hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0)
+    config = LlamaConfig(
+        vocab_size=203,
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=0,
+    )
     return AutoModelForCausalLM.from_config(config)
 
 

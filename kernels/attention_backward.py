@@ -13,8 +13,20 @@ import triton
 import triton.language as tl
 
 from longtrain.kernels.attention_tiles import (
-    LOG2E, count_specials, find_document, head_of, kept, load_document, load_rows, load_tile, met_tiles, near, row_keys,
-    special_keys, tanh, without_nonfinite,
+    LOG2E,
+    count_specials,
+    find_document,
+    head_of,
+    kept,
+    load_document,
+    load_rows,
+    load_tile,
+    met_tiles,
+    near,
+    row_keys,
+    special_keys,
+    tanh,
+    without_nonfinite,
 )
 
 

@@ -10,8 +10,20 @@ import triton
 import triton.language as tl
 
 from longtrain.kernels.attention_tiles import (
-    LN2, LOG2E, count_specials, find_document, head_of, kept, load_rows, load_tile, met_tiles, near, row_keys, special_keys,
-    tanh, without_nonfinite,
+    LN2,
+    LOG2E,
+    count_specials,
+    find_document,
+    head_of,
+    kept,
+    load_rows,
+    load_tile,
+    met_tiles,
+    near,
+    row_keys,
+    special_keys,
+    tanh,
+    without_nonfinite,
 )
 
 

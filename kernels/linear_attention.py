@@ -14,7 +14,13 @@ import triton
 import triton.language as tl
 
 from longtrain.kernels.linear_attention_decay import (
-    decay_through, load_decay, scores, scores_vjp, sums_behind, sums_to, to_tokens,
+    decay_through,
+    load_decay,
+    scores,
+    scores_vjp,
+    sums_behind,
+    sums_to,
+    to_tokens,
 )
 
 
@@ -57,7 +63,8 @@ def _chunk(chunk, tokens, CHUNK: tl.constexpr):
 
 @triton.jit
 def _inverse(system, CHUNK: tl.constexpr, LEVELS: tl.constexpr):
-    """(I + system)^-1 of a strictly lower triangular system: of two diagonal blocks' inverses and what lies between them, again and again."""
+    """(I + system)^-1 of a strictly lower triangular system: of two diagonal blocks' inverses and what lies between them, again and
+    again."""
     i, j = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
     x = tl.where(i == j, 1.0, 0.0)
     for level in tl.range(0, LEVELS, num_stages=1):
@@ -98,7 +105,8 @@ def linear_states(
     k, u, w, g, state, states, k_strides, u_strides, w_strides, g_strides, tokens, chunks, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr, CHUNK: tl.constexpr, FEATURES: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """states: those at the chunks' entries. state [B, H, D, V] and, with w, u go from what the first chunk finds to what is behind the last.
+    """states: those at the chunks' entries. state [B, H, D, V] and, with w, u go from what the first chunk finds to what is behind the
+    last.
 
     Grid: (tiles of V, H, B).
     """
@@ -159,7 +167,12 @@ def linear_d_states(
     first entry's. Grid: (tiles of V, H, B)."""
     first, head, batch = tl.program_id(0) * BLOCK_VALUE, tl.program_id(1), tl.program_id(2)
     index = batch * tl.num_programs(1) + head
-    q, k, w, g = _at(q, q_strides, batch, head), _at(k, k_strides, batch, head), _at(w, w_strides, batch, head), _at(g, g_strides, batch, head)
+    q, k, w, g = (
+        _at(q, q_strides, batch, head),
+        _at(k, k_strides, batch, head),
+        _at(w, w_strides, batch, head),
+        _at(g, g_strides, batch, head),
+    )
     dout, du = _at(dout, dout_strides, batch, head), _at(du, du_strides, batch, head)
     own, inside = _state_at(index, first, DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE)
     ds = tl.load(dstate + own, mask=inside, other=0.0)

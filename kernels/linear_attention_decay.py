@@ -1,7 +1,8 @@
 """Decays inside a chunk of linear attention, and scores under them, as in longtrain/ops/linear_attention/decay.py: sums of log decays are
 made of what lies between two tokens, never as differences and never divided out.
 
-FEATURES: 0 no decay, 1 one a head (g [C]), 2 one a key feature (g [C, D]). Log decays are at least FLOOR, where exp is 0 and sums are finite.
+FEATURES: 0 no decay, 1 one a head (g [C]), 2 one a key feature (g [C, D]). Log decays are at least FLOOR, where exp is 0 and sums are
+finite.
 """
 
 import triton
@@ -78,7 +79,8 @@ def between(g, CHUNK: tl.constexpr):
 
 @triton.jit
 def _in_halves(CHUNK: tl.constexpr, level):
-    """Of tokens i and m: whether i is in the later half of its block, halves being 2^level tokens; [i, m] in the same half and m <= i; and m > i."""
+    """Of tokens i and m: whether i is in the later half of its block, halves being 2^level tokens; [i, m] in the same half and m <= i; and
+    m > i."""
     i, m = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
     same = i >> level == m >> level
     return (i >> level) & 1 == 1, same & (m <= i), same & (m > i)

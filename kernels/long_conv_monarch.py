@@ -1,7 +1,7 @@
 """Long convolutions of rows as products with matrices (read longtrain/ops/long_conv/monarch.py first: which matrices, and why these).
 
-A program has one row of N = N1 N2 numbers at a time and goes through it tile by tile; between products the row lies in a scratch of its own,
-small enough that all of them stay in the L2 cache. Complex arrays are two planes, real part first; a plane's distance None says that
+A program has one row of N = N1 N2 numbers at a time and goes through it tile by tile; between products the row lies in a scratch of its
+own, small enough that all of them stay in the L2 cache. Complex arrays are two planes, real part first; a plane's distance None says that
 there is no imaginary part, which is 0 or not wanted. A complex product is one real product twice as deep, with real parts and then
 imaginary parts; matrices come as three planes, real, imaginary and minus imaginary, to fit. Products are tensor-core products of the
 rows' dtype (float32 as three tf32 products), sums float32. Programs share nothing and add in a fixed order.
@@ -195,7 +195,9 @@ def monarch_correlate(
             for start in tl.range(0, N1, BLOCK, num_stages=1):
                 for col in tl.range(0, N2, COLS, num_stages=1):
                     v_re, v_im = _row_times_matrix(scratch, start, columns, col, N1, N2, False, COLS, BLOCK, DEPTH, PRECISION, STAGES)
-                    g_re, g_im = _row_times_matrix(scratch + 2 * N, start, columns, col, N1, N2, False, COLS, BLOCK, DEPTH, PRECISION, STAGES)
+                    g_re, g_im = _row_times_matrix(
+                        scratch + 2 * N, start, columns, col, N1, N2, False, COLS, BLOCK, DEPTH, PRECISION, STAGES
+                    )
                     p_re, p_im = _times(v_re, -v_im, g_re, g_im)
                     at = (start + tl.arange(0, BLOCK))[:, None] * N2 + col + tl.arange(0, COLS)[None, :]
                     if term > 0:

@@ -59,7 +59,9 @@ def unpack_rows(
     at = (group.to(tl.int64) * width + channels[:, None]) * N + places[None, :]
     mixed = tl.trans(tl.load(rows + at, mask=here[:, None] & counts[None, :], other=0.0)).to(tl.float32)
     if skip is not None:
-        mixed += tl.load(skip + channels, mask=here, other=0.0)[None, :] * _tile(x, x_gate, x_strides, x_gate_strides, batch, tokens, channels, mask)
+        mixed += tl.load(skip + channels, mask=here, other=0.0)[None, :] * _tile(
+            x, x_gate, x_strides, x_gate_strides, batch, tokens, channels, mask
+        )
     if out_a is not None:
         _write(out_a, mixed, gate_a, out_a_strides, gate_a_strides, batch, tokens, channels, mask)
     if out_b is not None:

@@ -195,13 +195,17 @@ def _share(model: nn.Module, report: Report, layers: Sequence[tuple[int, Candida
     if any(entry.became == "left as it is" for entry in report.entries):
         raise ValueError(f"a layer that is not streamed sees the tokens of one process only; all must be streamed:\n{report}")
     if held := next((candidate.name for _, candidate in layers if getattr(candidate.layer, "carries_states", False)), None):
-        raise ValueError(f"{held} carries its states from chunk to chunk, and processes cannot hand them on yet: leave out group and parallel")
+        raise ValueError(
+            f"{held} carries its states from chunk to chunk, and processes cannot hand them on yet: leave out group and parallel"
+        )
     shapes = []
     for layer in (candidate.layer for _, candidate in layers if candidate.counts):
         with whole(layer, model):
             shapes.append(shapes_of(layer, PROOF_TOKENS))
     if report.plan.kv_block_tokens is not None:
-        raise ValueError("kv_block_tokens is for one process: leave it out where processes share a sequence, or leave out group and parallel")
+        raise ValueError(
+            "kv_block_tokens is for one process: leave it out where processes share a sequence, or leave out group and parallel"
+        )
     sharing = model.longtrain_sharing = Sharing(report.plan, parallel, group, shapes)
     report._undo.append(partial(delattr, model, "longtrain_sharing"))
     if hasattr(model, "make_layout"):

@@ -58,10 +58,14 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("config", metavar="CONFIG", help="YAML file, such as configs/quickstart.yaml")
         sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace those of the file")
         if name == "verify":
-            sub.add_argument("--nproc", type=int, default=1, metavar="P", help="check P processes that share sequences and weights against one")
+            sub.add_argument(
+                "--nproc", type=int, default=1, metavar="P", help="check P processes that share sequences and weights against one"
+            )
         if name == "train":
             sub.add_argument("--eval", action="store_true", help="evaluate the weights instead; CONFIG may be a run's directory")
-            sub.add_argument("--stop-after", metavar="TIME", type=seconds, help="save and end before so much time, such as 11h50m; exit code 75")
+            sub.add_argument(
+                "--stop-after", metavar="TIME", type=seconds, help="save and end before so much time, such as 11h50m; exit code 75"
+            )
         sub.set_defaults(command=command)
     about = "show what fits a memory budget, how long a step takes, and what would have to change"
     sub = commands.add_parser("plan", help=about, description=about)
@@ -69,7 +73,9 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace those of the file")
     sub.add_argument("--seq-len", type=int, metavar="T", help="tokens of a sequence (the config's)")
     sub.add_argument("--budget", metavar="SIZE", help="memory of each device, such as 72GiB (the config's, or 95%% of the device)")
-    sub.add_argument("--device", metavar="NAME", help="a100, h100, h200, b200, rtx4090 ..., or a file of longtrain calibrate (this machine)")
+    sub.add_argument(
+        "--device", metavar="NAME", help="a100, h100, h200, b200, rtx4090 ..., or a file of longtrain calibrate (this machine)"
+    )
     sub.add_argument("--gpus", type=int, metavar="N", help="devices (1)")
     sub.add_argument("--host", metavar="SIZE", help="host memory that may be used, of all devices together (the config's, or none)")
     sub.add_argument("--disk", metavar="SIZE", help="disk that may be used, likewise")
@@ -88,7 +94,9 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace those of the file")
     sub.add_argument("--out", metavar="DIR", help="directory to write (memory in the run's)")
     sub.add_argument("--sampling", action="store_true", help="under 5%% of the step's time instead of under 30%%; no operations and lines")
-    sub.add_argument("--seq-len", nargs="+", type=int, default=[], metavar="T", help="measure these lengths too, for the chart of peak against length")
+    sub.add_argument(
+        "--seq-len", nargs="+", type=int, default=[], metavar="T", help="measure these lengths too, for the chart of peak against length"
+    )
     sub.set_defaults(command=profile)
     sub = commands.add_parser("compare", help="show two memory profiles on one axis, and what the difference is made of")
     sub.add_argument("a", metavar="A", help="directory that lt.profile or longtrain profile has written")
@@ -122,7 +130,9 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--format", choices=formats, default="auto", help="of the inputs; auto: what their names say, text otherwise")
     sub.add_argument("--field", default="text", metavar="NAME", help="field (JSONL) or column (parquet) that holds the text (text)")
     sub.add_argument("--case", choices=("keep", "upper", "lower"), default="keep", help="of FASTA letters (keep)")
-    sub.add_argument("--turns", choices=("all", "last"), default="all", help="with --format chat: learn from these turns of the assistant (all)")
+    sub.add_argument(
+        "--turns", choices=("all", "last"), default="all", help="with --format chat: learn from these turns of the assistant (all)"
+    )
     sub.add_argument("--tokenizer", metavar="FILE", help="a local tokenizer.json, or its directory; bytes are the tokens by default")
     sub.add_argument("--special-tokens", action="store_true", help="with --tokenizer: let it add its special tokens to every document")
     sub.add_argument("--end-token", type=int, metavar="ID", help="put this token behind every document")

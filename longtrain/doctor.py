@@ -42,8 +42,10 @@ def run() -> int:
 
 def machine() -> Iterator[str]:
     """Processor, memory, disk and GPUs."""
-    yield f"{'processor':<12}{_processor()}, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores " \
-          f"usable, {torch.get_num_threads()} torch threads, {torch.backends.cpu.get_cpu_capability()}"
+    yield (
+        f"{'processor':<12}{_processor()}, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores "
+        f"usable, {torch.get_num_threads()} torch threads, {torch.backends.cpu.get_cpu_capability()}"
+    )
     yield f"{'memory':<12}{_memory()}"
     for name, path in (("disk here", Path.cwd()), ("temporary", Path(tempfile.gettempdir()))):
         usage = shutil.disk_usage(path)
@@ -53,8 +55,10 @@ def machine() -> Iterator[str]:
         return
     for index in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(index)
-        yield f"{'GPU ' + str(index):<12}{p.name}, {p.total_memory / 2**30:.1f} GiB, sm_{p.major}{p.minor}, {p.multi_processor_count} multiprocessors, " \
-              f"CUDA {torch.version.cuda}"
+        yield (
+            f"{'GPU ' + str(index):<12}{p.name}, {p.total_memory / 2**30:.1f} GiB, sm_{p.major}{p.minor}, {p.multi_processor_count} multiprocessors, "
+            f"CUDA {torch.version.cuda}"
+        )
 
 
 def software() -> Iterator[str]:

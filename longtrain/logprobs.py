@@ -65,7 +65,9 @@ def token_logprobs(
         seed = int(torch.randint(2**62, ())) if model.training and model.config.attention_dropout else None
         held = model.make_layout(input_ids.shape[1], cu_seqlens)
         hidden, targets = model.model(held.take(input_ids), held, seed), held.take(targets)
-        found = streamed_token_logprobs(hidden, model.model.norm, model.lm_head, targets, temperature=temperature, chunk_tokens=chunk_tokens)
+        found = streamed_token_logprobs(
+            hidden, model.model.norm, model.lm_head, targets, temperature=temperature, chunk_tokens=chunk_tokens
+        )
     else:
         if len(documents.edges) > 2:
             arguments["position_ids"] = documents.positions(input_ids.device)[None]
@@ -84,7 +86,9 @@ def _from_logits(logits: Tensor, targets: Tensor, temperature: float, chunk_toke
     if recipe is not None and recipe.streams:
         return recipe.logprobs(targets, temperature=temperature, chunk_tokens=chunk_tokens)
     if recipe is None and targets.numel() > default_chunk_tokens(logits.shape[-1], logits.device, logits.dtype):
-        raise ValueError(f"the model gave out all logits, {list(logits.shape)}: call lt.apply(model, plan) first, so that they are streamed")
+        raise ValueError(
+            f"the model gave out all logits, {list(logits.shape)}: call lt.apply(model, plan) first, so that they are streamed"
+        )
     logp = (logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature).log_softmax(-1)
     valid = targets != IGNORE_INDEX
     chosen = logp.gather(-1, targets.where(valid, 0)[..., None])[..., 0]

@@ -80,7 +80,9 @@ class Offload:
     def __post_init__(self) -> None:
         splits = [s for name in SPLITS for s in self._layers(name)]
         if self.disk is None and any(s.disk > 0 for s in splits):
-            raise ValueError("a split sends tokens to disk and offload.disk is not set; give it a path and a budget, or raise device or host")
+            raise ValueError(
+                "a split sends tokens to disk and offload.disk is not set; give it a path and a budget, or raise device or host"
+            )
         if not self.host_bytes and any(s.host > 0 for s in splits):
             raise ValueError("a split sends tokens to the host and offload.host_bytes is 0; set it, or lower the splits' host share")
 

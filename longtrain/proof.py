@@ -56,7 +56,9 @@ def _difference_in_chunks(layer: nn.Module) -> str | None:
     what, error = _difference(whole, _outcome(layer, segment.forward, x, arguments))
     if what:
         part = _part_that_looks_across(layer, x, arguments)
-        return f"its {what} in chunks of {PROOF_CHUNK} differs from the whole by {error:.1e}: something besides mix looks across tokens{part}"
+        return (
+            f"its {what} in chunks of {PROOF_CHUNK} differs from the whole by {error:.1e}: something besides mix looks across tokens{part}"
+        )
     return None
 
 
@@ -101,7 +103,9 @@ def _part_that_looks_across(layer: nn.Module, x: Tensor, arguments: dict[str, An
             calls.setdefault(name, (module, args[0].detach()))
 
     handles = [
-        module.register_forward_hook(lambda *call, name=name: note(name, *call), with_kwargs=True) for name, module in layer.named_modules() if name
+        module.register_forward_hook(lambda *call, name=name: note(name, *call), with_kwargs=True)
+        for name, module in layer.named_modules()
+        if name
     ]
     try:
         with torch.no_grad():
@@ -121,7 +125,11 @@ def _what_changed(layer: nn.Module, before: dict[str, Tensor]) -> str:
     for name, buffer in layer.named_buffers():
         if not torch.equal(buffer, before[name]):
             owner = layer.get_submodule(name.rpartition(".")[0])
-            scaled = f", as in 8-bit products with delayed scaling, whose scales come from earlier calls: {ROW_WISE}" if _is_linear(owner) else ""
+            scaled = (
+                f", as in 8-bit products with delayed scaling, whose scales come from earlier calls: {ROW_WISE}"
+                if _is_linear(owner)
+                else ""
+            )
             return f"{name} of {type(owner).__name__}{scaled}"
     return ""
 

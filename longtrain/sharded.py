@@ -39,7 +39,9 @@ def whole(module: nn.Module, model: nn.Module) -> Iterator[None]:
             unit.unshard()
             gathered.append(unit)
         if name := sharded_parameter(module):
-            raise ValueError(f"its parameter {name} is sharded by something else than fully_shard; tensor-parallel modules cannot be streamed yet")
+            raise ValueError(
+                f"its parameter {name} is sharded by something else than fully_shard; tensor-parallel modules cannot be streamed yet"
+            )
         yield
     finally:
         for unit in gathered:

@@ -160,7 +160,9 @@ def _shrink_tiers(tiers: Offload, *, planned: bool) -> Offload:
     """The tiers at a size for small models; where the planner would choose what leaves the device, everything does."""
     disk = tiers.disk and replace(tiers.disk, budget=min(tiers.disk.budget, TIER_BYTES), max_written=None)
     splits = dict.fromkeys(SPLITS, Split(host=0.0 if disk else 1.0)) if planned else {}
-    return replace(tiers, disk=disk, host_bytes=min(tiers.host_bytes, TIER_BYTES), staging_bytes=min(tiers.staging_bytes, TIER_BYTES), **splits)
+    return replace(
+        tiers, disk=disk, host_bytes=min(tiers.host_bytes, TIER_BYTES), staging_bytes=min(tiers.staging_bytes, TIER_BYTES), **splits
+    )
 
 
 def check(model: nn.Module, plan: Plan, tokens: int, dtype: torch.dtype) -> Iterator[Row]:

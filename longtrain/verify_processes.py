@@ -99,7 +99,9 @@ def check(model: nn.Module, plan: Plan, tokens: int, config: ParallelConfig, siz
             found = _step(ours, case)
             error, where, good = worst(found, exact[name], dict.fromkeys(exact[name], FLOAT64_BOUND))
             said = f"<= {FLOAT64_BOUND:.0e}"
-            yield Row(f"rings of {size // heads} x {heads} that exchange heads, {way}, {layout}, {name}", f"{error:.1e} ({where})", said, good)
+            yield Row(
+                f"rings of {size // heads} x {heads} that exchange heads, {way}, {layout}, {name}", f"{error:.1e} ({where})", said, good
+            )
 
 
 def _step(model: nn.Module, inputs: dict) -> dict[str, torch.Tensor]:

@@ -44,7 +44,9 @@ def test_interruption_is_one_line(tmp_path, monkeypatch, capsys):
 
 
 def test_a_reader_that_goes_away_is_no_error():
-    command = "import sys; from longtrain import cli; cli.doctor = lambda args: print('line\\n' * 100000) or 0; sys.exit(cli.main(['doctor']))"
+    command = (
+        "import sys; from longtrain import cli; cli.doctor = lambda args: print('line\\n' * 100000) or 0; sys.exit(cli.main(['doctor']))"
+    )
     process = subprocess.Popen([sys.executable, "-c", command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.readline()
     process.stdout.close()

@@ -10,8 +10,21 @@ from longtrain.ops.linear_cross_entropy import chunked
 def test_doctor_names_machine_backends_and_errors(capsys):
     assert doctor.run() == 0
     out = capsys.readouterr().out
-    for word in ("processor", "memory", "disk here", "GPU", f"torch {torch.__version__}", "compiler", "extension", "attention", "linear_cross_entropy",
-                 "long_conv", " not by ", "gradient error", "all well"):
+    for word in (
+        "processor",
+        "memory",
+        "disk here",
+        "GPU",
+        f"torch {torch.__version__}",
+        "compiler",
+        "extension",
+        "attention",
+        "linear_cross_entropy",
+        "long_conv",
+        " not by ",
+        "gradient error",
+        "all well",
+    ):
         assert word in out, word
 
 

@@ -27,7 +27,9 @@ def assert_close(a, b, tolerance=TOLERANCE):
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 34, 100])
-@pytest.mark.parametrize("options", [{}, dict(temperature=0.7), dict(temperature=1.3, softcap=2.0)], ids=["plain", "temperature", "softcap"])
+@pytest.mark.parametrize(
+    "options", [{}, dict(temperature=0.7), dict(temperature=1.3, softcap=2.0)], ids=["plain", "temperature", "softcap"]
+)
 @pytest.mark.parametrize("bias", [False, True])
 def test_values_and_gradients(chunk, options, bias):
     norm, head = RMSNorm(WIDTH).double(), nn.Linear(WIDTH, VOCAB, bias=bias).double()
@@ -77,7 +79,9 @@ def test_distributions_that_are_certain_have_no_entropy():
 @pytest.mark.parametrize("applied", [False, True])
 def test_a_language_model_of_ours(applied):
     torch.manual_seed(0)
-    model = LanguageModel(ModelConfig(vocab_size=VOCAB, num_layers=2, hidden_size=16, intermediate_size=24, num_heads=4, num_kv_heads=2)).double()
+    model = LanguageModel(
+        ModelConfig(vocab_size=VOCAB, num_layers=2, hidden_size=16, intermediate_size=24, num_heads=4, num_kv_heads=2)
+    ).double()
     ids = torch.randint(VOCAB, (1, TOKENS))
     cu = [0, 6, 7, TOKENS]
     rows = [dense(model.model.norm(model.model(ids[:, a:b], Layout.make(b - a), None)), nn.Identity(), model.lm_head,
@@ -96,7 +100,10 @@ def test_a_language_model_of_ours(applied):
 
 
 def test_bad_input():
-    model, ids = LanguageModel(ModelConfig(vocab_size=9, num_layers=1, hidden_size=8, intermediate_size=8, num_heads=2, num_kv_heads=1)), torch.ones(2, 5).long()
+    model, ids = (
+        LanguageModel(ModelConfig(vocab_size=9, num_layers=1, hidden_size=8, intermediate_size=8, num_heads=2, num_kv_heads=1)),
+        torch.ones(2, 5).long(),
+    )
     for arguments, message in ((dict(temperature=0), "temperature must be positive"), (dict(cu_seqlens=[0, 5]), "batch of 2"),
                                (dict(attention_mask=torch.ones(2, 5)), "takes no attention_mask")):
         with pytest.raises(ValueError, match=message):

@@ -17,10 +17,14 @@ SHAPE = dict(vocab_size=50, num_layers=2, hidden_size=24, intermediate_size=32, 
 def rows(**changes):
     import torch
 
-    return list(verify.check(LanguageModel(ModelConfig(**{**SHAPE, **changes})).double(), Plan(chunk_tokens=verify.CHUNK), 127, torch.bfloat16))
+    return list(
+        verify.check(LanguageModel(ModelConfig(**{**SHAPE, **changes})).double(), Plan(chunk_tokens=verify.CHUNK), 127, torch.bfloat16)
+    )
 
 
-@pytest.mark.parametrize("changes", [dict(), dict(window=(9, None)), dict(window=(1,)), dict(attention_dropout=0.2), dict(tie_embeddings=True)])
+@pytest.mark.parametrize(
+    "changes", [dict(), dict(window=(9, None)), dict(window=(1,)), dict(attention_dropout=0.2), dict(tie_embeddings=True)]
+)
 def test_exact_streaming_passes_every_row(changes):
     assert all(row.good for row in rows(**changes)), rows(**changes)
 

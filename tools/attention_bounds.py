@@ -18,8 +18,9 @@ import torch.nn.functional as F
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 from bench_attention import CASES, Case, check, inputs, interleaved, measure
-from longtrain.ops.attention import attention, attention_backward
 from step_process import memory
+
+from longtrain.ops.attention import attention, attention_backward
 
 NO_WORSE = 0.9
 """Head dim 128 and grouped heads may be so much behind the base case."""
@@ -80,7 +81,11 @@ def directions(case: Case):
 def chunk_bounds(rounds: int, clock, small: bool) -> Iterator[Bound]:
     """A chunk of queries at an offset does as much a second as the whole, in either direction."""
     chunk, full = sized("chunk", small), sized("fp32-8k", small)
-    steps = {f"{what} {way}": step for what, case in (("chunk", chunk), ("full", full)) for way, step in zip(("forward", "backward"), directions(case))}
+    steps = {
+        f"{what} {way}": step
+        for what, case in (("chunk", chunk), ("full", full))
+        for way, step in zip(("forward", "backward"), directions(case))
+    }
     seconds = interleaved(steps, 1 if small else 2 * rounds, clock)
     work = chunk.pairs() / full.pairs()
     for way in ("forward", "backward"):
@@ -90,7 +95,11 @@ def chunk_bounds(rounds: int, clock, small: bool) -> Iterator[Bound]:
 
 def window_and_packing_bounds(rounds: int, clock, small: bool) -> Iterator[Bound]:
     """What is not seen is not computed."""
-    packed = CASES["packed"] if not small else replace(CASES["packed"], T=512, options={"cu_seqlens_q": CASES["packed"].options["cu_seqlens_q"] // 16})
+    packed = (
+        CASES["packed"]
+        if not small
+        else replace(CASES["packed"], T=512, options={"cu_seqlens_q": CASES["packed"].options["cu_seqlens_q"] // 16})
+    )
     found = measure(replace(packed, rounds=1 if small else 3), rounds, clock)
     yield at_least("packed: GFLOP/s over the squares' sum, of full attention's", found.faster * found.work, 0.9)
     window = sized("window", small)

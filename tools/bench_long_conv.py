@@ -31,8 +31,9 @@ from torch import Tensor
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 from bench_attention import interleaved
-from longtrain.ops.long_conv import explain, long_conv
 from step_process import memory
+
+from longtrain.ops.long_conv import explain, long_conv
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,8 +6,11 @@
 
 Raw: as many threads, O_DIRECT, the same blocks in the same order into a file made the same way, written from the pages of the very memory
 that the store writes from and read into buffers that the store hands out, as many as it fetches ahead (virtual machines have faster and
-slower memory, and a buffer that stays in the cache is faster): what the disk gives, without checksums, copies or states. Writing goes up the file, reading comes down it, as in a training step. Store and raw disk take turns, first one first and then the other; medians over rounds of the ratio within a round. One round before warms both up and compares
-every byte that the store gives back; no number is printed unless they agree. Where fio is installed, its figure stands beside. The table is also written as JSON to --out. Exit status 1 where a ratio is below --bound.
+slower memory, and a buffer that stays in the cache is faster): what the disk gives, without checksums, copies or states. Writing goes up
+the file, reading comes down it, as in a training step. Store and raw disk take turns, first one first and then the other; medians over
+rounds of the ratio within a round. One round before warms both up and compares every byte that the store gives back; no number is printed
+unless they agree. Where fio is installed, its figure stands beside. The table is also written as JSON to --out. Exit status 1 where a ratio
+is below --bound.
 """
 
 from __future__ import annotations
@@ -27,14 +30,15 @@ import numpy as np
 import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+import bench_offload_step
+from step_process import machine
+
 from longtrain.offload import DiskSettings, Place, TieredStore
 from longtrain.offload.disk import check_disk
 from longtrain.offload.regions import ALIGNMENT
 from longtrain.offload.system import System
 from longtrain.span import chunk_spans
 from longtrain.units import format_bytes, parse_bytes
-import bench_offload_step
-from step_process import machine
 
 WIDTH = 1024  # values of a token; a token is 4 KiB
 
@@ -62,7 +66,9 @@ class Raw:
         self.move(self.system.pwrite, self.blocks, lambda at, size: self.data[at : at + size])
 
     def read(self) -> None:
-        ahead = [memoryview(self.store._traffic.copies.buffer(self.extent, 0).numpy()) for _ in range(self.store.staging // self.extent or 1)]
+        ahead = [
+            memoryview(self.store._traffic.copies.buffer(self.extent, 0).numpy()) for _ in range(self.store.staging // self.extent or 1)
+        ]
 
         def memory(at: int, size: int) -> memoryview:
             return ahead[at // self.extent % len(ahead)][at % self.extent :][:size]
@@ -153,7 +159,13 @@ def summary(rounds: list[dict], nbytes: int) -> dict[str, float]:
         return statistics.median(r[name][which] for r in rounds) * 1e9 / nbytes
 
     ratio = statistics.median(r["raw"][0] / r["store"][0] for r in rounds)
-    return {"raw": 1 / rate("raw", 0), "store": 1 / rate("store", 0), "ratio": ratio, "processor": rate("store", 1), "raw_processor": rate("raw", 1)}
+    return {
+        "raw": 1 / rate("raw", 0),
+        "store": 1 / rate("store", 0),
+        "ratio": ratio,
+        "processor": rate("store", 1),
+        "raw_processor": rate("raw", 1),
+    }
 
 
 def fio(path: str, block: int, threads: int, nbytes: int) -> str | None:

@@ -31,13 +31,14 @@ from pathlib import Path
 import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
-import longtrain as lt
 from bench_step import paired_ratio, say
+from step_methods import on_disk
+from step_process import machine, status_bytes
+
+import longtrain as lt
 from longtrain.nn import LanguageModel, ModelConfig
 from longtrain.train.peak_memory import read_peak, reset_peak
 from longtrain.units import parse_bytes
-from step_methods import on_disk
-from step_process import machine, status_bytes
 
 BASELINE = "memory"
 VARIANTS = {

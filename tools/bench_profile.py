@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python tools/bench_profile.py [--seq-len 4096] [--chunk 512] [--rounds 5]
 
-Processor seconds of all threads. One of them looks at the process every 25 ms of the clock, so on a machine that does other work too, where a
-step takes longer by the clock than by the processor, profiles seem dearer than they are. What a profile does once, before the first step (a
-look at all objects) and after the last one (the report), is not part of a step.
+Processor seconds of all threads. One of them looks at the process every 25 ms of the clock, so on a machine that does other work too, where
+a step takes longer by the clock than by the processor, profiles seem dearer than they are. What a profile does once, before the first step
+(a look at all objects) and after the last one (the report), is not part of a step.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ def main(argv: list[str] | None = None) -> int:
         times = measure(lambda: step(model, optimizer, ids), a.rounds)
         alone = statistics.median(times["without"])
         for mode, seconds in times.items():
-            print(f"{kind:9}{mode:9} {statistics.median(seconds):7.3f} s a step  {statistics.median(seconds) / alone - 1:+6.1%}", flush=True)
+            print(
+                f"{kind:9}{mode:9} {statistics.median(seconds):7.3f} s a step  {statistics.median(seconds) / alone - 1:+6.1%}", flush=True
+            )
     return 0
 
 

@@ -28,8 +28,8 @@ from pathlib import Path
 import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
-from step_process import StepProcess, Task, machine
 from step_methods import METHODS
+from step_process import StepProcess, Task, machine
 
 TOLERANCE = {"float64": 1e-9, "float32": 2e-4, "bfloat16": 6e-2}
 """Largest relative difference of a parameter's gradient: rounding grows with length, a wrong gradient is of order one."""
@@ -49,8 +49,12 @@ def main(argv: list[str] | None = None) -> int:
         rows += measured
     if len(a.seq_len) > 1:
         print(slopes(rows, a.against))
-    result = {"command": " ".join(["python", "tools/bench_step.py", *(sys.argv[1:] if argv is None else argv)]), "machine": machine(), "shape":
-              {k: v for k, v in plans.items() if k not in ("out", "methods", "seq_len")}, "rows": rows}
+    result = {
+        "command": " ".join(["python", "tools/bench_step.py", *(sys.argv[1:] if argv is None else argv)]),
+        "machine": machine(),
+        "shape": {k: v for k, v in plans.items() if k not in ("out", "methods", "seq_len")},
+        "rows": rows,
+    }
     a.out.parent.mkdir(parents=True, exist_ok=True)
     a.out.write_text(json.dumps(result, indent=1, default=str) + "\n")
     print(f"written to {a.out}")
@@ -96,7 +100,9 @@ def disagreements(outcomes: dict[str, dict], dtype: str) -> list[str]:
     """Where losses and gradients are not those of the first method, to the dtype's tolerance."""
     say("comparing gradients")
     found = []
-    (first, reference), *others = [(method, {"loss": torch.tensor(o["loss"]), **torch.load(o["gradients"])}) for method, o in outcomes.items()]
+    (first, reference), *others = [
+        (method, {"loss": torch.tensor(o["loss"]), **torch.load(o["gradients"])}) for method, o in outcomes.items()
+    ]
     for method, ours in others:
         if ours.keys() != reference.keys():
             found.append(f"{method}: other parameters than {first}: {sorted(ours.keys() ^ reference.keys())[:4]}")
@@ -113,7 +119,10 @@ def table(rows: list[dict], against: list[str], tokens: int) -> str:
     by_method = {row["method"]: row for row in rows}
     others = [m for m in against if m in by_method]
     width = max(len(r["method"]) for r in rows)
-    lines = [f"\nT = {tokens:,}", f"{'method':<{width}} {'base MB':>9} {'peak MB':>9} {'s':>9}" + "".join(f"   x {m} (mem, time)" for m in others)]
+    lines = [
+        f"\nT = {tokens:,}",
+        f"{'method':<{width}} {'base MB':>9} {'peak MB':>9} {'s':>9}" + "".join(f"   x {m} (mem, time)" for m in others),
+    ]
     for row in rows:
         peak, seconds = row.get("peak"), row["seconds"]
         line = f"{row['method']:<{width}} {_mb(row.get('base'))} {_mb(peak)} {'-' if seconds is None else f'{seconds:.2f}':>9}"
@@ -178,16 +187,29 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--against", nargs="*", default=["checkpoint", "checkpoint+chunked", "selective+chunked"],
                         help="methods the ratios are taken to")
     parser.add_argument("--repeats", type=int, default=3, help="timed rounds; 0 measures memory only")
-    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: processor seconds of the process, for a machine that does "
-                        "other work too; with OMP_NUM_THREADS=1, since waiting threads would count")
+    parser.add_argument(
+        "--clock",
+        choices=("wall", "cpu"),
+        default="wall",
+        help="cpu: processor seconds of the process, for a machine that does "
+        "other work too; with OMP_NUM_THREADS=1, since waiting threads would count",
+    )
     parser.add_argument("--time-only", action="store_true", help="skip the memory processes")
-    parser.add_argument("--warmup-tokens", type=int, help="length of the warm-up step of the timed processes; T by default, less makes long "
-                        "lengths cheaper (never where it gives the gradients that are compared)")
-    parser.add_argument("--against-transformers", action="store_true", help="add hf-plain and hf-checkpoint and judge our baselines by them")
+    parser.add_argument(
+        "--warmup-tokens",
+        type=int,
+        help="length of the warm-up step of the timed processes; T by default, less makes long "
+        "lengths cheaper (never where it gives the gradients that are compared)",
+    )
+    parser.add_argument(
+        "--against-transformers", action="store_true", help="add hf-plain and hf-checkpoint and judge our baselines by them"
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[1] / "benchmarks" / "bench_step.json")
     a = parser.parse_args(argv)
     if a.against_transformers:
-        a.methods = list(dict.fromkeys([m for m in ("plain", "checkpoint") if m not in a.methods] + a.methods + ["hf-plain", "hf-checkpoint"]))
+        a.methods = list(
+            dict.fromkeys([m for m in ("plain", "checkpoint") if m not in a.methods] + a.methods + ["hf-plain", "hf-checkpoint"])
+        )
     if a.time_only and not a.repeats:
         parser.error("--time-only with --repeats 0 measures nothing")
     for method in a.methods:

@@ -1,4 +1,5 @@
-"""A budget alone: ten (model, budget, length) triples, each trained by `longtrain train` from a config that says nothing of memory but the budget.
+"""A budget alone: ten (model, budget, length) triples, each trained by `longtrain train` from a config that says nothing of memory but the
+budget.
 
     python tools/budget_alone.py [--only 2 5] [--out DIR]
 
@@ -111,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
             lines.append(line)
             well = well and good
     if a.out:
-        a.out.write_text(f"`python tools/budget_alone.py`\n\n" + "\n".join(lines) + "\n")
+        a.out.write_text("`python tools/budget_alone.py`\n\n" + "\n".join(lines) + "\n")
     return 0 if well else 1
 
 

@@ -6,9 +6,9 @@
 Correctness comes first; where it fails, no speed is measured. Each section runs in a process of its own, and a section that gives
 no row within its limit is ended and reported, and the others go on. Exit status: 0 all well, 1 something wrong, 3 no GPU.
 
-Sections and their order are in gpu_check_rows.py, with those of correctness; attention's speed is in gpu_check_attention.py, layers of an 8B
-model in gpu_check_layers.py, convolution and linear attention in gpu_check_mixers.py, races in gpu_check_offload.py. How large everything is,
-here and on a CPU, is in gpu_check_shapes.py.
+Sections and their order are in gpu_check_rows.py, with those of correctness; attention's speed is in gpu_check_attention.py, layers of an
+8B model in gpu_check_layers.py, convolution and linear attention in gpu_check_mixers.py, races in gpu_check_offload.py. How large
+everything is, here and on a CPU, is in gpu_check_shapes.py.
 """
 
 from __future__ import annotations
@@ -71,9 +71,19 @@ def main(argv: list[str] | None = None) -> int:
     title = "dry run on a CPU: figures mean nothing" if a.dry_run_cpu else torch.cuda.get_device_name()
     a.out.mkdir(parents=True, exist_ok=True)
     seconds = round(time.monotonic() - started, 1)
-    (a.out / "gpu_check.json").write_text(json.dumps(
-        {"title": title, "command": "python tools/gpu_check.py", "seconds": seconds, "machine": machine(), "rows": [dataclasses.asdict(r) for r in rows]},
-        indent=1) + "\n")
+    (a.out / "gpu_check.json").write_text(
+        json.dumps(
+            {
+                "title": title,
+                "command": "python tools/gpu_check.py",
+                "seconds": seconds,
+                "machine": machine(),
+                "rows": [dataclasses.asdict(r) for r in rows],
+            },
+            indent=1,
+        )
+        + "\n"
+    )
     (a.out / "gpu_check.md").write_text(markdown(title, seconds, rows))
     wrong = [row for row in rows if row.passed is False]
     print(f"{len(rows)} rows in {seconds:.0f} s, {len(wrong)} not as they should be; written to {a.out / 'gpu_check.md'}")
@@ -81,10 +91,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_section(section: str, dry_run: bool, row_seconds: float, left: float) -> list[Row]:
-    """Rows of one section from a process of its own; it is ended where a row takes longer than `row_seconds`, which is wrong, or all take more
-    than `left`, which is said."""
+    """Rows of one section from a process of its own; it is ended where a row takes longer than `row_seconds`, which is wrong, or all take
+    more than `left`, which is said."""
     command = [sys.executable, __file__, "--section", section, *(["--dry-run-cpu"] if dry_run else [])]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}
+    )
     lines: queue.Queue[str | None] = queue.Queue()
     errors: list[str] = []
 
@@ -126,8 +138,10 @@ def line(row: Row) -> str:
 def markdown(title: str, seconds: float, rows: list[Row]) -> str:
     head = [f"# GPU check: {title}", "", f"`python tools/gpu_check.py`, torch {torch.__version__}, {seconds:.0f} s.", "",
             "| | section | row | measured | expected | |", "|---|---|---|---|---|---|"]
-    body = [f"| {'ok' if r.passed else '**wrong**' if r.passed is False else ''} | {r.section} | {r.name} | {r.measured} | {r.expected} | {r.note} |"
-            for r in rows]
+    body = [
+        f"| {'ok' if r.passed else '**wrong**' if r.passed is False else ''} | {r.section} | {r.name} | {r.measured} | {r.expected} | {r.note} |"
+        for r in rows
+    ]
     return "\n".join([*head, *body]) + "\n"
 
 

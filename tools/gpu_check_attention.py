@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
+from gpu_check_shapes import Row, Sizes
+from step_process import seconds
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gpu_check_shapes import Row, Sizes
 from longtrain.ops.attention import attention, attention_backward, explain
 from longtrain.ops.attention.select import BACKENDS
-from step_process import seconds
 
-PUBLISHED = {"SDPA flash": (304, None), "cudnn": (566, 470), "flash": (306, 166), "flash_attn_2": (306, 166), "flash_attn_3": (621, 575), "triton": (420, None)}
+PUBLISHED = {
+    "SDPA flash": (304, None),
+    "cudnn": (566, 470),
+    "flash": (306, 166),
+    "flash_attn_2": (306, 166),
+    "flash_attn_3": (621, 575),
+    "triton": (420, None),
+}
 """TFLOP/s forward, backward on an H100, D128 causal, 8K to 16K; for `triton` what is asked of it."""
 
 
@@ -100,6 +107,11 @@ def attention_speed_rows(sizes: Sizes) -> Iterator[Row]:
     tokens = sizes.chunk + sizes.offset
     q, k, v, dout = tensors(sizes, sizes.chunk, tokens)
     forward, backward, first = rates(sizes, "auto", q, k, v, dout)
-    yield Row(section="attn speed", name=f"chunk of {sizes.chunk:,} at offset {sizes.offset:,}, {explain(q, k, v, causal=True).chosen}",
-              measured=f"{forward:.0f} fwd, {backward:.0f} bwd TFLOP/s", expected=f"{0.97 * best[0]:.0f}, {0.97 * best[1]:.0f} (0.97 of the best square)",
-              passed=sizes.judged(forward >= 0.97 * best[0] and backward >= 0.97 * best[1]), note=f"first call {first:.1f} s")
+    yield Row(
+        section="attn speed",
+        name=f"chunk of {sizes.chunk:,} at offset {sizes.offset:,}, {explain(q, k, v, causal=True).chosen}",
+        measured=f"{forward:.0f} fwd, {backward:.0f} bwd TFLOP/s",
+        expected=f"{0.97 * best[0]:.0f}, {0.97 * best[1]:.0f} (0.97 of the best square)",
+        passed=sizes.judged(forward >= 0.97 * best[0] and backward >= 0.97 * best[1]),
+        note=f"first call {first:.1f} s",
+    )

@@ -6,16 +6,16 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
+from gpu_check_shapes import Row, Sizes
+from step_methods import keep_attention, sdpa
+from step_process import memory, seconds
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import longtrain as lt
-from gpu_check_shapes import Row, Sizes
 from longtrain.nn import LanguageModel, ModelConfig
 from longtrain.nn.decoder import DecoderLayer
-from step_methods import keep_attention, sdpa
-from step_process import memory, seconds
 
 TOKENS_PER_SECOND = {"layer": 2700, "long layer": 500}
 """Goals for a whole 8B model on an H100, at 128K and at 1M; a layer has a 32nd of the step."""
@@ -103,8 +103,13 @@ def layer_rows(sizes: Sizes) -> Iterator[Row]:
                   expected=f"{goal:.2f} s (2,700 tokens/s of 32 layers)", note=note)
         del layer
     if time:
-        yield Row(section="layer", name=f"best chunk against selective + offload, T {T:,}", measured=f"{best / time:.2f}x time", expected="at most 1.00x",
-                  passed=sizes.judged(best <= time))
+        yield Row(
+            section="layer",
+            name=f"best chunk against selective + offload, T {T:,}",
+            measured=f"{best / time:.2f}x time",
+            expected="at most 1.00x",
+            passed=sizes.judged(best <= time),
+        )
 
 
 def long_layer_rows(sizes: Sizes) -> Iterator[Row]:
@@ -123,8 +128,14 @@ def long_layer_rows(sizes: Sizes) -> Iterator[Row]:
     measured(sizes, layer, layer, short, 0)  # kernels are loaded and compiled
     time, peak = measured(sizes, layer, layer, T, 0)
     flop = 3.5 * 2 * s["hidden"] * T**2 + 4 * 2 * T * layer_bytes(sizes, 0, 0) / 8
-    yield Row(section="long layer", name=name, measured=f"{time:.1f} s, {peak / 1e9:.1f} GB", expected=f"{goal:.0f} s (500 tokens/s of 32 layers)",
-              passed=sizes.judged(time <= goal), note=f"{flop / time / 1e12:.0f} TFLOP/s of useful work")
+    yield Row(
+        section="long layer",
+        name=name,
+        measured=f"{time:.1f} s, {peak / 1e9:.1f} GB",
+        expected=f"{goal:.0f} s (500 tokens/s of 32 layers)",
+        passed=sizes.judged(time <= goal),
+        note=f"{flop / time / 1e12:.0f} TFLOP/s of useful work",
+    )
 
 
 def model_rows(sizes: Sizes) -> Iterator[Row]:
@@ -163,5 +174,11 @@ def model_rows(sizes: Sizes) -> Iterator[Row]:
     if sizes.judge_speed:
         times = [seconds(step, device)]  # the first run loaded the kernels
     ratio = peak / plan.predicted_peak
-    yield Row(section="model", name=f"{name}, chunk {plan.chunk_tokens:,}", measured=f"{times[0]:.1f} s, {peak / 1e9:.1f} GB, {T / times[0]:.0f} tokens/s",
-              expected=f"{plan.predicted_peak / 1e9:.1f} GB within 3%", passed=sizes.judged(0.97 <= ratio <= 1.03), note=f"outputs of {plan.store_outputs} of the tokens stored")
+    yield Row(
+        section="model",
+        name=f"{name}, chunk {plan.chunk_tokens:,}",
+        measured=f"{times[0]:.1f} s, {peak / 1e9:.1f} GB, {T / times[0]:.0f} tokens/s",
+        expected=f"{plan.predicted_peak / 1e9:.1f} GB within 3%",
+        passed=sizes.judged(0.97 <= ratio <= 1.03),
+        note=f"outputs of {plan.store_outputs} of the tokens stored",
+    )

@@ -6,17 +6,17 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
 from bench_long_conv import torch_fft
 from gpu_check_shapes import Row, Sizes, relative
+from step_process import memory
+from torch import Tensor
+
 from longtrain.ops.linear_attention import BACKENDS as LINEAR_BACKENDS
 from longtrain.ops.linear_attention import explain as explain_linear
 from longtrain.ops.linear_attention import linear_attention
 from longtrain.ops.long_conv import explain as explain_conv
 from longtrain.ops.long_conv import long_conv
 from longtrain.ops.long_conv.interface import BACKENDS as CONV_BACKENDS
-from step_process import memory
 
 # Some 15 independent roundings on the way of a result, of the dtype's unit; three tf32 products of float32 leave 2^-21.
 CONV_ERROR = {torch.float32: 15**0.5 * 2**-21, torch.bfloat16: 15**0.5 * 2**-8, torch.float16: 15**0.5 * 2**-11}
@@ -55,8 +55,12 @@ def conv_rows(sizes: Sizes) -> Iterator[Row]:
     third, long = T // 3, 4 * T + 1
     edges = torch.tensor([0, third, third + 1, T + 7])
     cases = {
-        "one token": (1, 1, {}, True), "causal": (T, T, {}, False), "odd, two-sided": (T + 7, T + 7, {"causal": False}, True),
-        "documents": (T + 7, T, {"cu_seqlens": edges}, True), "a filter of 100 taps": (long, 100, {}, False), "order 3": (long, long, {}, False),
+        "one token": (1, 1, {}, True),
+        "causal": (T, T, {}, False),
+        "odd, two-sided": (T + 7, T + 7, {"causal": False}, True),
+        "documents": (T + 7, T, {"cu_seqlens": edges}, True),
+        "a filter of 100 taps": (long, 100, {}, False),
+        "order 3": (long, long, {}, False),
     }
     for case, (tokens, W, options, every) in cases.items():
         for dtype in (torch.float32, torch.bfloat16):
@@ -69,7 +73,14 @@ def conv_rows(sizes: Sizes) -> Iterator[Row]:
                           expected=f"at most {CONV_ERROR[dtype]:.1e}", passed=error <= CONV_ERROR[dtype])
 
 
-LINEAR_KINDS = {"plain": (None, False), "head": (1, False), "feature": (2, False), "delta": (None, True), "gated delta": (1, True), "feature, delta": (2, True)}
+LINEAR_KINDS = {
+    "plain": (None, False),
+    "head": (1, False),
+    "feature": (2, False),
+    "delta": (None, True),
+    "gated delta": (1, True),
+    "feature, delta": (2, True),
+}
 
 
 def linear_inputs(sizes: Sizes, T: int, kind: str, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -95,12 +106,19 @@ def linear_rows(sizes: Sizes) -> Iterator[Row]:
     for kind in LINEAR_KINDS:
         for dtype, allowed in LINEAR_ERROR.items():
             inputs = linear_inputs(sizes, T, kind, dtype)
-            exact = outcome(lambda **x: linear_attention(**x, cu_seqlens=edges, backend="reference"), {name: x.double() for name, x in inputs.items()})
+            exact = outcome(
+                lambda **x: linear_attention(**x, cu_seqlens=edges, backend="reference"), {name: x.double() for name, x in inputs.items()}
+            )
             reasons = explain_linear(**inputs)
             for backend in (name for name in LINEAR_BACKENDS if name != "reference" and reasons[name] is None):
                 error = worst(outcome(lambda **x: linear_attention(**x, cu_seqlens=edges, backend=backend), inputs), exact)
-                yield Row(section="linear", name=f"{kind}, {str(dtype)[6:]}: {backend}", measured=f"{error:.1e}", expected=f"at most {allowed:.1e}",
-                          passed=error <= allowed)
+                yield Row(
+                    section="linear",
+                    name=f"{kind}, {str(dtype)[6:]}: {backend}",
+                    measured=f"{error:.1e}",
+                    expected=f"at most {allowed:.1e}",
+                    passed=error <= allowed,
+                )
 
 
 # --- speed and memory ------------------------------------------------------------------------------------------------------------
@@ -141,6 +159,10 @@ def linear_speed_rows(sizes: Sizes) -> Iterator[Row]:
         time, held = taken(sizes, lambda **x: linear_attention(**x, backend="chunked"), inputs)
         ours, room = taken(sizes, linear_attention, inputs)
         chosen = next(name for name, why in explain_linear(**inputs).items() if why is None)
-        yield Row(section="linear speed", name=f"{kind}: {chosen}, T {sizes.state_tokens:,}, H {sizes.state_heads}, D {sizes.state_dim}",
-                  measured=f"{1e3 * ours:.2f} ms ({time / ours:.1f}x), {room / 1e6:.0f} MB ({room / max(1, held):.2f}x)",
-                  expected=f"torch by chunks: {1e3 * time:.2f} ms, {held / 1e6:.0f} MB", passed=sizes.judged(chosen == "triton" and ours <= time and room <= held))
+        yield Row(
+            section="linear speed",
+            name=f"{kind}: {chosen}, T {sizes.state_tokens:,}, H {sizes.state_heads}, D {sizes.state_dim}",
+            measured=f"{1e3 * ours:.2f} ms ({time / ours:.1f}x), {room / 1e6:.0f} MB ({room / max(1, held):.2f}x)",
+            expected=f"torch by chunks: {1e3 * time:.2f} ms, {held / 1e6:.0f} MB",
+            passed=sizes.judged(chosen == "triton" and ours <= time and room <= held),
+        )

@@ -7,15 +7,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
-
-import longtrain as lt
-from longtrain.nn import ModelConfig
-from longtrain.ops.attention import attention
-from longtrain.ops.attention.select import BACKENDS as ATTENTION_BACKENDS
-from longtrain.ops.attention import explain as explain_attention
-from longtrain.ops.linear_cross_entropy import linear_cross_entropy
-from longtrain.ops.long_conv import long_conv
 from gpu_check_attention import attention_speed_rows, ceiling_rows
 from gpu_check_layers import layer_rows, long_layer_rows, model_rows
 from gpu_check_mixers import conv_rows, conv_speed_rows, linear_rows, linear_speed_rows
@@ -23,6 +14,15 @@ from gpu_check_offload import race_rows
 from gpu_check_shapes import Row, Sizes, relative
 from step_methods import prepare
 from step_process import StepProcess, Task, memory
+from torch import Tensor
+
+import longtrain as lt
+from longtrain.nn import ModelConfig
+from longtrain.ops.attention import attention
+from longtrain.ops.attention import explain as explain_attention
+from longtrain.ops.attention.select import BACKENDS as ATTENTION_BACKENDS
+from longtrain.ops.linear_cross_entropy import linear_cross_entropy
+from longtrain.ops.long_conv import long_conv
 
 
 def outcome(call: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:

@@ -6,9 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
-
 from step_process import seconds
+from torch import Tensor
 
 SHAPE_8B = dict(hidden=4096, ffn=14336, vocab=128256, heads=32, kv_heads=8, layers=32)
 TINY = dict(hidden=32, ffn=64, vocab=64, heads=4, kv_heads=2, layers=2)

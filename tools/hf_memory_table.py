@@ -50,8 +50,14 @@ def predicted(plan: dict) -> dict[str, float]:
     """Bytes a token in bfloat16 on the device, of all layers, when the backward pass of the last segment begins."""
     k, here = plan.get("segment_layers", 1), "offload" not in plan
     outputs = LAYERS if plan["store_outputs"] else k - 1
-    sizes = (2 * WIDTH * LAYERS // k * here, (2 * HEADS * HEAD_DIM + 4 * HEADS) * outputs * here, 2 * WIDTH * here, 4 * KV_HEADS * HEAD_DIM * k,
-             8 * KV_HEADS * HEAD_DIM * k, 24 + 4 * HEAD_DIM)
+    sizes = (
+        2 * WIDTH * LAYERS // k * here,
+        (2 * HEADS * HEAD_DIM + 4 * HEADS) * outputs * here,
+        2 * WIDTH * here,
+        4 * KV_HEADS * HEAD_DIM * k,
+        8 * KV_HEADS * HEAD_DIM * k,
+        24 + 4 * HEAD_DIM,
+    )
     return dict(zip(PARTS, map(float, sizes), strict=True))
 
 
@@ -142,7 +148,11 @@ def per_token(scale: int, plan: dict) -> dict[str, float]:
     *wide, narrow = PARTS
     grown = {what: one[what] + (LAYERS // k - 1) * (two[what] - one[what]) for what in one}
     # ids and rotary tables are as wide as they are
-    return {narrow: one[narrow], **{what: grown[what] * scale for what in wide}, **{what: (grown[what] - one[narrow]) * scale + one[narrow] for what in PEAKS}}
+    return {
+        narrow: one[narrow],
+        **{what: grown[what] * scale for what in wide},
+        **{what: (grown[what] - one[narrow]) * scale + one[narrow] for what in PEAKS},
+    }
 
 
 HEADER = f"""# Memory of a step at Qwen3-8B's shape
@@ -158,7 +168,10 @@ embedding makes are whole, as the model makes them, until the layers have run. L
 def table(scale: int) -> tuple[str, list[str]]:
     """The table in Markdown, and what is off."""
     found = {name: (predicted(plan), per_token(scale, plan)) for name, plan in PLANS.items()}
-    lines = ["| part | bytes | " + " | ".join(f"{name}: predicted | measured" for name in PLANS) + " |", "|---|---|" + "---:|" * 2 * len(PLANS)]
+    lines = [
+        "| part | bytes | " + " | ".join(f"{name}: predicted | measured" for name in PLANS) + " |",
+        "|---|---|" + "---:|" * 2 * len(PLANS),
+    ]
     row = lambda part, formula, pairs: f"| {part} | {formula} | " + " | ".join(f"{a} | {b}" for a, b in pairs) + " |"
     number = lambda size: f"{size:,.0f}"
     for part, formula in PARTS.items():
@@ -166,7 +179,9 @@ def table(scale: int) -> tuple[str, list[str]]:
     lines.append(row("**together**", "", [(number(sum(a.values())), number(sum(b[part] for part in PARTS))) for a, b in found.values()]))
     lines += [row(what, "", [("", number(measured[what])) for _, measured in found.values()]) for what in PEAKS]
     for label, size in (("StreamBP, published", STREAMBP), ("gradient checkpointing, published", CHECKPOINTING)):
-        lines.append(row(label, number(size), [("", f"{size / max(measured[what] for what in PEAKS):.2f}x") for _, measured in found.values()]))
+        lines.append(
+            row(label, number(size), [("", f"{size / max(measured[what] for what in PEAKS):.2f}x") for _, measured in found.values()])
+        )
     off = [
         f"{name}, {part}: predicted {expected[part]:,.0f}, measured {measured[part]:,.0f}"
         for name, (expected, measured) in found.items() for part in PARTS

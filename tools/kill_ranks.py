@@ -35,14 +35,17 @@ model: {{vocab_size: 256, num_layers: 2, hidden_size: 48, intermediate_size: 96,
 memory: {{chunk_tokens: 24, store_outputs: 0.5}}
 parallel: {{cp_ulysses: null}}
 data: {{source: text, files: [{texts}], seq_len: 64}}
-train: {{steps: {steps}, tokens_per_update: 128, eps: 1e-3, device: cpu, kernel_fallback: warn, threads: 1, validate_every: 20, validation_tokens: 128}}
+train: {{steps: {steps}, tokens_per_update: 128, eps: 1e-3, device: cpu, kernel_fallback: warn, threads: 1, validate_every: 20,
+validation_tokens: 128}}
 checkpoint: {{every_steps: 3, keep: 2}}
 metrics: {{peak_tflops: 1.0}}
 output: {{dir: {out}}}
 """
 LIMIT = 30.0
 STEP = re.compile(r"^step +(\d+)/\d+  T ", re.MULTILINE)
-DEAD = re.compile(r"^(.+): rank (\d+) \(process \d+ on \S+, last in .+\) gives no sign of life: dead or stuck; rank \d+ was at (.+); all", re.MULTILINE)
+DEAD = re.compile(
+    r"^(.+): rank (\d+) \(process \d+ on \S+, last in .+\) gives no sign of life: dead or stuck; rank \d+ was at (.+); all", re.MULTILINE
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -62,7 +65,9 @@ def compare(args: argparse.Namespace, directory: Path) -> int:
     texts = directory / "texts"
     texts.mkdir()
     for index in range(20):
-        (texts / f"{index:02}.txt").write_text(" ".join(chance.choice(["span", "chunk", "carry", "tier"]) for _ in range(chance.randrange(20, 90))))
+        (texts / f"{index:02}.txt").write_text(
+            " ".join(chance.choice(["span", "chunk", "carry", "tier"]) for _ in range(chance.randrange(20, 90)))
+        )
     for name in ("alone", "killed"):
         (directory / f"{name}.yaml").write_text(CONFIG.format(texts=texts, steps=args.steps, out=directory / name))
     if problem := ended(start(1, directory, "alone", 0), [0]):
@@ -79,7 +84,9 @@ def compare(args: argparse.Namespace, directory: Path) -> int:
     last = 1 + args.kills % args.ranks
     problems += [p] if (p := ended(start(last, directory, "killed", args.kills + 1), [0] * last)) else []
     problems += differences(directory / "alone", directory / "killed")
-    print(f"{args.kills} kills of one of {args.ranks} ranks; the others ended within {slowest:.1f} s; {time.monotonic() - began:.0f} s in all")
+    print(
+        f"{args.kills} kills of one of {args.ranks} ranks; the others ended within {slowest:.1f} s; {time.monotonic() - began:.0f} s in all"
+    )
     for problem in problems:
         print(f"FAILED: {problem}")
     if not problems:
@@ -88,7 +95,8 @@ def compare(args: argparse.Namespace, directory: Path) -> int:
 
 
 def kill_once(directory: Path, args: argparse.Namespace, chance: random.Random, kill: int, ranks: int) -> tuple[float, str]:
-    """Start the run on `ranks` and kill one of them, a fifth of the times while it starts, once it has met the others (before that they wait
+    """Start the run on `ranks` and kill one of them, a fifth of the times while it starts, once it has met the others (before that they
+    wait
     minutes for it: it may be late). Seconds until all had ended, and what was wrong."""
     log = directory / "killed.log"
     log.touch()

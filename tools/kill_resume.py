@@ -78,17 +78,32 @@ def compare(args: argparse.Namespace, directory: Path) -> int:
     texts = directory / "texts"
     texts.mkdir(parents=True)
     for index in range(20):
-        (texts / f"{index:02}.txt").write_text(" ".join(chance.choice(["span", "chunk", "carry", "tier"]) for _ in range(chance.randrange(20, 90))))
+        (texts / f"{index:02}.txt").write_text(
+            " ".join(chance.choice(["span", "chunk", "carry", "tier"]) for _ in range(chance.randrange(20, 90)))
+        )
     shape, theirs = directory / "config.json", args.model != "own"
     if theirs:
         shape.write_text(json.dumps(SHAPE))
-        for library in ("longtrain.hf", "longtrain.train.pretrained", "transformers.models.llama.modeling_llama", *["peft"] * (args.model == "lora")):
+        for library in (
+            "longtrain.hf",
+            "longtrain.train.pretrained",
+            "transformers.models.llama.modeling_llama",
+            *["peft"] * (args.model == "lora"),
+        ):
             importlib.import_module(library)
     model, rope = MODELS[args.model].replace("SHAPE", str(shape)), "rope: {rope_theta: 20000.0}" if theirs else "rope_base: 20000.0"
     configs = {}
     for name in ("alone", "killed"):
         configs[name] = directory / f"{name}.yaml"
-        settings = {"model": model, "rope": rope, "texts": texts, "steps": args.steps, "half": args.steps // 2, "dtype": args.dtype, "out": directory / name}
+        settings = {
+            "model": model,
+            "rope": rope,
+            "texts": texts,
+            "steps": args.steps,
+            "half": args.steps // 2,
+            "dtype": args.dtype,
+            "out": directory / name,
+        }
         configs[name].write_text(CONFIG.format(**settings))
     began = time.monotonic()
     code = wait(start(configs["alone"], directory / "alone.log"))

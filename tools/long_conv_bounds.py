@@ -14,8 +14,9 @@ import torch
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 from attention_bounds import Bound, at_least
 from bench_long_conv import CASES, Case, check, extra_bytes, inputs, measure, step
-from longtrain.ops.long_conv import long_conv
 from step_process import memory
+
+from longtrain.ops.long_conv import long_conv
 
 LONG = 2**20
 

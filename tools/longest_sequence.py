@@ -11,8 +11,8 @@ line a length; that length is run, the line drawn again through what was measure
 within --resolution of each other. Only lengths that were run count. Every run is a process of its own, so one may die of too little memory.
 
 Then the methods' times, interleaved, at the longest length of --time-at, with medians over --rounds. Everything is written to --out as
-JSON after every run, and as Markdown and a plot (PNG, where matplotlib is installed) at the end. Started again with the same shape and budget it
-goes on with what the JSON holds (--redo: from the beginning), and shows other methods that are there beside those it is given.
+JSON after every run, and as Markdown and a plot (PNG, where matplotlib is installed) at the end. Started again with the same shape and
+budget it goes on with what the JSON holds (--redo: from the beginning), and shows other methods that are there beside those it is given.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 from bench_step import SHAPE, paired_ratio, say
-from longtrain.units import format_bytes, parse_bytes
 from step_methods import METHODS
 from step_process import StepProcess, Task, machine
+
+from longtrain.units import format_bytes, parse_bytes
 
 SHAPES = {
     "small": SHAPE | {"layers": 8, "dtype": "float32"},
@@ -68,7 +69,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def same(a: argparse.Namespace) -> dict:
     """What runs must have in common to count together."""
-    return {name: getattr(a, name) for name in ("budget", "chunk", "plan", "device", "window", *(n.replace("-", "_") for n in SHAPES["small"]))}
+    return {
+        name: getattr(a, name) for name in ("budget", "chunk", "plan", "device", "window", *(n.replace("-", "_") for n in SHAPES["small"]))
+    }
 
 
 def known(a: argparse.Namespace) -> tuple[dict[str, dict], dict[str, dict], list[str]]:
@@ -89,11 +92,15 @@ def task_of(a: argparse.Namespace, tokens: int) -> Task:
 
 
 def longest(
-    method: str, a: argparse.Namespace, measure: Callable[[str, Task], int | None] | None = None, *, runs: dict[int, int | None] | None = None,
+    method: str,
+    a: argparse.Namespace,
+    measure: Callable[[str, Task], int | None] | None = None,
+    *,
+    runs: dict[int, int | None] | None = None,
     ran: Callable[[], object] = lambda: None,
 ) -> dict:
-    """{"longest": tokens, 0 where none fits, "runs": {tokens: bytes at the peak, None where the process died}}. `measure`: `peak`. `runs`: those
-    there are already; `ran` is called after each further one."""
+    """{"longest": tokens, 0 where none fits, "runs": {tokens: bytes at the peak, None where the process died}}. `measure`: `peak`. `runs`:
+    those there are already; `ran` is called after each further one."""
     measure, runs = measure or peak, {} if runs is None else runs
 
     def run(tokens: int) -> tuple[int, int]:
@@ -102,7 +109,9 @@ def longest(
             say(f"{method}: T = {tokens:,}")
             runs[tokens] = measure(method, task_of(a, tokens))
             ran()
-            print(f"{method}: T = {tokens:,}: {'died' if runs[tokens] is None else format_bytes(runs[tokens])}", file=sys.stderr, flush=True)
+            print(
+                f"{method}: T = {tokens:,}: {'died' if runs[tokens] is None else format_bytes(runs[tokens])}", file=sys.stderr, flush=True
+            )
         fitting = [t for t, m in runs.items() if m is not None and m <= a.budget]
         return max(fitting, default=0), min((t for t in runs if t not in fitting), default=0)
 
@@ -129,7 +138,10 @@ def on_the_line(runs: dict[int, int | None], budget: int) -> int:
 
 def peak(method: str, task: Task) -> int | None:
     """Bytes that a step holds at its peak; None where its process ends for lack of memory."""
-    with tempfile.TemporaryDirectory() as scratch, StepProcess(task, method, {"MALLOC_MMAP_THRESHOLD_": "65536"}, Path(scratch) / "g") as process:
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        StepProcess(task, method, {"MALLOC_MMAP_THRESHOLD_": "65536"}, Path(scratch) / "g") as process,
+    ):
         try:
             process.ask("warm-up")
             return process.ask("memory")["whole"]

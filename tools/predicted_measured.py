@@ -9,8 +9,9 @@
 Shapes, lengths and plans are drawn with a fixed seed: 2 to 16 layers, 4K to 128K tokens, windows where the square of the length would take
 minutes; every third one is a model of transformers, and those of every fourth have stored tensors on disk. Each runs in a process of its
 own, which writes what it predicts before it takes a step: bytes of the ledger (what torch's allocator gives out, parameters included),
-resident memory (that and what the process held beside the model; malloc keeps nothing back with MALLOC_MMAP_THRESHOLD_=65536), seconds (with --machine, a file of `longtrain
-calibrate`). Then AdamW steps: the first, of two chunks, makes moments, the second is timed and its resident peak read (VmHWM), the third is watched by lt.profile.
+resident memory (that and what the process held beside the model; malloc keeps nothing back with MALLOC_MMAP_THRESHOLD_=65536), seconds
+(with --machine, a file of `longtrain calibrate`). Then AdamW steps: the first, of two chunks, makes moments, the second is timed and its
+resident peak read (VmHWM), the third is watched by lt.profile.
 With --times three are timed, and the median counts.
 
 Bounds: ledger 3%, resident the larger of 3% and 32 MiB, ledger unattributed 2%, time 15%.
@@ -59,8 +60,12 @@ class Case:
 
     def __str__(self) -> str:
         plan = ", ".join(f"{key} {value}" for key, value in self.plan.items() if key != "chunk_tokens")
-        return (f"{self.family} L{self.layers} E{self.hidden} F{self.ffn} V{self.vocab} H{self.heads}/{self.kv_heads} {self.dtype}"
-                + (f" window {self.window}" if self.window else "") + f", T {self.tokens}, C {self.plan['chunk_tokens']}, {plan}" + (", disk" if self.disk else ""))
+        return (
+            f"{self.family} L{self.layers} E{self.hidden} F{self.ffn} V{self.vocab} H{self.heads}/{self.kv_heads} {self.dtype}"
+            + (f" window {self.window}" if self.window else "")
+            + f", T {self.tokens}, C {self.plan['chunk_tokens']}, {plan}"
+            + (", disk" if self.disk else "")
+        )
 
 
 def cases() -> list[Case]:
@@ -81,7 +86,11 @@ def cases() -> list[Case]:
         plan = {"chunk_tokens": draw.choice((256, 512, 1024)), "segment_layers": segment if family != "gemma3_text" else 1,
                 "store_outputs": draw.choice((0.0, 0.45, 1.0)), "store_kv": draw.choice((0.0, 1.0))}
         dtype = "bfloat16" if number % 7 == 6 else "float32"
-        found.append(Case(number, family, layers, hidden, 3 * hidden, vocab, heads, draw.choice((1, 2)), window, dtype, tokens, plan, number % 4 == 3))
+        found.append(
+            Case(
+                number, family, layers, hidden, 3 * hidden, vocab, heads, draw.choice((1, 2)), window, dtype, tokens, plan, number % 4 == 3
+            )
+        )
     return found
 
 
@@ -105,9 +114,20 @@ def build(case: Case):
     else:
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        settings = dict(vocab_size=case.vocab, hidden_size=case.hidden, intermediate_size=case.ffn, num_hidden_layers=case.layers,
-                        num_attention_heads=case.heads, num_key_value_heads=case.kv_heads, max_position_embeddings=max(LENGTHS), use_cache=False,
-                        head_dim=case.hidden // case.heads, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+        settings = dict(
+            vocab_size=case.vocab,
+            hidden_size=case.hidden,
+            intermediate_size=case.ffn,
+            num_hidden_layers=case.layers,
+            num_attention_heads=case.heads,
+            num_key_value_heads=case.kv_heads,
+            max_position_embeddings=max(LENGTHS),
+            use_cache=False,
+            head_dim=case.hidden // case.heads,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
         window = {"sliding_window": case.window} if case.window else {"sliding_window": 512} if case.family == "gemma3_text" else {}
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(case.family, **settings, **window))
     return model.to(getattr(torch, case.dtype)).train()
@@ -116,6 +136,7 @@ def build(case: Case):
 def child(case: Case, out: Path, machine: str | None, path: str, times: bool) -> None:
     """Predicts, writes that, then measures; `times`: seconds alone."""
     import torch
+    from step_process import status_bytes
 
     import longtrain as lt
     from longtrain.offload import check_disk
@@ -123,7 +144,6 @@ def child(case: Case, out: Path, machine: str | None, path: str, times: bool) ->
     from longtrain.planner.machines import find_machine
     from longtrain.planner.seconds import step_time
     from longtrain.train.peak_memory import read_peak, reset_peak
-    from step_process import status_bytes
 
     model = build(case)
     settings = dict(case.plan)
@@ -198,12 +218,18 @@ def with_times(before: dict, found: dict) -> dict:
 
 def table(results: dict[str, dict], which: list[Case]) -> str:
     """Markdown; a bound that is not kept is marked with !."""
-    lines = ["| # | step | ledger, MiB: predicted, measured | error | resident | error | unattributed | s: predicted, measured | error |", "|" + "---|" * 9]
+    lines = [
+        "| # | step | ledger, MiB: predicted, measured | error | resident | error | unattributed | s: predicted, measured | error |",
+        "|" + "---|" * 9,
+    ]
     broken = 0
     for case in which:
         found = results.get(str(case.number), {})
         if "measured" not in found:
-            lines.append(f"| {case.number} | {case} | {'died: ' + found['error'].strip().splitlines()[-1] if 'error' in found else 'not run yet'} |" + " |" * 6)
+            lines.append(
+                f"| {case.number} | {case} | {'died: ' + found['error'].strip().splitlines()[-1] if 'error' in found else 'not run yet'} |"
+                + " |" * 6
+            )
             broken += "error" in found
             continue
         p, m = found["predicted"], found["measured"]
@@ -230,7 +256,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", type=int, nargs="+", help="these of the twenty")
     parser.add_argument("--redo", action="store_true", help="run again what is there already")
-    parser.add_argument("--times", action="store_true", help="measure again only how long the steps take that are there already, and predict that again")
+    parser.add_argument(
+        "--times", action="store_true", help="measure again only how long the steps take that are there already, and predict that again"
+    )
     parser.add_argument("--most-tokens", type=int, default=max(LENGTHS), help="shorten the sequences to this")
     parser.add_argument("--table", action="store_true", help="run nothing")
     parser.add_argument("--machine", help="a file of longtrain calibrate: predicts time too")

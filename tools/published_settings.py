@@ -1,9 +1,9 @@
 """Published settings of long-sequence systems, predicted by the cost model: python tools/published_settings.py [--out FILE]
 
-A row is a setting that is known: model, devices, tokens, and the method (checkpointing whole layers, hidden states offloaded or not, how many
-devices share a sequence). The prediction is made of the same parts as `longtrain plan`: `Work` of a layer on shapes alone, the machine's
-built-in rates, 4.5 A + 4 N for full checkpointing (3.5 A where attention outputs are kept), exchanges by `longtrain.parallel.cost`. Where a
-source gives MFU or tokens/s, time follows. Bounds: 20%; what is outside, or not known, is said so.
+A row is a setting that is known: model, devices, tokens, and the method (checkpointing whole layers, hidden states offloaded or not, how
+many devices share a sequence). The prediction is made of the same parts as `longtrain plan`: `Work` of a layer on shapes alone, the
+machine's built-in rates, 4.5 A + 4 N for full checkpointing (3.5 A where attention outputs are kept), exchanges by
+`longtrain.parallel.cost`. Where a source gives MFU or tokens/s, time follows. Bounds: 20%; what is outside, or not known, is said so.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ BOUND = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One published number. `unit`: "tokens/s" a device, "s" a step, "MFU" (what the model needs, half of a causal square), "HFU" (with a forward
-    pass that is run again counted, as Megatron's factor of 4 in place of 3 does), "GB" a device at the peak."""
+    """One published number. `unit`: "tokens/s" a device, "s" a step, "MFU" (what the model needs, half of a causal square), "HFU" (with a
+    forward pass that is run again counted, as Megatron's factor of 4 in place of 3 does), "GB" a device at the peak."""
 
     system: str
     source: str
@@ -79,7 +79,9 @@ def predict(s: Setting) -> dict[str, float]:
     rates, layer, L, n = machine.rates, model.layers[0], len(model.layers), s.tokens / s.devices
     attention = attention_flops(layer, model, s.tokens, s.tokens) / s.devices
     dim = head_dim(layer, model)
-    forward, backward = [1e12 * r for r in s.attention] if s.attention else (rates.at(t, dim) for t in (rates.attention, rates.attention_backward))
+    forward, backward = (
+        [1e12 * r for r in s.attention] if s.attention else (rates.at(t, dim) for t in (rates.attention, rates.attention_backward))
+    )
     compute = L * (
         s.forwards * attention / forward + 2.5 * attention / backward
         + n * (2 * token_seconds(layer.forward, rates) + token_seconds(layer.backward, rates))
@@ -97,7 +99,13 @@ def predict(s: Setting) -> dict[str, float]:
         own.parameters + own.gathered + own.optimizer + L * f.delivered_gradients + own.other_gradients + (1 - s.away) * L * f.x * n
         + 3 * f.x * n + (f.carry + 2 * f.output) * n + min(n, s.tile or n) * f.graph + GPU_WORKSPACE
     )  # fmt: skip
-    return {"s": seconds, "tokens/s": n / seconds, "MFU": flops / seconds / machine.peak_flops, "HFU": (flops + again) / seconds / machine.peak_flops, "GB": peak / 1e9}
+    return {
+        "s": seconds,
+        "tokens/s": n / seconds,
+        "MFU": flops / seconds / machine.peak_flops,
+        "HFU": (flops + again) / seconds / machine.peak_flops,
+        "GB": peak / 1e9,
+    }
 
 
 def table() -> str:
@@ -108,7 +116,9 @@ def table() -> str:
         show = (lambda v: f"{v:.1%} {s.unit}") if s.unit in ("MFU", "HFU") else (lambda v: f"{v:,.0f} {s.unit}")
         verdict = "" if abs(error) <= BOUND else " (outside 20%; see below)" if s.known else " (outside 20%)"
         notes += [f"{s.system}: {s.known}."] if s.known and verdict else []
-        lines.append(f"| {s.system} | {s.shape}, {s.tokens:,} tokens, {s.devices} x {s.machine} | {show(s.value)} | {show(found)} | {error:+.0%}{verdict} | {s.source} |")
+        lines.append(
+            f"| {s.system} | {s.shape}, {s.tokens:,} tokens, {s.devices} x {s.machine} | {show(s.value)} | {show(found)} | {error:+.0%}{verdict} | {s.source} |"
+        )
     return "\n".join([*lines, *(["", *notes] if notes else [])])
 
 

@@ -92,7 +92,9 @@ def _baseline_step(model: LanguageModel, name: str, ids_BT: Tensor) -> Tensor:
     positions_BT = documents.positions(ids_BT.device)[None].expand_as(ids_BT)
     run = {
         "plain": lambda function, x: function(x),
-        "selective+chunked": partial(checkpoint, use_reentrant=False, context_fn=partial(create_selective_checkpoint_contexts, keep_attention)),
+        "selective+chunked": partial(
+            checkpoint, use_reentrant=False, context_fn=partial(create_selective_checkpoint_contexts, keep_attention)
+        ),
     }.get(name, partial(checkpoint, use_reentrant=False))
     x_BTE = model.model.embed_tokens(ids_BT)
     for index, layer in enumerate(model.model.layers):
@@ -114,8 +116,13 @@ def sdpa(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor) -> Tensor:
 
 _ATTENTION_OPS = {
     getattr(torch.ops.aten, name).default
-    for name in ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
-                 "_scaled_dot_product_cudnn_attention", "_flash_attention_forward")
+    for name in (
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+        "_flash_attention_forward",
+    )
 }
 
 
@@ -124,7 +131,9 @@ def keep_attention(context, op, *args, **kwargs) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if op in _ATTENTION_OPS or longtrain_attention else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _transformers_step(ours: LanguageModel, config: ModelConfig, checkpointing: bool, device: str, dtype: torch.dtype) -> tuple[nn.Module, Step]:
+def _transformers_step(
+    ours: LanguageModel, config: ModelConfig, checkpointing: bool, device: str, dtype: torch.dtype
+) -> tuple[nn.Module, Step]:
     try:
         from transformers import LlamaConfig, LlamaForCausalLM
     except ImportError as error:

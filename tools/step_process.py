@@ -93,9 +93,10 @@ def machine() -> dict:
 
 
 def serve(task: Task, method: str, gradients: Path) -> None:
+    from step_methods import prepare
+
     import longtrain as lt
     from longtrain.nn import ModelConfig
-    from step_methods import prepare
 
     imported = status_bytes("VmRSS")
     windows = None if not task.window else tuple(None if w in ("full", None) else int(w) for w in task.window)
@@ -107,7 +108,14 @@ def serve(task: Task, method: str, gradients: Path) -> None:
         method = f"{name}:" + ",".join(filter(None, [task.plan, given]))
     device = torch.device(task.device)
     model, step = prepare(
-        method, config, lt.Plan(chunk_tokens=task.chunk), device=task.device, dtype=getattr(torch, task.dtype), disk=task.disk, tokens=task.tokens)
+        method,
+        config,
+        lt.Plan(chunk_tokens=task.chunk),
+        device=task.device,
+        dtype=getattr(torch, task.dtype),
+        disk=task.disk,
+        tokens=task.tokens,
+    )
     ids_BT = torch.randint(0, task.vocab, (task.batch, task.tokens), generator=torch.Generator().manual_seed(1)).to(device)
 
     def whole_step(ids: torch.Tensor = ids_BT) -> torch.Tensor:

@@ -94,7 +94,9 @@ def near(key: str, keys: list[str]) -> str:
     """A remedy for an unknown key: the whole key misspelt, or its last part right and the section wrong."""
     last = key.rpartition(".")[2]
     close = [k for k in keys if k.rpartition(".")[2] == last] + difflib.get_close_matches(key, keys, n=3, cutoff=0.6)
-    close += [k for k in keys if k.rpartition(".")[2] in difflib.get_close_matches(last, [k.rpartition(".")[2] for k in keys], n=2, cutoff=0.75)]
+    close += [
+        k for k in keys if k.rpartition(".")[2] in difflib.get_close_matches(last, [k.rpartition(".")[2] for k in keys], n=2, cutoff=0.75)
+    ]
     if close:
         return f"did you mean {' or '.join(list(dict.fromkeys(close))[:3])}?"
     return f"the sections are {', '.join(k for k in keys if '.' not in k)}; without a key, explain lists every setting"

@@ -146,8 +146,8 @@ class HfModelConfig:
     """Train adapters instead of the weights (`pip install longtrain[lora]`). Example: {rank: 16, target_modules: [q_proj, v_proj]}."""
 
     quantize: Literal["int8", "float8", "nf4"] | None = None
-    """Bits that the weights of linear layers are kept in beside adapters, in blocks of 64 with a scale each: 8 (`int8`, `float8`), or 4 (`nf4`,
-    arXiv:2305.14314). Lossy. The head, embeddings and fused experts stay as they are. Example: nf4."""
+    """Bits that the weights of linear layers are kept in beside adapters, in blocks of 64 with a scale each: 8 (`int8`, `float8`), or 4
+    (`nf4`, arXiv:2305.14314). Lossy. The head, embeddings and fused experts stay as they are. Example: nf4."""
 
     rope: RopeConfig | None = None
     """How positions reach beyond what the model was trained for; needed when `data.seq_len` is longer than that.

@@ -146,7 +146,9 @@ class MemoryConfig:
         try:
             self.tiers()
         except ValueError as error:
-            raise ValueError(f"memory.offload: {error}".replace("offload.disk", "memory.disk").replace("offload.host_bytes", "memory.host_budget")) from None
+            raise ValueError(
+                f"memory.offload: {error}".replace("offload.disk", "memory.disk").replace("offload.host_bytes", "memory.host_budget")
+            ) from None
 
     def tiers(self) -> Offload | None:
         """The slower tiers, and what `offload` sends there; None where there are none."""

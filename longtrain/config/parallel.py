@@ -53,8 +53,8 @@ class ParallelConfig:
     all links are alike. Example: 8."""
 
     step_timeout: str | None = None
-    """Time in which a step or a validation must get one span ahead; the job ends otherwise, and says who waits where. When not given, 20 times the time
-    that the step's FLOPs take, two minutes at least. Example: 10m."""
+    """Time in which a step or a validation must get one span ahead; the job ends otherwise, and says who waits where. When not given, 20
+    times the time that the step's FLOPs take, two minutes at least. Example: 10m."""
 
     def __post_init__(self) -> None:
         for name in (*DIMENSIONS, "machine"):

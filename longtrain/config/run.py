@@ -45,7 +45,8 @@ class TrainConfig:
 
     length_schedule: tuple[LengthStage, ...] = ()
     """Lets a run begin with short sequences: a list of {from_step, seq_len} and, where they differ, tokens_per_update, rope_base,
-    rope_scaling or rope; the first from step 0, the last of `data.seq_len`. Empty: `data.seq_len` throughout. Example: [{from_step: 0, seq_len: 4096}, {from_step: 200, seq_len: 16384}]."""
+    rope_scaling or rope; the first from step 0, the last of `data.seq_len`. Empty: `data.seq_len` throughout. Example: [{from_step: 0,
+    seq_len: 4096}, {from_step: 200, seq_len: 16384}]."""
 
     tokens_per_update: int | None = None
     """Tokens whose gradients are accumulated, one sequence at a time, into one update: a multiple of every sequence length. The

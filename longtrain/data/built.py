@@ -63,11 +63,17 @@ def read_manifest(directory: Path) -> dict:
         if (directory / BUILDING).exists():
             done = read_json(directory / BUILDING)["shards"]
             raise DataError(f"{directory} is half built ({len(done)} shards so far); run its `longtrain data build` again: it goes on")
-        found = f"{directory} holds no built data ({MANIFEST} is missing)" if directory.is_dir() else f"there is no directory {directory} (from {Path.cwd()})"
+        found = (
+            f"{directory} holds no built data ({MANIFEST} is missing)"
+            if directory.is_dir()
+            else f"there is no directory {directory} (from {Path.cwd()})"
+        )
         raise DataError(f"{found}; name one that `longtrain data build` wrote")
     manifest = read_json(directory / MANIFEST)
     if manifest.get("format") not in READABLE:
-        raise DataError(f"{directory} has format {manifest.get('format')}, this version reads {READABLE[0]} to {FORMAT}; build the data again")
+        raise DataError(
+            f"{directory} has format {manifest.get('format')}, this version reads {READABLE[0]} to {FORMAT}; build the data again"
+        )
     return manifest
 
 

@@ -180,4 +180,6 @@ def fingerprint(corpus: Corpus, data: DataConfig) -> str:
     weights = ",".join(str(source.weight) for source in data.tokens)
     said = [corpus.digest, data.packing, data.isolate, data.min_document_tokens, data.validation_fraction, data.seed]
     said += [weights, data.long_from_tokens, data.long_weight]
-    return f"{len(corpus)} documents, {int(corpus.length_N.sum())} tokens, {hashlib.blake2b(repr(said).encode(), digest_size=8).hexdigest()}"
+    return (
+        f"{len(corpus)} documents, {int(corpus.length_N.sum())} tokens, {hashlib.blake2b(repr(said).encode(), digest_size=8).hexdigest()}"
+    )

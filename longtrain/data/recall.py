@@ -1,4 +1,5 @@
-"""Made-up documents to learn associative recall from: pairs of a key and its value, keys that come again, a value that is always the same."""
+"""Made-up documents to learn associative recall from: pairs of a key and its value, keys that come again, a value that is always the
+same."""
 
 from __future__ import annotations
 

@@ -39,7 +39,8 @@ def mu_law_samples(rate: int) -> Tokenizer:
 
 
 def load_tokenizer(path: Path, special_tokens: bool) -> Tokenizer:
-    """A local `tokenizer.json`, or the directory it is in. With `special_tokens` its template adds what it adds (a first token, say). Raises DataError."""
+    """A local `tokenizer.json`, or the directory it is in. With `special_tokens` its template adds what it adds (a first token, say).
+    Raises DataError."""
     tokenizers = import_extra("tokenizers", "tokenizers")
     path = path / "tokenizer.json" if path.is_dir() else path
     try:

@@ -175,7 +175,12 @@ class MaskedAttention:
         q_BTHD, sinks_H = self.split(q_BTHD)
         parts = [
             attention(
-                q_BTHD[rows], k_BSKD[rows, seen], v_BSKD[rows, seen], **arguments, sink_logits=sinks_H if with_sinks else None, return_lse=True
+                q_BTHD[rows],
+                k_BSKD[rows, seen],
+                v_BSKD[rows, seen],
+                **arguments,
+                sink_logits=sinks_H if with_sinks else None,
+                return_lse=True,
             )
             for rows, seen, arguments in self.calls(q_BTHD.shape[0], queries, keys)
         ]

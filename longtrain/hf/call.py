@@ -2,8 +2,8 @@
 
 Documents are kept apart by positions that begin anew, which transformers reads as document boundaries where no mask is given. The loss is
 made here, of the promise of logits that a streamed head gives (`head.py`) or of logits: the next token of the same document is the
-target, and the normaliser is the caller's, in every family. Processes that share a sequence (`share.py`) are each given all of it, or of ids
-and labels the part that they need.
+target, and the normaliser is the caller's, in every family. Processes that share a sequence (`share.py`) are each given all of it, or of
+ids and labels the part that they need.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ def _any_label(labels_BT: Tensor, sharing) -> bool:
 
 
 def logits_at(model: nn.Module, input_ids_BT: Tensor, documents: Layout, at_N: Tensor) -> Tensor:
-    """Logits ``[N, V]`` of the positions `at_N` of one row; no others are formed by a streamed model. Zeros where another process has them."""
+    """Logits ``[N, V]`` of the positions `at_N` of one row; no others are formed by a streamed model. Zeros where another process has
+    them."""
     logits = _logits(model, input_ids_BT, documents.positions(input_ids_BT.device)[None])
     sharing = getattr(model, "longtrain_sharing", None)
     place_N = at_N if sharing is None else sharing.places(at_N)

@@ -159,7 +159,13 @@ def streamed_loss(
     recipe = logits.recipe if isinstance(logits, LazyLogits) else None
     if recipe is None or not recipe.streams:
         return otherwise(
-            logits, labels, vocab_size, num_items_in_batch=num_items_in_batch, ignore_index=ignore_index, shift_labels=shift_labels, **kwargs
+            logits,
+            labels,
+            vocab_size,
+            num_items_in_batch=num_items_in_batch,
+            ignore_index=ignore_index,
+            shift_labels=shift_labels,
+            **kwargs,
         )
     if shift_labels is None:
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]

@@ -197,8 +197,10 @@ class AdaptedLayer:
                                  "longtrain does not know whether it runs along the tokens; leave it out")
         if self.cache is not None:
             if given := [name for name in (*CU_SEQLENS, "seq_idx") if arguments.get(name) is not None]:
-                raise ValueError(f"{given[0]} ends documents inside a row, and this layer's states are carried through its cache, which knows "
-                                 "no documents: give each document a row of its own")
+                raise ValueError(
+                    f"{given[0]} ends documents inside a row, and this layer's states are carried through its cache, which knows "
+                    "no documents: give each document a row of its own"
+                )
             arguments |= self._carried(x.shape[1])
         if self.routers and arguments.get("output_router_logits"):
             collected = Collected(*x.shape[:2], len(self.routers))

@@ -103,7 +103,8 @@ class Mask:
 
 
 class OfWhole(Tensor):
-    """An attention mask of ones over all positions of sequences of which the model is given a part: the mask made is that of all of them."""
+    """An attention mask of ones over all positions of sequences of which the model is given a part: the mask made is that of all of
+    them."""
 
 
 def longtrain_mask(
@@ -161,8 +162,10 @@ def read_mask(tensor_B1TS: Tensor) -> Mask:
     mask = Mask(causal=right == 0, window=window, queries=queries, keys=keys, rows=_shared(rows))
     added = tensor_B1TS.dtype != torch.bool and bool((tensor_B1TS[:, 0].cpu()[seen_BTS] != 0).any())
     if added or tensor_B1TS.shape[1] > 1 or not torch.equal(mask.dense(len(seen_BTS))[:, 0], seen_BTS):
-        raise ValueError(f"a mask tensor of shape {list(tensor_B1TS.shape)} cannot be honoured: it is not causal or two-sided attention with a "
-                         "window, documents and padding, the same for all heads")
+        raise ValueError(
+            f"a mask tensor of shape {list(tensor_B1TS.shape)} cannot be honoured: it is not causal or two-sided attention with a "
+            "window, documents and padding, the same for all heads"
+        )
     return mask
 
 
@@ -219,7 +222,12 @@ def _describe(ask: Callable, batch: int, queries: Span, keys: Span) -> Mask:
         rows.append(Row(Layout(end, edges), Span(0, end)))
     # The query that could see furthest back: the last one of the longest document.
     b, start, stop = max(
-        ((b, a, min(e, queries.stop)) for b, row in enumerate(rows) for a, e in zip(row.documents.edges, row.documents.edges[1:]) if e > queries.start),
+        (
+            (b, a, min(e, queries.stop))
+            for b, row in enumerate(rows)
+            for a, e in zip(row.documents.edges, row.documents.edges[1:])
+            if e > queries.start
+        ),
         key=lambda document: document[2] - document[1],
     )
     left = _reach(ask, b, stop - 1, max(start, keys.start))

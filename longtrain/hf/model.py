@@ -1,4 +1,5 @@
-"""A whole transformers model: attention switched to longtrain's, layers found and made streamable, the head replaced, wrong calls refused."""
+"""A whole transformers model: attention switched to longtrain's, layers found and made streamable, the head replaced, wrong calls
+refused."""
 
 from __future__ import annotations
 
@@ -131,7 +132,9 @@ def _replace_head(model: nn.Module, pretrained: PreTrainedModel, plan: Plan, und
     return name, ""
 
 
-def _check_call(plan: Plan, balanced: bool, module: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+def _check_call(
+    plan: Plan, balanced: bool, module: PreTrainedModel, args: tuple, kwargs: dict[str, Any]
+) -> tuple[tuple, dict[str, Any]] | None:
     """Before every call of the model: raise ValueError for what streaming would get wrong, and say `output_router_logits` aloud."""
     asked = lambda name: kwargs[name] if kwargs.get(name) is not None else getattr(module.config, name, None)
     if asked("output_attentions"):
@@ -150,6 +153,8 @@ def _check_call(plan: Plan, balanced: bool, module: PreTrainedModel, args: tuple
     if not asked("output_router_logits"):
         return None
     if not balanced:
-        raise ValueError("output_router_logits=True: router logits are collected with Plan(segment_layers=1) from families that record them "
-                         "by router module; leave it off (router_aux_loss_coef has no effect without it)")
+        raise ValueError(
+            "output_router_logits=True: router logits are collected with Plan(segment_layers=1) from families that record them "
+            "by router module; leave it off (router_aux_loss_coef has no effect without it)"
+        )
     return args, {**kwargs, "output_router_logits": True}

@@ -17,7 +17,20 @@ from longtrain.offload import version_of
 from longtrain.offload.store import edited
 from longtrain.stream.boundary import Boundary, gather
 
-_METADATA = {"shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_nested", "requires_grad", "names"}
+_METADATA = {
+    "shape",
+    "dtype",
+    "device",
+    "ndim",
+    "layout",
+    "is_cuda",
+    "is_cpu",
+    "is_meta",
+    "is_sparse",
+    "is_nested",
+    "requires_grad",
+    "names",
+}
 _OF_GRAPH = {"grad_fn", "is_leaf", "output_nr", "_backward_hooks"}
 _QUESTIONS = {Tensor.size, Tensor.dim, Tensor.numel, Tensor.__len__, Tensor.is_floating_point, Tensor.is_complex, Tensor.element_size}
 _RESHAPES = {Tensor.view, Tensor.reshape, torch.reshape}

@@ -20,7 +20,8 @@ from longtrain.span import Span
 
 
 def routers_of(models: list[PreTrainedModel], layer: nn.Module) -> list[tuple[nn.Module, int]]:
-    """The router modules in a layer, by what the model says of itself (`_can_record_outputs`), and which of their outputs the logits are."""
+    """The router modules in a layer, by what the model says of itself (`_can_record_outputs`), and which of their outputs the logits
+    are."""
     recorders = [r for model in models if (r := (getattr(model, "_can_record_outputs", None) or {}).get("router_logits")) is not None]
     kinds = {r.target_class: r.index for r in recorders if isinstance(r, OutputRecorder)}
     return [(module, kinds[type(module)]) for module in layer.modules() if type(module) in kinds]
@@ -67,7 +68,8 @@ class _Emitted(torch.autograd.Function):
 
 
 class Tied(torch.autograd.Function):
-    """(layer output, logits that nothing reads any more) -> layer output; the backward gives the logits the gradients that came for them."""
+    """(layer output, logits that nothing reads any more) -> layer output; the backward gives the logits the gradients that came for
+    them."""
 
     @staticmethod
     def forward(ctx, extras: list[Tensor], y: Tensor, *logits: Tensor) -> Tensor:

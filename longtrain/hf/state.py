@@ -36,13 +36,17 @@ class ChunkCache:
     def check_unchanged(self) -> None:
         """Raise ValueError where the layer has edited a state instead of giving back another."""
         if any(version_of(state) != self._versions[key] for key, state in self.before.items()):
-            raise ValueError("the layer edits its state in place when it is given one token, as in decoding, and the state is needed for the "
-                             "backward pass: choose chunk_tokens so that no chunk, the last one too, has a single token")
+            raise ValueError(
+                "the layer edits its state in place when it is given one token, as in decoding, and the state is needed for the "
+                "backward pass: choose chunk_tokens so that no chunk, the last one too, has a single token"
+            )
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
         return self.before.get(("conv", state_idx))
 
-    def update_conv_state(self, x: Tensor, layer_idx: int, state_idx: int = 0, conv_kernel_size: int | None = None, **unused: Any) -> Tensor:
+    def update_conv_state(
+        self, x: Tensor, layer_idx: int, state_idx: int = 0, conv_kernel_size: int | None = None, **unused: Any
+    ) -> Tensor:
         """``x [B, channels, tokens]`` with the inputs before it, of which as many are kept as the kernel is long."""
         before = self.get_conv_state(layer_idx, state_idx)
         kernel = conv_kernel_size or (x if before is None else before).shape[-1]

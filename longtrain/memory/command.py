@@ -12,8 +12,8 @@ import torch
 from longtrain.config import Config, Locations, load_config
 from longtrain.memory.advice import changes_that_fit
 from longtrain.memory.profile import profile
-from longtrain.planner.cost import ModelFootprint, measure_model, peak, step_memory
 from longtrain.planner.asked import held_beside_model
+from longtrain.planner.cost import ModelFootprint, measure_model, peak, step_memory
 from longtrain.train.console import StepBar
 from longtrain.train.prepare import Setup, build_model, prepare, stage_at
 from longtrain.train.schedule import learning_rate

@@ -198,7 +198,7 @@ class Watch:
     def operation(self, before: int, func: Any, out: Any) -> None:
         """Write down an operation in which memory was taken or given back."""
         frame = sys._getframe(2)
-        while frame is not None and (path := frame.f_code.co_filename).startswith((LIBRARY, OWN, "<")):
+        while frame is not None and frame.f_code.co_filename.startswith((LIBRARY, OWN, "<")):
             frame = frame.f_back
         place = (frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name) if frame is not None else ("", 0, "")
         made = tuple((found[2], tuple(t.shape), t.dtype) for t in _plain_tensors(out) if (found := storage_of(t)) is not None)

@@ -1,7 +1,8 @@
 """Mixers of a decoder layer whose memory is a matrix: gated linear attention and the (gated) delta rule. In the place of `nn.Attention`.
 
-Positions are not rotated: decays and order tell what is far. `DeltaNet` has its paper's short convolution of queries, keys and values, without
-which it does not learn to store a value under the key before it, whatever layer stands below; `LinearAttention`, as in its paper, has none.
+Positions are not rotated: decays and order tell what is far. `DeltaNet` has its paper's short convolution of queries, keys and values,
+without which it does not learn to store a value under the key before it, whatever layer stands below; `LinearAttention`, as in its paper,
+has none.
 """
 
 from __future__ import annotations
@@ -87,8 +88,8 @@ class DeltaNet(nn.Module):
 
     Queries, keys and values pass a causal convolution of `short_taps` taps a channel, beginning near the identity, and a SiLU. Keys and
     queries then have norm 1; beta is a sigmoid of x. A head's decay is ``-exp(log_rate) softplus(step_proj(x) + step_bias)``
-    as in Mamba-2, but not drawn as there, where no head remembers half of anything for 700 tokens, and most for 10: at the start of training
-    half-lives lie evenly (in their logarithm) from `longest_half_life` tokens, the first head's, to 16.
+    as in Mamba-2, but not drawn as there, where no head remembers half of anything for 700 tokens, and most for 10: at the start of
+    training half-lives lie evenly (in their logarithm) from `longest_half_life` tokens, the first head's, to 16.
     State: ``q_proj, k_proj, v_proj [H D, E]``, ``short.filter.taps [3 H D, W]``, ``short.skip [3 H D]``, ``beta_proj [H, E]``, ``output``;
     gated also ``step_proj [H, E]``, ``log_rate, step_bias [H]``.
     """
@@ -122,8 +123,8 @@ class DeltaNet(nn.Module):
         return self.short.mixer(documents), LinearAttentionMixer(gated=self.gated, delta=True, documents=documents)
 
     def forward(self, x_BTE: Tensor, positions_BT: Tensor, mix) -> Tensor:
-        """`mix`: called with queries, keys and values side by side, then with (q, k, v, decay if gated, beta); the whole mixers or the streaming
-        engine's part of them."""
+        """`mix`: called with queries, keys and values side by side, then with (q, k, v, decay if gated, beta); the whole mixers or the
+        streaming engine's part of them."""
         qkv_BTE = mix(torch.cat([p(x_BTE) for p in (self.q_proj, self.k_proj, self.v_proj)], -1))
         q, k, v = F.silu(qkv_BTE).unflatten(-1, (3, -1, self.head_dim)).unbind(-3)
         wide = torch.promote_types(x_BTE.dtype, torch.float32)

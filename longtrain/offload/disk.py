@@ -78,7 +78,8 @@ class DiskTier:
         """At the latest when the tier, and the last transfer that holds it, are gone."""
 
     def write(self, offset: int, source: Tensor, mark: Any, extent: int) -> int:
-        """One block, through the slab where the disk cannot take `source` itself; the checksum of what was handed to the disk. Raises OSError."""
+        """One block, through the slab where the disk cannot take `source` itself; the checksum of what was handed to the disk. Raises
+        OSError."""
         before = offset % ALIGNMENT
         if (pages := self._copies.reach(source, before, write=True)) is not None:
             written = checksum(source.numpy(), extent, offset)

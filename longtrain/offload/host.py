@@ -88,7 +88,8 @@ class CpuCopies:
         first = block.untyped_storage().data_ptr()
         if not write and (start < first or start + size > first + block.untyped_storage().nbytes()):
             return None
-        # Of a source, the neighbours' bytes in its first and last page go to the disk too: that memory is there, and nobody reads them back.
+        # Of a source, the neighbours' bytes in its first and last page go to the disk too: that memory is there, and nobody reads them
+        # back.
         return np.frombuffer((ctypes.c_char * size).from_address(start), np.uint8)
 
     def mark(self) -> None: ...

@@ -12,7 +12,6 @@ import os
 import queue
 import tempfile
 import threading
-from collections.abc import Callable
 from itertools import count
 from typing import BinaryIO, Protocol
 

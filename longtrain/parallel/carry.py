@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import chain
 
-import torch
 from torch import Tensor
 
 from longtrain.parallel.circulate import buffers

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from longtrain.parallel.alltoall import Heads
 from longtrain.parallel.settings import WAYS
 
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
     """What of a mixer decides its traffic."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from longtrain.parallel.alltoall import Alone, AllToAll, Heads
+from longtrain.parallel.alltoall import AllToAll, Alone, Heads
 from longtrain.parallel.by_heads import ByHeads
 from longtrain.parallel.carry import Halo, QueriesTravel, Staying
 from longtrain.parallel.double_ring import DoubleRing

@@ -1,4 +1,5 @@
-"""What a step of several ranks would wait for over slower links: what each of them computed and exchanged, played again on a clock of its own.
+"""What a step of several ranks would wait for over slower links: what each of them computed and exchanged, played again on a clock of its
+own.
 
 A rank's log has what it sent off and asked for (`Posted`) and what it needed (`Asked`), each with the seconds that it had computed by then.
 Played, a rank's clock goes on by what it computes; a message begins when both sides have posted it and those before it between the two

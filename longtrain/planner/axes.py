@@ -46,7 +46,9 @@ def shape_of(layer: LayerFootprint, model: ModelFootprint) -> Shape | None:
     heads = layer.lse // 4
     window = mixer.window_size[0] + 1 if getattr(mixer, "window_size", (-1,))[0] >= 0 else None
     kv_heads = max(1, layer.carry // (2 * dim * model.dtype.itemsize))
-    return Shape(heads=heads, kv_heads=kv_heads, head_dim=dim, value_dim=dim, itemsize=model.dtype.itemsize, window=window, causal=layer.causal)
+    return Shape(
+        heads=heads, kv_heads=kv_heads, head_dim=dim, value_dim=dim, itemsize=model.dtype.itemsize, window=window, causal=layer.causal
+    )
 
 
 def on_one_device(model: ModelFootprint, axes: Axes, *, optimizer: str, masters: bool) -> ModelFootprint:
@@ -84,8 +86,8 @@ class Between:
 
 
 def between(model: ModelFootprint, plan: Plan, axes: Axes, tokens: int, batch: int, rates: Rates, compute: float) -> Between:
-    """Of whole sequences of `tokens` in chunks of ``plan.chunk_tokens``. Exchanges of a sequence are waited for; gathers of parameters (forward
-    and backward) and the scattering of float32 gradients go on beside `compute` seconds."""
+    """Of whole sequences of `tokens` in chunks of ``plan.chunk_tokens``. Exchanges of a sequence are waited for; gathers of parameters
+    (forward and backward) and the scattering of float32 gradients go on beside `compute` seconds."""
     sequence, ways = 0.0, set()
     if axes.sequence > 1:
         for layer in model.at(plan.chunk_tokens):

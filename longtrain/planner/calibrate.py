@@ -88,7 +88,11 @@ def calibrate(device: torch.device, dtype: torch.dtype, path: Path, *, say: Call
         found["link"] = gathered(device)
         say(f"all-gather: {format_bytes(found['link'])}/s received")
     top = max(rate for _, rate in found["products"])
-    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = (
+        torch.cuda.get_device_properties(device).total_memory
+        if device.type == "cuda"
+        else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    )
     source = f"longtrain calibrate, torch {torch.__version__}, {str(dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads"
     return Machine(name=name, device=device.type, memory=memory, rates=Rates(flops=top, **found), peak_flops=top, source=source)
 

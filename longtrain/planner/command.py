@@ -19,11 +19,11 @@ from longtrain.config.hf import HfModelConfig
 from longtrain.offload import DiskSettings
 from longtrain.plan import Offload, Plan
 from longtrain.planner import explain, picture
+from longtrain.planner.asked import held_beside_model
 from longtrain.planner.cost import ModelFootprint, measure_model
 from longtrain.planner.explore import Wanted, by_hand, explore, longest_tokens, pareto, refusal
 from longtrain.planner.machines import Machine, find_machine
 from longtrain.planner.rates import usual_rates
-from longtrain.planner.asked import held_beside_model
 from longtrain.planner.shapes import find_shape, on_meta, with_wide_gradients
 from longtrain.train.budget import step_count
 from longtrain.train.prepare import build_model
@@ -57,7 +57,9 @@ def read(args: argparse.Namespace) -> tuple[Wanted, str, Plan | None]:
     if shape is None:
         return read_config(args, machine)
     if args.overrides:
-        raise ValueError(f"{args.overrides[0]}: settings are of a YAML file, and {args.config} is none; use the options (longtrain plan --help)")
+        raise ValueError(
+            f"{args.overrides[0]}: settings are of a YAML file, and {args.config} is none; use the options (longtrain plan --help)"
+        )
     if args.seq_len is None:
         raise ValueError("--seq-len is missing: say how many tokens a sequence has")
     machine, model = machine or find_machine("h100"), measure_model(on_meta(shape, torch.bfloat16))
@@ -124,12 +126,16 @@ def this_machine() -> Machine:
     rates = usual_rates(device)
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 1 << 62
     top = max((rate for _, rate in rates.products), default=rates.flops)
-    return Machine(name="this machine", device=device.type, memory=memory, rates=rates, peak_flops=top, source="usual figures; longtrain calibrate")
+    return Machine(
+        name="this machine", device=device.type, memory=memory, rates=rates, peak_flops=top, source="usual figures; longtrain calibrate"
+    )
 
 
 def show(wanted: Wanted, args: argparse.Namespace, title: str, plan: Plan | None) -> int:
     machine, several = wanted.machine, f"{wanted.devices} x " if wanted.devices > 1 else ""
-    print(f"{title}: {wanted.tokens:,} tokens on {several}{machine.name}, {format_bytes(wanted.room + wanted.taken)} each ({machine.source})")
+    print(
+        f"{title}: {wanted.tokens:,} tokens on {several}{machine.name}, {format_bytes(wanted.room + wanted.taken)} each ({machine.source})"
+    )
     found = [by_hand(wanted, plan)] if plan else explore(wanted, say=lambda text: print(f"  looking: {text}", file=sys.stderr, flush=True))
     if not found:
         print(f"nothing fits. {refusal(wanted)}")

@@ -25,7 +25,8 @@ CPU_WORKSPACE = 112 * 2**20
 Measured: configs/quickstart.yaml peaked at 595 to 603 MiB where the tensors and what was held before add up to 486."""
 
 GPU_WORKSPACE = 2 * 10**9
-"""Of a GPU: the CUDA context, libraries' workspaces, and what the caching allocator cannot use (the design's "context" of 3 GB with staging)."""
+"""Of a GPU: the CUDA context, libraries' workspaces, and what the caching allocator cannot use (the design's "context" of 3 GB with
+staging)."""
 
 IDS = 3 * 8
 """Bytes a token of ids, labels and targets."""
@@ -155,15 +156,22 @@ def step_memory(model: ModelFootprint, plan: Plan, tokens: int, batch: int = 1, 
 
     blocked = [in_blocks(f, plan, tokens) for f in layers]
     kept_kv = [
-        f.carry * batch * (tokens if blocked[i] else len(plan.stored_kv(i, tokens))) * f.causal * stays("kv", i) for i, f in enumerate(layers)
+        f.carry * batch * (tokens if blocked[i] else len(plan.stored_kv(i, tokens))) * f.causal * stays("kv", i)
+        for i, f in enumerate(layers)
     ]
     states = [f.state * batch * ((tokens - 1) // chunk) * stays("kv", i) for i, f in enumerate(layers)]
     kept_outputs = [f.kept_outputs(plan.stored_outputs(i, tokens), chunk) for i, f in enumerate(layers)]
     outputs = [f.output * batch * len(kept_outputs[i]) * stays("outputs", i) for i, f in enumerate(layers)]
     stored = [kept_kv[i] + states[i] + outputs[i] for i in range(len(layers))]
     slides = [f.causal and f.carry_tokens(tokens, chunk) < tokens for f in layers]
-    fixed = {"parameters": model.parameters + model.gathered, "optimizer": model.optimizer, "ids, labels, positions": (IDS + max(f.arguments for f in layers)) * n}
-    slab, half = (0, 0) if plan.offload is None else staging_rooms(plan.offload.staging_bytes, plan.offload.disk is not None, System().threads)[1:]
+    fixed = {
+        "parameters": model.parameters + model.gathered,
+        "optimizer": model.optimizer,
+        "ids, labels, positions": (IDS + max(f.arguments for f in layers)) * n,
+    }
+    slab, half = (
+        (0, 0) if plan.offload is None else staging_rooms(plan.offload.staging_bytes, plan.offload.disk is not None, System().threads)[1:]
+    )
     fixed["workspace"] = CPU_WORKSPACE + slab if model.device.type == "cpu" else GPU_WORKSPACE  # a GPU's slab is the host's memory
     segments = [range(a, min(a + k, len(layers))) for a in range(0, len(layers), k)]
     inputs = [layers[s[0]].x * n * stays("inputs", s[0]) for s in segments]
@@ -198,7 +206,11 @@ def step_memory(model: ModelFootprint, plan: Plan, tokens: int, batch: int = 1, 
         carries, keeps = 0.0, sum(stored[: s[0]])
         restored = restored_outputs(layers, plan, s, tokens)
         for i in s:
-            kept = len(kept_outputs[i]) + len(restored.get(i, ())) - (chunk if several and kept_outputs[i].stop - kept_outputs[i].start >= chunk else 0)
+            kept = (
+                len(kept_outputs[i])
+                + len(restored.get(i, ()))
+                - (chunk if several and kept_outputs[i].stop - kept_outputs[i].start >= chunk else 0)
+            )
             keeps += states[i] + layers[i].output * batch * kept * stays("outputs", i)
             if blocked[i]:  # the block that is worked on, and the chunk's own; of the others' sums what the plan leaves on the device
                 carries += layers[i].carry_bytes() * min(tokens, 2 * plan.kv_block_tokens) * batch + layers[i].adjoint * n * stays("kv", i)
@@ -209,14 +221,18 @@ def step_memory(model: ModelFootprint, plan: Plan, tokens: int, batch: int = 1, 
             if slides[i]:  # the store has what came before the first key that the second chunk sees
                 taken = (tokens - layers[i].first_key(second, chunk)) * batch
                 keeps += layers[i].carry * max(0.0, n * stays("kv", i) - taken)
-        away = sum(layers[i].output * batch * len(kept_outputs[i]) * (1 - stays("outputs", i)) for i in s) + own[0].x * n * (1 - stays("inputs", s[0]))
+        away = sum(layers[i].output * batch * len(kept_outputs[i]) * (1 - stays("outputs", i)) for i in s) + own[0].x * n * (
+            1 - stays("inputs", s[0])
+        )
         away += own[-1].x * n * (1 - stays("gradients", s[-1] + 1))
         items = {
             "layer inputs": sum(inputs[: j + 1]),
             "stored outputs and K/V": keeps,
             "gradient of the hidden states": own[-1].x * n * gradient,
             "K/V and their gradients": carries,
-            "graph of a chunk": chunk_graph(own, chunk, batch, [len(kept_outputs[i]) + len(restored.get(i, ())) < min(2 * chunk, tokens) for i in s], several),
+            "graph of a chunk": chunk_graph(
+                own, chunk, batch, [len(kept_outputs[i]) + len(restored.get(i, ())) < min(2 * chunk, tokens) for i in s], several
+            ),
             "gradients": delivered + sum(f.parameter_gradients for f in own) * several,
             **staging(away, own[0].x, stays("gradients", s[0]), stays("gradients", s[0]) == 0),
         }
@@ -245,8 +261,8 @@ def chunk_graph(layers: Sequence[LayerFootprint], chunk: int, batch: int, mixes:
 
 
 def restored_outputs(layers: Sequence[LayerFootprint], plan: Plan, segment: range, tokens: int) -> dict[int, Span]:
-    """The tokens of each layer whose outputs the restoring pass must compute, and so stores (`stream.causal._restore`): of the layers before
-    the last one whose keys and values were not all kept, as far as anything is restored."""
+    """The tokens of each layer whose outputs the restoring pass must compute, and so stores (`stream.causal._restore`): of the layers
+    before the last one whose keys and values were not all kept, as far as anything is restored."""
     chunk = min(plan.chunk_tokens, tokens)
 
     def missing(i: int) -> int:

@@ -1,4 +1,5 @@
-"""What `longtrain plan` prints and writes: plans as a table, memory by phase and tier, time by part, the formulas with their numbers, YAML."""
+"""What `longtrain plan` prints and writes: plans as a table, memory by phase and tier, time by part, the formulas with their numbers,
+YAML."""
 
 from __future__ import annotations
 

@@ -45,7 +45,8 @@ class Machine:
 
 def _gpu(name: str, gb: float, tflops: float, memory_tbs: float, pcie_gbs: float, link_gbs: float, forward: float, backward: float,
          source: str, *, products_share: float = PRODUCTS_SHARE) -> Machine:  # fmt: skip
-    """`gb` as vendors say it: GiB, of which the driver keeps a hundredth. `forward` and `backward`: TFLOP/s of attention at head dim 128. `link_gbs`: to another device, one direction."""
+    """`gb` as vendors say it: GiB, of which the driver keeps a hundredth. `forward` and `backward`: TFLOP/s of attention at head dim 128.
+    `link_gbs`: to another device, one direction."""
     products = products_share * tflops * 1e12
     return Machine(
         name=name, device="cuda", memory=int(0.99 * gb * 2**30), peak_flops=tflops * 1e12, source=source,

@@ -75,7 +75,11 @@ def draw(path: Path, title: str, found: Sequence[Found], front: Sequence[Found],
         axes.scatter(*zip(*map(point, found[1:]), strict=True), color="gray", label="other ways to use the devices")
     axes.scatter(*point(found[0]), color="crimson", zorder=3, label="the plan")
     axes.axvline(wanted.room / GIB, color="black", linestyle="--", linewidth=1, label="budget")
-    axes.set(xlabel="GiB at the peak of a step", ylabel="seconds a million tokens", title=f"{title}, {wanted.tokens:,} tokens, {wanted.devices} x {wanted.machine.name}")
+    axes.set(
+        xlabel="GiB at the peak of a step",
+        ylabel="seconds a million tokens",
+        title=f"{title}, {wanted.tokens:,} tokens, {wanted.devices} x {wanted.machine.name}",
+    )
     axes.legend(frameon=False)
     FigureCanvasAgg(figure)
     write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=130))

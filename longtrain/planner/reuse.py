@@ -1,9 +1,9 @@
 """Memory reuse, planned (MEMO's bi-level problem, arXiv:2407.12117, section 4.2): where in one arena each block of a step lies.
 
 Blocks that are alive at the same time must not overlap; the arena should be small. No arena is smaller than what is alive at the worst
-moment, the liveness bound. Greedy by size (Pisarchyk and Lee 2020, arXiv:2001.03288): the largest block first, each at the lowest offset that
-is free through its life. In two levels: blocks that live and die within one group (a chunk through a layer) are placed among themselves, once
-for groups that are alike, and the group is one block among the others.
+moment, the liveness bound. Greedy by size (Pisarchyk and Lee 2020, arXiv:2001.03288): the largest block first, each at the lowest offset
+that is free through its life. In two levels: blocks that live and die within one group (a chunk through a layer) are placed among
+themselves, once for groups that are alike, and the group is one block among the others.
 
 `cached` is what it is compared with: an allocator that takes blocks as they come, best fit, splitting and joining what is free.
 """
@@ -17,7 +17,8 @@ import numpy as np
 
 ALIGNMENT = 512
 SEGMENT = 2 << 20
-"""What the caching allocator takes from the device is a multiple of this (torch, c10/cuda/CUDACachingAllocator.h: 2 MiB, as kRoundLarge)."""
+"""What the caching allocator takes from the device is a multiple of this (torch, c10/cuda/CUDACachingAllocator.h: 2 MiB, as
+kRoundLarge)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +85,8 @@ def place_in_two_levels(start: np.ndarray, stop: np.ndarray, nbytes: np.ndarray,
 
 
 def cached(start: np.ndarray, stop: np.ndarray, nbytes: np.ndarray) -> int:
-    """Bytes that a caching allocator has reserved in the end: blocks as they come, the smallest free piece that fits, else a new segment."""
+    """Bytes that a caching allocator has reserved in the end: blocks as they come, the smallest free piece that fits, else a new
+    segment."""
     events = sorted([(int(t), 1, i) for i, t in enumerate(start)] + [(int(t), 0, i) for i, t in enumerate(stop)])
     free: list[tuple[int, int]] = []  # (offset, size), in order of offset; segments never touch
     at: dict[int, tuple[int, int]] = {}

@@ -128,7 +128,7 @@ def _within(asked: Asked, candidate: Plan, room: int) -> tuple[float, Plan] | No
 def _problem(asked: Asked, candidate: Plan, room: int) -> Problem:
     """The choice of what is stored where, for one chunk and segment length, layer by layer."""
     model, tokens, batch, rates = asked.model, asked.tokens, asked.batch, asked.rates
-    layers, k, n = model.at(candidate.chunk_tokens), candidate.segment_layers, tokens * batch
+    layers, n = model.at(candidate.chunk_tokens), tokens * batch
     chunk = min(candidate.chunk_tokens, tokens)
     segments = _segments(model, candidate)
     S = len(segments)  # moments: the loss, then the backward pass of each segment; stretches: forward of each, then backward of each

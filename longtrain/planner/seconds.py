@@ -29,8 +29,8 @@ from longtrain.stream.footprint import LayerFootprint
 from longtrain.stream.work import Work
 
 ADAMW, NORM_AND_CLIP, COPY = 28, 12, 6
-"""Bytes a parameter that an update reads and writes: weight, gradient and two moments in, weight and moments out; gradients twice in and once
-out; a float32 weight in and a bf16 one out."""
+"""Bytes a parameter that an update reads and writes: weight, gradient and two moments in, weight and moments out; gradients twice in and
+once out; a float32 weight in and a bf16 one out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +70,9 @@ def layer_seconds(model: ModelFootprint, tokens: int, batch: int, chunk: int, ra
     return [known[id(layer)] for layer in layers]
 
 
-def _of_layer(layer: LayerFootprint, model: ModelFootprint, tokens: int, batch: int, chunk: int, rates: Rates, devices: int) -> LayerSeconds:
+def _of_layer(
+    layer: LayerFootprint, model: ModelFootprint, tokens: int, batch: int, chunk: int, rates: Rates, devices: int
+) -> LayerSeconds:
     chunks, n = -(-tokens // chunk), tokens * batch
     spent = lambda work: n * token_seconds(work, rates) + chunks * work.calls * rates.launch
     flops = attention_flops(layer, model, tokens * devices, chunk * devices) / devices * batch
@@ -114,9 +116,11 @@ class StepTime:
         return sum(self.parts.values())
 
 
-def step_time(model: ModelFootprint, plan: Plan, tokens: int, batch: int, rates: Rates, *, optimizer: str = "device", devices: int = 1) -> StepTime:
-    """Of one forward and backward pass over `batch` x `tokens`, and one update of the optimizer's ("device", "host" or "none"). Of `devices`
-    that share the sequences one is looked at; `tokens` and the chunk are its own."""
+def step_time(
+    model: ModelFootprint, plan: Plan, tokens: int, batch: int, rates: Rates, *, optimizer: str = "device", devices: int = 1
+) -> StepTime:
+    """Of one forward and backward pass over `batch` x `tokens`, and one update of the optimizer's ("device", "host" or "none"). Of
+    `devices` that share the sequences one is looked at; `tokens` and the chunk are its own."""
     layers, k, n = model.at(plan.chunk_tokens), plan.segment_layers, tokens * batch
     chunk = min(plan.chunk_tokens, tokens)
     seconds = layer_seconds(model, tokens, batch, chunk, rates, devices)

@@ -15,7 +15,8 @@ SHAPES = {
     "qwen3-8b": ModelConfig(vocab_size=151936, num_layers=36, hidden_size=4096, intermediate_size=12288, num_heads=32, num_kv_heads=8, head_dim=128),
     "gpt-7b": ModelConfig(vocab_size=50257, num_layers=32, hidden_size=4096, intermediate_size=10923, num_heads=32, num_kv_heads=32),
 }  # fmt: skip
-"""Public configurations; gpt-7b is MEMO's 7B GPT (arXiv:2407.12117, table 1) with its MLP of 2 x 4E as three matrices of as many parameters."""
+"""Public configurations; gpt-7b is MEMO's 7B GPT (arXiv:2407.12117, table 1) with its MLP of 2 x 4E as three matrices of as many
+parameters."""
 
 KEYS = {
     "vocab_size": "vocab_size", "num_layers": "num_hidden_layers", "hidden_size": "hidden_size", "intermediate_size": "intermediate_size",

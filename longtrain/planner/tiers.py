@@ -42,14 +42,18 @@ def tier_use(model: ModelFootprint, plan: Plan, tokens: int, batch: int = 1) -> 
         return Counter(host=max(0, stay - host), disk=min(host, stay))
 
     def extents(what: str, layer: int, token_bytes: Sequence[int], kept: Span, *, exact: Sequence[int] = ()) -> Counter:
-        """Bytes by tier of tensors with `token_bytes` each (`exact`: never compressed), extent by extent: whole chunks, and what `kept` cuts."""
+        """Bytes by tier of tensors with `token_bytes` each (`exact`: never compressed), extent by extent: whole chunks, and what `kept`
+        cuts."""
         factor = FP8_SHARE[model.dtype.itemsize] if plan.offload.split(what, layer).compress else 1
         first, last = -(-kept.start // chunk), kept.stop // chunk
         if not len(kept):
             return Counter()
         cut = [Span(kept.start, min(first * chunk, kept.stop)), Span(max(last * chunk, kept.start), kept.stop)] if first <= last else [kept]
         sizes = Counter()
-        for starts, length in [(range(first * chunk, last * chunk, chunk), chunk), *((range(c.start, c.stop, tokens), len(c)) for c in cut if len(c))]:
+        for starts, length in [
+            (range(first * chunk, last * chunk, chunk), chunk),
+            *((range(c.start, c.stop, tokens), len(c)) for c in cut if len(c)),
+        ]:
             size = sum(room(round(b * factor) * length * batch) for b in token_bytes) + sum(room(b * length * batch) for b in exact if b)
             for tier, count in placed(what, layer, starts).items():
                 sizes[tier] += size * count

@@ -32,7 +32,11 @@ def loss(run: Run) -> dict:
         "digits": 4,
         "series": [
             over_steps(run, "training", "measured", "loss"),
-            {"name": "validation", "role": "held-out", "points": [[r["step"], value] for r in run.validations if (value := number(r, "loss")) is not None]},
+            {
+                "name": "validation",
+                "role": "held-out",
+                "points": [[r["step"], value] for r in run.validations if (value := number(r, "loss")) is not None],
+            },
         ],
         "lines": [{"name": name, "role": "limit" if i else "reference", "y": y} for i, (name, y) in enumerate(bounds) if y is not None],
         "marks": length_marks(run),
@@ -104,7 +108,10 @@ def throughput(run: Run) -> dict:
 
 def memory(run: Run) -> dict:
     plan = run.first.get("plan") or {}
-    bounds = (("predicted by the plan", "predicted", number(plan, "predicted_peak")), ("budget", "limit", number(run.first, "budget_bytes")))
+    bounds = (
+        ("predicted by the plan", "predicted", number(plan, "predicted_peak")),
+        ("budget", "limit", number(run.first, "budget_bytes")),
+    )
     where = "device memory" if str(run.first.get("device", "")).startswith("cuda") else "resident memory of the process"
     note = f"Peak of each update ({where}), against the plan." + grouped(run, "largest")
     peaks = over_steps(run, "peak of the update", "measured", "peak_bytes", scale=1 / GIB, join=max)

@@ -87,7 +87,11 @@ def tiles(found: Run) -> str:
     shares = sorted(share for r in found.steps if (share := number(r, "mfu")) is not None)
     shown = [
         ("parameters", amount(parameters) if parameters else None, ""),
-        ("loss, last evaluation" if last.get("kind") == "evaluation" else "validation loss", f"{value:.4f}" if (value := number(last, "loss")) is not None else None, "nats a token"),
+        (
+            "loss, last evaluation" if last.get("kind") == "evaluation" else "validation loss",
+            f"{value:.4f}" if (value := number(last, "loss")) is not None else None,
+            "nats a token",
+        ),
         ("throughput, median", f"{speeds[len(speeds) // 2]:,.0f}" if speeds else None, "tokens/s"),
         ("model FLOPs used, median", f"{shares[len(shares) // 2]:.1%}" if shares else None, ""),
         ("peak memory", format_bytes(peak) if peak else None, f"of {format_bytes(budget)}" if budget else ""),

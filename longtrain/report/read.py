@@ -141,7 +141,9 @@ def source_of(run: Run) -> str:
     source, built = run.setting("data", "source"), run.setting("data", "tokens", [])
     if source == "tokens":
         return ", ".join(str(part.get("path")) for part in built[:3]) + (f" and {len(built) - 3} more" if len(built) > 3 else "")
-    return {"stdlib": "the Python standard library's source code", "recall": "made-up pairs to recall", None: "its data"}.get(source, str(source))
+    return {"stdlib": "the Python standard library's source code", "recall": "made-up pairs to recall", None: "its data"}.get(
+        source, str(source)
+    )
 
 
 def amount(count: float) -> str:

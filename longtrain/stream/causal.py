@@ -20,10 +20,9 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from longtrain.offload import Stored
+from longtrain.span import Span
 from longtrain.stream.call import Call, Enough, Replica, Sequenced, vjp
 from longtrain.stream.mixer_state import MixerState, Need
-from longtrain.span import Span
-
 
 AHEAD = 2
 """Spans that the next segment begins with, which are fetched while the last span of this one runs."""

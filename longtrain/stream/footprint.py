@@ -13,13 +13,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from sys import maxsize
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from longtrain.stream.carry import is_causal, make_carry
 from longtrain.span import Span, whole_chunks
+from longtrain.stream.carry import is_causal, make_carry
 from longtrain.stream.replay import BareLayer, Mix, call_layer
 from longtrain.stream.sliding import capacity
 from longtrain.stream.work import Counting, Line, Work, highest, lines, work_between

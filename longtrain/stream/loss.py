@@ -101,8 +101,8 @@ PROBE_TOKENS = (24, 56)
 
 
 def loss_lines(norm: nn.Module, head: nn.Linear, options: LossOptions = LossOptions()) -> tuple[Line, ...]:
-    """What `_Losses.run` holds of a part of so many tokens at its highest, beside hidden states and the sums of the head's gradient: for the
-    planner, seen on two tiny examples (of the meta device, where the head is there)."""
+    """What `_Losses.run` holds of a part of so many tokens at its highest, beside hidden states and the sums of the head's gradient: for
+    the planner, seen on two tiny examples (of the meta device, where the head is there)."""
     levels = []
     weight_VE = head.weight
     sums = weight_VE.numel() * max(weight_VE.element_size(), 4) if weight_VE.requires_grad else 0

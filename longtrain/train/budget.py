@@ -60,7 +60,9 @@ def of_several(model: nn.Module, config: Config, where: Locations, work: Work) -
     axes = Axes(sequence=work.context, replicas=work.kept // work.context)
     in_no_layer = whole.parameters - sum(layer.parameters for layer in whole.layers)
     share = replace(on_one_device(whole, axes, optimizer="device", masters=False), parameters=held // work.kept + in_no_layer)
-    asked = Asked(share, -(-config.data.seq_len // work.context), 1, config.memory.tiers(), usual_rates(device), step_count(config), work.context)
+    asked = Asked(
+        share, -(-config.data.seq_len // work.context), 1, config.memory.tiers(), usual_rates(device), step_count(config), work.context
+    )
     if (found := fastest_plan(asked, room - taken)) is None:
         raise InfeasibleBudget(f"each of {work.processes.size} processes: {what_to_change(asked, room, taken)}")
     chunk = min(found.chunk_tokens * work.context, config.data.seq_len)

@@ -116,7 +116,9 @@ def shard(model: nn.Module, work: Work, segment_layers: int, dtype: torch.dtype)
     first = 0 if sizes[0] > 1 else 1
     mesh = init_device_mesh(work.mesh.device_type, sizes[first:], mesh_dim_names=names[first:])
     low = dtype == torch.bfloat16
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False) if low else MixedPrecisionPolicy()
+    policy = (
+        MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False) if low else MixedPrecisionPolicy()
+    )
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     layers = list(max(lists, key=lambda found: sum(p.numel() for p in found.parameters())))
     for at in range(0, len(layers), segment_layers):

@@ -77,7 +77,14 @@ def run_probes(
     if not config.eval.probes:
         return []
     text = validation_text(validation)
-    asked = {"longest": validation.seq_len, "alphabet": np.unique(text), "text": text, "seed": config.data.seed, "device": device, "join": work.join}
+    asked = {
+        "longest": validation.seq_len,
+        "alphabet": np.unique(text),
+        "text": text,
+        "seed": config.data.seed,
+        "device": device,
+        "join": work.join,
+    }
     return [
         run_probe(model, name, distance, examples=config.eval.examples, **asked)
         for name in config.eval.probes
@@ -172,7 +179,9 @@ def validate(
         loss=float(by_position.loss.sum() / by_position.targets.sum()),
         targets=int(by_position.targets.sum()),
         positions=[
-            {"start": a, "stop": b, **part} for a, b, part in zip(edges[:-1], edges[1:], by_position.parts(), strict=True) if part["targets"]
+            {"start": a, "stop": b, **part}
+            for a, b, part in zip(edges[:-1], edges[1:], by_position.parts(), strict=True)
+            if part["targets"]
         ],
         sources=sources if len(sources) > 1 else [],
     )

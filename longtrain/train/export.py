@@ -69,7 +69,9 @@ def run(given: str, out: str, dtype: str, shard_bytes: int) -> int:
         described = hf_config(config.model, stage, dtype)
         (directory / HF_CONFIG).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
     size = sum(t.nbytes for t in weights.values())
-    print(f"{checkpoint} as {described['model_type']}: {len(weights)} tensors, {dtype}, {format_bytes(size)} in {files} files in {directory}")
+    print(
+        f"{checkpoint} as {described['model_type']}: {len(weights)} tensors, {dtype}, {format_bytes(size)} in {files} files in {directory}"
+    )
     if described["model_type"] == "longtrain":
         why = "a pattern of windows or of layers, or partial rotation"
         print(f"transformers has no class that computes this model ({why}); longtrain reads it as train.init")
@@ -102,7 +104,9 @@ def write_shards(directory: Path, weights: Mapping[str, Tensor], shard_bytes: in
     size = sum(t.nbytes for t in weights.values())
     free = shutil.disk_usage(directory).free
     if free < size:
-        raise RunError(f"{directory}: {format_bytes(free)} are free, the weights take {format_bytes(size)}; make room, or name another disk")
+        raise RunError(
+            f"{directory}: {format_bytes(free)} are free, the weights take {format_bytes(size)}; make room, or name another disk"
+        )
     shards: list[dict[str, Tensor]] = [{}]
     for name, tensor in weights.items():
         if shards[-1] and sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > shard_bytes:
@@ -112,7 +116,10 @@ def write_shards(directory: Path, weights: Mapping[str, Tensor], shard_bytes: in
     for name, part in zip(names, shards, strict=True):
         save_file(part, str(directory / name), metadata={"format": "pt"})
     if len(shards) > 1:
-        index = {"metadata": {"total_size": size}, "weight_map": {key: name for name, part in zip(names, shards, strict=True) for key in part}}
+        index = {
+            "metadata": {"total_size": size},
+            "weight_map": {key: name for name, part in zip(names, shards, strict=True) for key in part},
+        }
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return len(shards)
 

@@ -1,4 +1,5 @@
-"""Model FLOPs utilisation (MFU; Chowdhery et al. 2022, arXiv:2204.02311, appendix B): what the model needs, against what the device can do."""
+"""Model FLOPs utilisation (MFU; Chowdhery et al. 2022, arXiv:2204.02311, appendix B): what the model needs, against what the device can
+do."""
 
 from __future__ import annotations
 
@@ -52,7 +53,9 @@ def costs_of(model: nn.Module) -> Costs:
     frozen = [module for module in model.modules() if isinstance(module, FrozenLinear)]
     inside = {id(p) for module in frozen for p in module.parameters()}  # codes and scales are no matrices of their own
     matrices = [p for p in base if p.ndim >= 2 and (p is not embedding or p is head) and id(p) not in inside]
-    met = [p.numel() * (min(1, chosen / p.shape[0]) if p.ndim == 3 else 1) for p in matrices] + [m.in_features * m.out_features for m in frozen]
+    met = [p.numel() * (min(1, chosen / p.shape[0]) if p.ndim == 3 else 1) for p in matrices] + [
+        m.in_features * m.out_features for m in frozen
+    ]
     features = text.num_attention_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
     window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
     kinds = getattr(text, "layer_types", None) or ["sliding_attention"] * text.num_hidden_layers

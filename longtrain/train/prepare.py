@@ -125,7 +125,9 @@ def prepare(config: Config, where: Locations, work: Work = Work()) -> Setup:
 def share_weights(model: nn.Module, config: Config, where: Locations, work: Work) -> lt.Plan | None:
     """Have each of several processes keep its part of the parameters; returns the plan, which is made before."""
     if config.memory.optimizer == "host":
-        raise where.error("memory.optimizer", "host is for one process; sharded over several, the optimizer takes a share on each device: set device")
+        raise where.error(
+            "memory.optimizer", "host is for one process; sharded over several, the optimizer takes a share on each device: set device"
+        )
     plan = make_plan(model, config, where, work)
     work.processes.check_same({"the plan": plan}, "give all of them the same memory and the same config")
     shard(model, work, plan.segment_layers if plan else 1, getattr(torch, config.train.dtype))
@@ -192,7 +194,8 @@ def settle_fallback(model: nn.Module, device: torch.device, config: Config, wher
 
 
 def stream(model: nn.Module, plan: lt.Plan, where: Locations, work: Work = Work(), lengths: Sequence[int] = ()) -> lt.Report:
-    """Put the plan on the model; a tier that cannot be had, or a way to share sequences of `lengths` that cannot be, is the configuration's error."""
+    """Put the plan on the model; a tier that cannot be had, or a way to share sequences of `lengths` that cannot be, is the configuration's
+    error."""
     if plan.segment_layers > 1 and layers_differ(model):
         why = "the model's layers are of several kinds and are not given the same, so they cannot share a segment; set 1"
         raise where.error("memory.segment_layers", why)

@@ -108,9 +108,15 @@ def locate(given: str, where: Locations) -> tuple[Path, bool]:
             raise where.error("model.hf", f"{path} is a file, and no config.json; name the directory of a model, or its config.json")
         return path, False
     if not path.is_dir():
-        raise where.error("model.hf", f"there is no {path} (from {Path.cwd()}), and nothing is downloaded; fetch it, then name its directory")
+        raise where.error(
+            "model.hf", f"there is no {path} (from {Path.cwd()}), and nothing is downloaded; fetch it, then name its directory"
+        )
     if not (path / CONFIG_FILE).is_file():
-        adapter = " (it is an adapter: name the model it belongs to, and it in model.lora.adapter)" if (path / "adapter_config.json").is_file() else ""
+        adapter = (
+            " (it is an adapter: name the model it belongs to, and it in model.lora.adapter)"
+            if (path / "adapter_config.json").is_file()
+            else ""
+        )
         raise where.error("model.hf", f"{path} holds no {CONFIG_FILE}{adapter}; name a directory that save_pretrained has written")
     if not any(path.glob("*.safetensors")):
         raise where.error(
@@ -156,7 +162,11 @@ def check_trainable(model: nn.Module, settings: HfModelConfig, where: Locations)
     """Refuse what a run would get wrong: quantised weights, packed rows that are not kept apart, a result that could not be saved."""
     name = type(model).__name__
     if (quantizer := getattr(model, "hf_quantizer", None)) is not None and (settings.lora is None or not quantizer.is_trainable):
-        beside = "and cannot be trained beside adapters either" if settings.lora else "which cannot be trained; add lora: {} to train beside them"
+        beside = (
+            "and cannot be trained beside adapters either"
+            if settings.lora
+            else "which cannot be trained; add lora: {} to train beside them"
+        )
         raise where.error("model.hf", f"its weights are quantised, {beside}; or name the model before quantisation")
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise where.error("model.hf", f"{name} takes no position_ids, by which packed documents are kept apart; use a family that does")
@@ -210,12 +220,16 @@ def read_adapter(peft: Any, model: nn.Module, directory: Path, where: Locations,
     described.inference_mode, described.task_type = False, "CAUSAL_LM"
     try:
         adapted = peft.get_peft_model(model, described)
-        found = peft.set_peft_model_state_dict(adapted, peft.utils.load_peft_weights(str(directory), device="cpu")) if read_weights else None
+        found = (
+            peft.set_peft_model_state_dict(adapted, peft.utils.load_peft_weights(str(directory), device="cpu")) if read_weights else None
+        )
     except (ValueError, RuntimeError, KeyError) as error:
         raise wrong(f"{directory} does not fit {type(model).__name__} ({error}); name the model it belongs to in model.hf") from None
     lacking = [] if found is None else [*found.unexpected_keys, *(name for name in found.missing_keys if ".lora_" in name)]
     if lacking:
-        raise wrong(f"{directory} and the model have not the same adapters (such as {lacking[0]}); name the model it belongs to in model.hf")
+        raise wrong(
+            f"{directory} and the model have not the same adapters (such as {lacking[0]}); name the model it belongs to in model.hf"
+        )
     return adapted
 
 
@@ -251,7 +265,9 @@ def save_adapter(model: nn.Module, config: Config, partial: Path, directory: Pat
         whole = {f"{n}.weight": m.whole_weight().to(m.scale.dtype) for n, m in frozen.items()}
         left = adapters | {f"{n}.scale" for n in frozen}
         base = {
-            n.removeprefix("base_model.model.").replace(".base_layer.", "."): whole.get(n, t) for n, t in model.state_dict().items() if n not in left
+            n.removeprefix("base_model.model.").replace(".base_layer.", "."): whole.get(n, t)
+            for n, t in model.state_dict().items()
+            if n not in left
         }
         model.get_base_model().save_pretrained(str(partial / BASE), state_dict=base, max_shard_size=shard)
 

@@ -10,7 +10,8 @@ needle   a marker of eight random tokens and a value of four, hidden in text; th
 
              text  marker value  more text  marker -> value
 
-The distance is from a key, or the first token of a marker, to where it comes again. The answer is the likeliest of the tokens that could be one, so
+The distance is from a key, or the first token of a marker, to where it comes again. The answer is the likeliest of the tokens that could be
+one, so
 chance is one over their number: the accuracy of a model that knows which tokens are values, and nothing of this sequence.
 """
 
@@ -113,7 +114,8 @@ def run_probe(
     """Ask `examples` sequences, packed into rows of at most `longest` tokens in which none sees another.
 
     `alphabet [n]`: the tokens in use, sorted; `text`: what needles hide in. The same seed asks the same questions. Only the logits of
-    the asked positions are ever formed, and `join` sums the parts of processes that share a sequence. Raises ValueError for a distance that does not fit.
+    the asked positions are ever formed, and `join` sums the parts of processes that share a sequence. Raises ValueError for a distance that
+    does not fit.
     """
     check_distance(name, distance, longest)
     model.eval()

@@ -34,7 +34,9 @@ def begins_anew(config: Config, where: Locations) -> bool:
     if config.output.overwrite:
         return not back and (not goes_on or ended is not None)
     if back:
-        raise where.error("output.dir", f"{directory} would lose what came after {config.checkpoint.resume}; set output.overwrite=true to go back")
+        raise where.error(
+            "output.dir", f"{directory} would lose what came after {config.checkpoint.resume}; set output.overwrite=true to go back"
+        )
     if not goes_on:
         state = "a run" if ended is None else f"a finished run of {ended} steps"
         raise where.error("output.dir", f"{directory} already holds {state}; name another, or set output.overwrite=true")
@@ -67,7 +69,9 @@ def find_checkpoint(config: Config, where: Locations, anew: bool) -> tuple[Path 
         return None, notes
     found, refused = on_disk.newest_whole(own)
     if found is None and refused:
-        raise RunError("; ".join(refused.values()) + "; no whole one is left: set checkpoint.resume=never and output.overwrite=true to begin anew")
+        raise RunError(
+            "; ".join(refused.values()) + "; no whole one is left: set checkpoint.resume=never and output.overwrite=true to begin anew"
+        )
     with said_plainly(own):
         notes += [f"{problem}; set aside as {on_disk.set_aside(path).name}" for path, problem in refused.items()]
     return found, notes
@@ -101,7 +105,8 @@ def check_facts(facts: dict, fingerprint, frozen: int, checkpoint: Path, config:
         )
     if facts.get("frozen", 0) != frozen:
         raise where.error(
-            "model", f"{checkpoint} was written beside other frozen weights than the model has now; give it the model it had, or begin anew elsewhere"
+            "model",
+            f"{checkpoint} was written beside other frozen weights than the model has now; give it the model it had, or begin anew elsewhere",
         )
 
 

@@ -9,9 +9,21 @@ from longtrain.config.run import CheckpointConfig, LengthStage, MetricsConfig, S
     "section, settings, said",
     [
         (TrainConfig, {"decay_steps": 2}, "train.decay_steps: has no effect with schedule: cosine; set schedule: wsd"),
-        (TrainConfig, {"schedule": "wsd", "decay_steps": 9, "warmup_steps": 2}, "train.decay_steps: 9 and 2 of warm-up are more than the 10"),
-        (TrainConfig, {"length_schedule": (LengthStage(from_step=0, seq_len=8, rope_scaling=0.0),)}, r"length_schedule\[0\].rope_scaling: must be above 0"),
-        (TrainConfig, {"length_schedule": (LengthStage(from_step=0, seq_len=8, rope_base=-1.0),)}, r"length_schedule\[0\].rope_base: must be above 0"),
+        (
+            TrainConfig,
+            {"schedule": "wsd", "decay_steps": 9, "warmup_steps": 2},
+            "train.decay_steps: 9 and 2 of warm-up are more than the 10",
+        ),
+        (
+            TrainConfig,
+            {"length_schedule": (LengthStage(from_step=0, seq_len=8, rope_scaling=0.0),)},
+            r"length_schedule\[0\].rope_scaling: must be above 0",
+        ),
+        (
+            TrainConfig,
+            {"length_schedule": (LengthStage(from_step=0, seq_len=8, rope_base=-1.0),)},
+            r"length_schedule\[0\].rope_base: must be above 0",
+        ),
         (SpikeConfig, {"threshold": 1.0}, "spike.threshold: must be above 1, found 1; 2 is twice"),
         (SpikeConfig, {"window": 1}, "spike.window: must be at least 2"),
         (CheckpointConfig, {"every_steps": 0}, "checkpoint.every_steps: must be at least 1"),

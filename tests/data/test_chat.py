@@ -37,7 +37,9 @@ def build(tmp_path, records, tokenizer=TINY, *flags):
     file, text = tmp_path / "chats.jsonl", "".join(f"{r if isinstance(r, str) else json.dumps(r)}\n" for r in records)
     if not file.exists() or file.read_text() != text:  # a build knows its inputs by when they were written
         file.write_text(text)
-    return cli.main(["data", "build", str(tmp_path / "out"), str(tmp_path / "chats.jsonl"), "--format", "chat", "--tokenizer", str(tokenizer), *flags])
+    return cli.main(
+        ["data", "build", str(tmp_path / "out"), str(tmp_path / "chats.jsonl"), "--format", "chat", "--tokenizer", str(tokenizer), *flags]
+    )
 
 
 def learned(corpus, document):
@@ -76,8 +78,10 @@ def test_a_template_s_own_marks_say_what_the_assistant_wrote(tmp_path, tokenizer
     assert learned(corpus, 0)[0] == ["1", "2 two"] and learned(corpus, 1)[0] == ["2 two"]
 
 
-FORGETS = """{%- for m in messages %}{{- '<|start|>' + m.role + '\\n' }}{%- if m.role == 'assistant' and not loop.last %}{{- m.content | upper }}
-{%- else %}{{- m.content }}{%- endif %}{{- '<|end|>\\n' }}{%- endfor %}{%- if add_generation_prompt %}{{- '<|start|>assistant\\n' }}{%- endif %}"""
+FORGETS = """{%- for m in messages %}{{- '<|start|>' + m.role + '\\n' }}{%- if m.role == 'assistant' and not loop.last %}{{- m.content |
+upper }} {%- else %}{{- m.content }}{%- endif %}{{- '<|end|>\\n' }}{%- endfor %}{%- if add_generation_prompt %}{{- '<|start|>assistant\\n'
+}}{%-
+endif %}"""
 THINK = {"messages": [{**m, "content": m["content"].replace("1", "one")} for m in TURNS["messages"]]}
 
 
@@ -85,7 +89,10 @@ def test_a_template_that_rewrites_earlier_turns_leaves_the_last_one_to_learn_fro
     (tokenizer / "chat_template.jinja").write_text(FORGETS)
     assert build(tmp_path, [THINK, PROMPT], tokenizer) == 3
     error = capsys.readouterr().err
-    assert "chats.jsonl:1 has a turn (message 2) that the template writes otherwise when more messages follow; build with --turns last" in error
+    assert (
+        "chats.jsonl:1 has a turn (message 2) that the template writes otherwise when more messages follow; build with --turns last"
+        in error
+    )
     shutil.rmtree(tmp_path / "out")
     assert build(tmp_path, [THINK, PROMPT], tokenizer, "--turns", "last") == 0
     assert learned(open_built(tmp_path / "out"), 0)[0] == ["2 two<|end|>\n"]
@@ -100,7 +107,10 @@ BROKEN = {
     "no role": ({"messages": [{"content": "a"}]}, "has messages that is no list of messages"),
     "no answer": ({"messages": TURNS["messages"][:2]}, "has no message of the assistant"),
     "tools": ({**TURNS, "tools": "all"}, "has tools that are no list"),
-    "what the template refuses": ({"messages": [{"role": "user"}, {"role": "assistant", "content": "b"}]}, "is refused by the chat template"),
+    "what the template refuses": (
+        {"messages": [{"role": "user"}, {"role": "assistant", "content": "b"}]},
+        "is refused by the chat template",
+    ),
 }
 
 

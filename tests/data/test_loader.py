@@ -88,7 +88,10 @@ def test_processes_that_share_a_sequence_read_their_parts_of_it(data, chunk_toke
             part, layout_of_rank = packed.read_row(row, shards.spans(rank)), shards.layout(rank, edges)
             pieces = len(part.documents) * len(shards.spans(rank))
             assert Counted.read <= shards.length(rank) + pieces and torch.equal(part.cu_seqlens, whole.cu_seqlens)
-            for of_part, of_whole in [(part.input_ids_BT, whole.input_ids_BT), (layout_of_rank.next_token_targets(part.labels_BT), expected)]:
+            for of_part, of_whole in [
+                (part.input_ids_BT, whole.input_ids_BT),
+                (layout_of_rank.next_token_targets(part.labels_BT), expected),
+            ]:
                 assert torch.equal(layout_of_rank.take(of_part), layout_of_rank.take(of_whole))
         counts = [count_targets(packed.read_row(row, shards.spans(rank)).labels_BT, whole.cu_seqlens) for rank in range(3)]
         assert sum(counts) == count_targets(whole.labels_BT, whole.cu_seqlens)

@@ -25,9 +25,14 @@ def numbers(output: str, name: str) -> list[float]:
     return [float(x) for x in re.findall(rf"{name}\W+([0-9.]+)", output)]
 
 
-@pytest.mark.parametrize("name, libraries", [
-    ("hf_trainer.py", ["transformers", "accelerate"]), ("trl_sft_lora.py", ["trl", "peft"]), ("accelerate_loop.py", ["transformers", "accelerate"]),
-])
+@pytest.mark.parametrize(
+    "name, libraries",
+    [
+        ("hf_trainer.py", ["transformers", "accelerate"]),
+        ("trl_sft_lora.py", ["trl", "peft"]),
+        ("accelerate_loop.py", ["transformers", "accelerate"]),
+    ],
+)
 def test_a_trainer_learns(name, libraries):
     for library in libraries:
         pytest.importorskip(library)

@@ -56,7 +56,9 @@ def test_every_plan(plan):
 
 def test_embeddings_instead_of_ids_receive_their_gradient():
     model, embeds = hf_families.build("llama"), torch.randn(2, 29, 32, dtype=torch.float64, requires_grad=True)
-    call = lambda: torch.autograd.grad(model(inputs_embeds=embeds, labels=torch.ones(2, 29, dtype=torch.long), use_cache=False).loss, embeds)[0]
+    call = lambda: torch.autograd.grad(
+        model(inputs_embeds=embeds, labels=torch.ones(2, 29, dtype=torch.long), use_cache=False).loss, embeds
+    )[0]
     own = call()
     lt.apply(model, PLAN)
     assert (call() - own).norm() <= UPCASTS * own.norm()
@@ -67,7 +69,9 @@ def test_frozen_weights_get_no_gradient():
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("q_proj" in name or "embed" in name)
     compare(model, one_row())
-    assert {name for name, p in model.named_parameters() if p.grad is not None} == {n for n, p in model.named_parameters() if p.requires_grad}
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == {
+        n for n, p in model.named_parameters() if p.requires_grad
+    }
 
 
 def test_cu_seqlens_are_documents():
@@ -215,7 +219,9 @@ def test_attention_that_does_more_than_it_says_is_refused():
 def test_a_leak_between_tokens_is_refused():
     model = hf_families.build("llama")
     mlp = model.model.layers[1].mlp
-    mlp.__class__ = type("Leaky", (type(mlp),), {"forward": lambda self, x: super(type(self), self).forward(x) + 1e-3 * x.mean(1, keepdim=True)})
+    mlp.__class__ = type(
+        "Leaky", (type(mlp),), {"forward": lambda self, x: super(type(self), self).forward(x) + 1e-3 * x.mean(1, keepdim=True)}
+    )
     with pytest.raises(ValueError, match="layers.1 cannot be streamed.*something besides mix looks across tokens"):
         lt.apply(model, PLAN)
 

@@ -115,7 +115,11 @@ def refusals(rank, world):
     assert_close(step(model, model, rank), one_process("llama"))
     model = hf_families.build("llama")
     mlp = model.base_model.layers[1].mlp
-    parallelize_module(mlp, init_device_mesh("cpu", (WORLD,)), {"up_proj": ColwiseParallel(), "gate_proj": ColwiseParallel(), "down_proj": RowwiseParallel()})
+    parallelize_module(
+        mlp,
+        init_device_mesh("cpu", (WORLD,)),
+        {"up_proj": ColwiseParallel(), "gate_proj": ColwiseParallel(), "down_proj": RowwiseParallel()},
+    )
     with pytest.raises(ValueError, match="layers.1.mlp.* is sharded, and not by fully_shard: tensor-parallel"):
         lt.apply(model, PLAN)
 

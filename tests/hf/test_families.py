@@ -13,7 +13,12 @@ EXACT = 1e-10
 
 QUICK = ["llama", "gemma2", "mixtral", "gpt_oss", "lfm2"]
 NOT_STREAMED = {"jamba": {0, 2}, "minimax": {1}}
-REFUSED = {"doge": "cannot be run on 13 tokens with attn_implementation=\"longtrain\"", "bloom": "AttentionInterface", "gptj": "AttentionInterface", "mamba": "no layer of MambaForCausalLM can be streamed"}
+REFUSED = {
+    "doge": 'cannot be run on 13 tokens with attn_implementation="longtrain"',
+    "bloom": "AttentionInterface",
+    "gptj": "AttentionInterface",
+    "mamba": "no layer of MambaForCausalLM can be streamed",
+}
 STREAMED = [family for family in hf_families.FAMILIES if family not in REFUSED]
 
 
@@ -30,7 +35,9 @@ def test_gradients_are_the_models_own(family):
     batches = list(hf_families.batches())
     own = [hf_families.own_gradients(model, batch) for _, batch in batches]
     recurrent = family in FLOAT32_RECURRENCES
-    bounds = [hf_families.bound(model, batch, expected) if recurrent else UPCASTS for (_, batch), expected in zip(batches, own, strict=True)]
+    bounds = [
+        hf_families.bound(model, batch, expected) if recurrent else UPCASTS for (_, batch), expected in zip(batches, own, strict=True)
+    ]
     report = lt.apply(model, lt.Plan(chunk_tokens=8, loss_chunk_tokens=8, layer_fallback="unstreamed"))
     report.check_replay()
     for (name, batch), expected, bound in zip(batches, own, bounds, strict=True):

@@ -44,7 +44,11 @@ def test_the_levels_are_those_of_the_paper():
 @pytest.mark.parametrize("bias", [True, False])
 def test_gradients_are_those_of_the_rounded_weight_and_none_is_the_weights(format, bias):
     linear = nn.Linear(2 * BLOCK, 24, bias=bias, dtype=torch.float64)
-    frozen, x, dy = FrozenLinear(linear, format), torch.randn(3, 5, 2 * BLOCK, dtype=torch.float64, requires_grad=True), torch.randn(3, 5, 24).double()
+    frozen, x, dy = (
+        FrozenLinear(linear, format),
+        torch.randn(3, 5, 2 * BLOCK, dtype=torch.float64, requires_grad=True),
+        torch.randn(3, 5, 24).double(),
+    )
     with torch.no_grad():
         linear.weight.copy_(frozen.whole_weight())
     expected = F.linear(x, linear.weight, linear.bias)
@@ -80,7 +84,9 @@ def assert_streams_as_it_runs(model, tolerance=1e-6):
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("family", ["llama", pytest.param("mixtral", marks=pytest.mark.slow), pytest.param("gpt_neox", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "family", ["llama", pytest.param("mixtral", marks=pytest.mark.slow), pytest.param("gpt_neox", marks=pytest.mark.slow)]
+)
 def test_quantised_frozen_weights_stream_beside_adapters(format, family):
     model = hf_families.build(family)
     exact = hf_families.gradients(model, next(iter(hf_families.batches()))[1], use_cache=False)["loss"]
@@ -110,13 +116,17 @@ def test_weights_that_bitsandbytes_has_quantised_are_refused_by_name():
     model = hf_families.build("llama", hidden_size=64, intermediate_size=128, head_dim=16, attention_bias=False).float()
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear and name != "lm_head":
-            made = bitsandbytes.nn.Linear4bit(module.in_features, module.out_features, bias=module.bias is not None, compute_dtype=torch.float32, quant_type="nf4")
+            made = bitsandbytes.nn.Linear4bit(
+                module.in_features, module.out_features, bias=module.bias is not None, compute_dtype=torch.float32, quant_type="nf4"
+            )
             made.load_state_dict(module.state_dict())
             model.set_submodule(name, made.to("cpu"))
     model.requires_grad_(False)
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear"))
-    with pytest.raises(ValueError, match="layers.0 cannot be streamed.*a Linear4bit, keeps its weights quantised: longtrain.nn.freeze_linears"):
+    with pytest.raises(
+        ValueError, match="layers.0 cannot be streamed.*a Linear4bit, keeps its weights quantised: longtrain.nn.freeze_linears"
+    ):
         lt.apply(model, PLAN)
 
 

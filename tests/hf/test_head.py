@@ -1,4 +1,5 @@
-"""Logits that are a promise: the streamed loss and its gradients against full logits, and the logits themselves when somebody reads them."""
+"""Logits that are a promise: the streamed loss and its gradients against full logits, and the logits themselves when somebody reads
+them."""
 
 from functools import partial
 
@@ -67,8 +68,12 @@ def test_few_logits_are_computed_at_once():
 
 
 STEPS = {
-    "scale": lambda z: z * 0.5, "number first": lambda z: 0.5 * z, "softcap": lambda z: torch.tanh(z / 3.0) * 3.0,
-    "scale and softcap": lambda z: ((z * 2.0) / 3.0).tanh() * 3.0, "widened": lambda z: z.float() / 2, "to": lambda z: z.to(torch.float64).contiguous(),
+    "scale": lambda z: z * 0.5,
+    "number first": lambda z: 0.5 * z,
+    "softcap": lambda z: torch.tanh(z / 3.0) * 3.0,
+    "scale and softcap": lambda z: ((z * 2.0) / 3.0).tanh() * 3.0,
+    "widened": lambda z: z.float() / 2,
+    "to": lambda z: z.to(torch.float64).contiguous(),
 }
 
 
@@ -86,7 +91,9 @@ def test_steps_on_logits_are_noted_and_repeated(name):
     assert torch.allclose(logits, expected.float(), atol=1e-6)
 
 
-@pytest.mark.parametrize("step", [lambda z: z + 1, lambda z: z * torch.ones(9), lambda z: z.tanh().tanh(), lambda z: 1 / z, lambda z: z.tanh() * -1.0])
+@pytest.mark.parametrize(
+    "step", [lambda z: z + 1, lambda z: z * torch.ones(9), lambda z: z.tanh().tanh(), lambda z: 1 / z, lambda z: z.tanh() * -1.0]
+)
 def test_other_steps_compute_the_logits(step):
     head = nn.Linear(4, 9, bias=False)
     hidden = torch.randn(2, 7, 4)

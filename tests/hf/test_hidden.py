@@ -8,8 +8,8 @@ import torch
 
 import longtrain as lt
 from longtrain.hf.promise import LazyHidden
-from tests.hf.test_families import UPCASTS
 from tests.held import Alive
+from tests.hf.test_families import UPCASTS
 
 PLAN = lt.Plan(chunk_tokens=8, loss_chunk_tokens=8)
 TOKENS, WIDTH = 96, 32
@@ -32,9 +32,17 @@ class Whole(Alive):
         return out
 
 
-@pytest.mark.parametrize("family, changes", [
-    ("llama", {}), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("gemma2", {}), ("cohere", {}), ("gpt2", dict(n_positions=TOKENS)), ("mixtral", {}))),
-], ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    "family, changes",
+    [
+        ("llama", {}),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("gemma2", {}), ("cohere", {}), ("gpt2", dict(n_positions=TOKENS)), ("mixtral", {}))
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
 @pytest.mark.parametrize("how", ["loss", "logprobs"])
 def test_hidden_states_are_never_whole_between_the_embedding_and_its_gradient(family, changes, how):
     """cohere scales its logits, gemma2 caps them, gpt2 reshapes its hidden states to what they are."""

@@ -31,7 +31,10 @@ def test_they_are_those_of_full_logits(family, batch):
     for a, b in zip(found, expected, strict=True):
         assert (a[:, 0] == 0).all() and (a[:, 1:] - b).norm() <= UPCASTS * b.norm()
     grads = torch.autograd.grad(found[0].sin().sum() + found[1].square().sum(), list(model.parameters()))
-    assert hf_families.difference(dict(enumerate(grads)) | {"loss": torch.ones(1)}, dict(enumerate(wanted)) | {"loss": torch.ones(1)}) <= UPCASTS
+    assert (
+        hf_families.difference(dict(enumerate(grads)) | {"loss": torch.ones(1)}, dict(enumerate(wanted)) | {"loss": torch.ones(1)})
+        <= UPCASTS
+    )
 
 
 def test_a_model_that_was_not_applied_is_refused_beyond_a_chunk():

@@ -20,8 +20,15 @@ TOKENS = 23
 
 
 def both(mask_function=causal_mask_function, *, batch=2, queries=TOKENS, keys=TOKENS, q_offset=0, kv_offset=0, attention_mask=None):
-    arguments = dict(batch_size=batch, q_length=queries, kv_length=keys, q_offset=q_offset, kv_offset=kv_offset, mask_function=mask_function,
-                     attention_mask=attention_mask)
+    arguments = dict(
+        batch_size=batch,
+        q_length=queries,
+        kv_length=keys,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+    )
     return longtrain_mask(**arguments), sdpa_mask(**arguments, allow_is_causal_skip=False)
 
 

@@ -72,7 +72,11 @@ def test_what_they_cannot_take_is_refused():
     with pytest.raises(ValueError, match="gives out tuple|cannot run by chunks"):
         lt.nn.by_chunks(layers_of(hf_families.build("mixtral"))[0].self_attn, 8)
     layer = layers_of(hf_families.build("llama"))[0]
-    attention, x, positions = lt.nn.hf_attention(layer.self_attn), torch.randn(1, 5, 32, dtype=torch.float64), torch.ones(2, 1, 5, 8).double()
+    attention, x, positions = (
+        lt.nn.hf_attention(layer.self_attn),
+        torch.randn(1, 5, 32, dtype=torch.float64),
+        torch.ones(2, 1, 5, 8).double(),
+    )
     for mask in (torch.eye(5, dtype=torch.bool).flip(0), torch.randn(5, 5), torch.ones(5, 5).tril().bool().expand(2, 5, 5)):
         with pytest.raises(ValueError, match="mask tensor of shape.*cannot be honoured|padding inside"):
             attention(x, positions, mask.view(1, -1, 5, 5))

@@ -34,8 +34,20 @@ def losses(trainer):
 
 
 def settings(tmp_path, **changes):
-    return dict(output_dir=str(tmp_path), per_device_train_batch_size=2, logging_steps=1, report_to=[], save_strategy="no", use_cpu=True, bf16=False,
-                disable_tqdm=True, learning_rate=1e-2, adam_epsilon=1e-3, gradient_checkpointing=False, **changes)
+    return dict(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=2,
+        logging_steps=1,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        bf16=False,
+        disable_tqdm=True,
+        learning_rate=1e-2,
+        adam_epsilon=1e-3,
+        gradient_checkpointing=False,
+        **changes,
+    )
 
 
 def model(applied, family="llama", **changes):
@@ -126,7 +138,11 @@ def test_dpo_of_trl(tmp_path):
     def run(applied):
         arguments = trl.DPOConfig(**settings(tmp_path, max_steps=20, max_length=48))
         reference = model(applied)[0]
-        return losses(trl.DPOTrainer(model(applied)[0], reference, arguments, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer()))
+        return losses(
+            trl.DPOTrainer(
+                model(applied)[0], reference, arguments, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer()
+            )
+        )
 
     assert_same(run(True), run(False), 20)
 
@@ -144,7 +160,9 @@ def test_grpo_of_trl(tmp_path):
         policy = hf_families.build("llama").float()
         policy.save_pretrained(tmp_path / "reference")  # the trainer loads its reference from where the policy came from
         policy.config._name_or_path = str(tmp_path / "reference")
-        arguments = trl.GRPOConfig(**settings(tmp_path, max_steps=20, num_generations=2, max_completion_length=12, beta=0.05, temperature=0.9))
+        arguments = trl.GRPOConfig(
+            **settings(tmp_path, max_steps=20, num_generations=2, max_completion_length=12, beta=0.05, temperature=0.9)
+        )
         trainer = trl.GRPOTrainer(policy, reward, arguments, train_dataset=data, processing_class=tokenizer())
         if applied:
             lt.apply(policy, PLAN), lt.apply(trainer.ref_model, PLAN)

@@ -34,8 +34,8 @@ class FullLogits:
 
 
 def policy(seed=0):
-    """Weights of ordinary size: log-probabilities near those of chance. Completions are short, since a float32 sum of n of them is rounded to
-    n times 4e-7, and a preference is a difference of four such sums."""
+    """Weights of ordinary size: log-probabilities near those of chance. Completions are short, since a float32 sum of n of them is rounded
+    to n times 4e-7, and a preference is a difference of four such sums."""
     model = hf_families.build("llama").float()
     torch.manual_seed(seed)
     with torch.no_grad():
@@ -52,7 +52,9 @@ def outcome(model, loss):
 
 def rows(*fields):
     generator = torch.Generator().manual_seed(0)
-    return datasets.Dataset.from_list([{field: ("" if field == "prompt" else " ") + text(generator, 4, 10) for field in fields} for _ in range(4)])
+    return datasets.Dataset.from_list(
+        [{field: ("" if field == "prompt" else " ") + text(generator, 4, 10) for field in fields} for _ in range(4)]
+    )
 
 
 def first_batch(trainer):
@@ -69,7 +71,10 @@ def compare(found, expected):
 def test_sft(tmp_path, items):
     model = policy()
     trainer = trl.SFTTrainer(
-        policy(), trl.SFTConfig(**settings(tmp_path, max_steps=1, max_length=48)), train_dataset=rows("prompt", "completion"), processing_class=tokenizer()
+        policy(),
+        trl.SFTConfig(**settings(tmp_path, max_steps=1, max_length=48)),
+        train_dataset=rows("prompt", "completion"),
+        processing_class=tokenizer(),
     )
     batch = first_batch(trainer)
     assert bool((batch["labels"] == -100).any())
@@ -83,7 +88,9 @@ def test_sft(tmp_path, items):
 def test_dpo(tmp_path):
     model, reference = policy(), policy(1)
     arguments = trl.DPOConfig(**settings(tmp_path, max_steps=1, max_length=48), beta=0.3)
-    trainer = trl.DPOTrainer(policy(), policy(1), arguments, train_dataset=rows("prompt", "chosen", "rejected"), processing_class=tokenizer())
+    trainer = trl.DPOTrainer(
+        policy(), policy(1), arguments, train_dataset=rows("prompt", "chosen", "rejected"), processing_class=tokenizer()
+    )
     batch = first_batch(trainer)
     trainer.ref_model = FullLogits(reference)
     expected = outcome(model, trainer.compute_loss(FullLogits(model), dict(batch)))
@@ -108,7 +115,13 @@ def test_grpo(tmp_path, loss_type, unbiased_kl):
     trained = policy()
     trained.save_pretrained(tmp_path / "reference")
     trained.config._name_or_path = str(tmp_path / "reference")
-    trainer = trl.GRPOTrainer(trained, lambda completions, **unused: [0.0] * len(completions), arguments, train_dataset=rows("prompt"), processing_class=tokenizer())
+    trainer = trl.GRPOTrainer(
+        trained,
+        lambda completions, **unused: [0.0] * len(completions),
+        arguments,
+        train_dataset=rows("prompt"),
+        processing_class=tokenizer(),
+    )
     trainer.current_gradient_accumulation_steps = 1
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(3, hf_families.VOCAB, (4, PROMPT + COMPLETION), generator=generator)
@@ -125,6 +138,14 @@ def test_grpo(tmp_path, loss_type, unbiased_kl):
     found, _ = lt.token_logprobs(model, ids, attention_mask=mask, temperature=0.9)
     normalizer = None if loss_type == "bnpo" else 50.0 / arguments.steps_per_generation
     loss = grpo_loss(
-        found[:, PROMPT:], old, advantages, completion, clip=(0.2, 0.3), ref_logp_BT=ref, kl_coef=0.05, unbiased_kl=unbiased_kl, normalizer=normalizer
+        found[:, PROMPT:],
+        old,
+        advantages,
+        completion,
+        clip=(0.2, 0.3),
+        ref_logp_BT=ref,
+        kl_coef=0.05,
+        unbiased_kl=unbiased_kl,
+        normalizer=normalizer,
     )
     compare(outcome(model, loss), expected)

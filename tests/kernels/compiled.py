@@ -12,7 +12,6 @@ from triton.compiler.compiler import make_backend
 from triton.runtime.jit import native_specialize_impl
 
 
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compiled:
     ptx: str

@@ -6,12 +6,12 @@ TRITON_INTERPRET when a kernel is defined.
 
 
 import torch
-from tests.kernels.interpreter import run
-from tests.ops.attention_cases import assert_close, drawn_case, forward_backward
 
 from longtrain.kernels.attention_configs import Tiles
 from longtrain.ops.attention import attention, attention_backward, triton
 from longtrain.ops.attention.interface import checked_call
+from tests.kernels.interpreter import run
+from tests.ops.attention_cases import assert_close, drawn_case, forward_backward
 
 # Several tiles in small cases; through pointers and through tensor descriptors.
 TILES = (Tiles(32, 32, 4, 1), Tiles(16, 64, 4, 1), Tiles(64, 32, 4, 1, True), Tiles(32, 64, 4, 1, True))

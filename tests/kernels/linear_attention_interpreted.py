@@ -8,11 +8,11 @@ import random
 from functools import partial
 
 import torch
+
+from longtrain.ops.linear_attention import chunked, explain, linear_attention_backward
 from tests.kernels.interpreter import run
 from tests.ops.linear_attention_cases import F64, KINDS, output_and_grads
 from tests.ops.linear_attention_cases import make as make_call
-
-from longtrain.ops.linear_attention import chunked, explain, linear_attention_backward
 
 FLOAT, HALF = torch.float32, torch.float16
 make = partial(make_call, B=1, T=70, H=1, D=16, V=16, dtype=FLOAT, strength=0.3)
@@ -21,12 +21,15 @@ make = partial(make_call, B=1, T=70, H=1, D=16, V=16, dtype=FLOAT, strength=0.3)
 def errors(ours, exact):
     scale = max(float(x.norm()) for x in exact.values())
     # what is 0 by mathematics (the decay of one token) is noise, held to the whole
-    return {n: float((ours[n].double() - exact[n]).norm()) / (float(exact[n].norm()) if exact[n].norm() > 1e-7 * scale else scale) for n in exact}
+    return {
+        n: float((ours[n].double() - exact[n]).norm()) / (float(exact[n].norm()) if exact[n].norm() > 1e-7 * scale else scale)
+        for n in exact
+    }
 
 
 def check(data, **options):
-    """No further from float64 than twice the recurrence on the same numbers in float32 (or 16 roundings, where that happens to be exact), and
-    what is returned in 16 bits rounded once more."""
+    """No further from float64 than twice the recurrence on the same numbers in float32 (or 16 roundings, where that happens to be exact),
+    and what is returned in 16 bits rounded once more."""
     explained = dict(data) | {n: x for n, x in options.items() if n != "chunk_size"}
     assert explain(**explained)["triton"] is None, explain(**explained)
     exact = output_and_grads({n: x.double() for n, x in data.items()}, **options, backend="reference")
@@ -110,7 +113,11 @@ def strides_do_not_matter():
 
 
 def what_is_refused():
-    for change, why in ((dict(dtype=F64), "no float64"), (dict(D=130), "130 key features are above 128"), (dict(dtype=torch.bfloat16), "wrongly")):
+    for change, why in (
+        (dict(dtype=F64), "no float64"),
+        (dict(D=130), "130 key features are above 128"),
+        (dict(dtype=torch.bfloat16), "wrongly"),
+    ):
         assert why in explain(**make(T=3, **change))["triton"]
 
 

@@ -7,11 +7,11 @@ reads TRITON_INTERPRET when a kernel is defined.
 from dataclasses import replace
 
 import torch
-from tests.kernels.interpreter import run
-from tests.ops.long_conv_cases import Case, directly, draw, error, found, widened
 
 from longtrain.ops.long_conv import explain, fft, long_conv, long_conv_backward, triton
 from longtrain.ops.long_conv.call import Wanted
+from tests.kernels.interpreter import run
+from tests.ops.long_conv_cases import Case, directly, draw, error, found, widened
 
 HALF, FLOAT = torch.float16, torch.float32
 # A result is rounded some 15 times on its way: rows, matrices, what they make, spectrum, result. Roundings are independent and each is
@@ -89,7 +89,11 @@ def groups_cut_inside_a_head() -> None:
     case = replace(ALL, E=20, H=2, T=40, W=50, edges=(0, 40))
     call, dy, wanted = case.call()
     least, workspace, triton.LEAST, triton.WORKSPACE = triton.LEAST, triton.WORKSPACE, 7, 1
-    assert [(g.channels.start, g.filters.start, g.filters.stop, g.shift) for g in triton._groups(call)] == [(0, 0, 1, 0), (7, 0, 2, 7), (14, 1, 2, 4)]
+    assert [(g.channels.start, g.filters.start, g.filters.stop, g.shift) for g in triton._groups(call)] == [
+        (0, 0, 1, 0),
+        (7, 0, 2, 7),
+        (14, 1, 2, 4),
+    ]
     check(case)
     triton.LEAST, triton.WORKSPACE = least, workspace
 
@@ -137,8 +141,15 @@ def what_is_refused() -> None:
     for dtype, why in ((torch.float64, "no float64"), (torch.bfloat16, "interpreter computes bfloat16 wrongly")):
         assert why in triton.refuse(replace(PLAIN, dtype=dtype).call()[0])
     long = torch.empty(1, 5_000_000, 1, device="meta")
-    call = triton.Call(u_BTE=long, k_HW=torch.empty(1, 5_000_000, device="meta"), skip_E=None, gate_in_BTE=None, gate_out_BTE=None, causal=True,
-                       edges=(0, 5_000_000))
+    call = triton.Call(
+        u_BTE=long,
+        k_HW=torch.empty(1, 5_000_000, device="meta"),
+        skip_E=None,
+        gate_in_BTE=None,
+        gate_out_BTE=None,
+        causal=True,
+        edges=(0, 5_000_000),
+    )
     assert triton.works(call) is None and triton.works(replace(call, k_HW=torch.empty(1, 5000, device="meta"))) is not None
 
 

@@ -4,11 +4,10 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="triton is not installed: pip install longtrain[gpu]")
-from tests.kernels.compiled import compiled
-
 from longtrain.kernels.attention_configs import candidates
 from longtrain.ops.attention import triton
 from longtrain.ops.attention.interface import checked_call
+from tests.kernels.compiled import compiled
 
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 KERNELS = ("forward", "dk_dv", "dq")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from tests.kernels.interpreter import interpreted
 from tests.ops.attention_cases import OPTIONS, drawn_case, drawn_options
 

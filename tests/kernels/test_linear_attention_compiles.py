@@ -8,10 +8,9 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="triton is not installed: pip install longtrain[gpu]")
-from tests.kernels.compiled import compiled
-
 from longtrain.ops.linear_attention import triton
 from longtrain.ops.linear_attention.call import checked
+from tests.kernels.compiled import compiled
 
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
@@ -31,7 +30,9 @@ def launches(D: int, V: int, dtype: torch.dtype, features: int, delta: bool) -> 
 
 def check(launch, capability: int) -> None:
     found, what = compiled(launch, capability), {n: x for n, x in launch.arguments.items() if n.isupper()}
-    print(f"sm_{capability} {launch.kernel.__name__} {what}: {found.registers} registers, {found.shared} bytes shared, {found.spilled} spilled")
+    print(
+        f"sm_{capability} {launch.kernel.__name__} {what}: {found.registers} registers, {found.shared} bytes shared, {found.spilled} spilled"
+    )
     assert found.shared <= SHARED[capability], (launch.kernel.__name__, found.shared)
     narrow, by_feature = launch.arguments["k"].dtype != torch.float32, launch.arguments["FEATURES"] == 2
     if launch.arguments["DIM"] <= 64 and narrow and (by_feature or launch.arguments.get("beta") is None):

@@ -5,10 +5,8 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="triton is not installed: pip install longtrain[gpu]")
-from tests.kernels.interpreter import interpreted
-
 from longtrain.ops.linear_attention import linear_attention
-
+from tests.kernels.interpreter import interpreted
 
 
 def test_the_kernels_in_the_interpreter():
@@ -19,7 +17,10 @@ def test_the_kernels_in_the_interpreter():
 def test_more_of_the_kernels_in_the_interpreter():
     interpreted(
         "linear_attention_interpreted",
-        "every_decay_with_and_without_the_delta_rule", "strong_decays_lose_nothing_that_is_near", "pieces_change_nothing", "strides_do_not_matter",
+        "every_decay_with_and_without_the_delta_rule",
+        "strong_decays_lose_nothing_that_is_near",
+        "pieces_change_nothing",
+        "strides_do_not_matter",
     )
 
 

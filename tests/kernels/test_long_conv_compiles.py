@@ -1,13 +1,13 @@
-"""Long convolutions by Triton kernels without a GPU: every kernel compiles to a cubin, fits, spills nothing, and multiplies on tensor cores."""
+"""Long convolutions by Triton kernels without a GPU: every kernel compiles to a cubin, fits, spills nothing, and multiplies on tensor
+cores."""
 
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="triton is not installed: pip install longtrain[gpu]")
-from tests.kernels.compiled import compiled
-
 from longtrain.ops.long_conv import triton
 from longtrain.ops.long_conv.call import Call, Gradients
+from tests.kernels.compiled import compiled
 
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 PRODUCTS = ("monarch_spectrum", "monarch_convolve", "monarch_correlate", "monarch_outer")
@@ -18,8 +18,15 @@ def call(T: int, dtype: torch.dtype, *, causal: bool = True, gated: bool = True,
         return torch.empty(shape, dtype=dtype, device="meta")
 
     gates = [empty(1, T, 64) if gated else None for _ in range(2)]
-    return Call(u_BTE=empty(1, T, 64), k_HW=empty(64, W or T, dtype=torch.float32), skip_E=empty(64, dtype=torch.float32) if gated else None,
-                gate_in_BTE=gates[0], gate_out_BTE=gates[1], causal=causal, edges=(0, T))
+    return Call(
+        u_BTE=empty(1, T, 64),
+        k_HW=empty(64, W or T, dtype=torch.float32),
+        skip_E=empty(64, dtype=torch.float32) if gated else None,
+        gate_in_BTE=gates[0],
+        gate_out_BTE=gates[1],
+        causal=causal,
+        edges=(0, T),
+    )
 
 
 def launches(call: Call) -> dict[tuple, triton.Launch]:
@@ -54,8 +61,13 @@ def test_a_fused_forward_of_16k_in_bf16_compiles_for_sm_90():
 
 
 CALLS = {
-    "order 2": (32768, {}), "order 2, small": (256, {}), "order 2, two-sided": (16384, {"causal": False}), "order 2, 64 columns": (4096, {}),
-    "order 3": (1 << 22, {"gated": False}), "order 3, two-sided": (50000, {"causal": False}), "pieces": (1 << 20, {"W": 128, "gated": False}),
+    "order 2": (32768, {}),
+    "order 2, small": (256, {}),
+    "order 2, two-sided": (16384, {"causal": False}),
+    "order 2, 64 columns": (4096, {}),
+    "order 3": (1 << 22, {"gated": False}),
+    "order 3, two-sided": (50000, {"causal": False}),
+    "pieces": (1 << 20, {"W": 128, "gated": False}),
 }
 
 

@@ -1,13 +1,12 @@
-"""Long convolutions by Triton kernels without a GPU: what they compute, in Triton's interpreter (`long_conv_interpreted.py`), is convolution."""
+"""Long convolutions by Triton kernels without a GPU: what they compute, in Triton's interpreter (`long_conv_interpreted.py`), is
+convolution."""
 
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="triton is not installed: pip install longtrain[gpu]")
-from tests.kernels.interpreter import interpreted
-
 from longtrain.ops.long_conv import explain, long_conv
-
+from tests.kernels.interpreter import interpreted
 
 
 def test_the_kernels_in_the_interpreter():
@@ -16,7 +15,14 @@ def test_the_kernels_in_the_interpreter():
 
 @pytest.mark.slow
 def test_more_of_the_kernels_in_the_interpreter():
-    interpreted("long_conv_interpreted", "one_token", "gates_skip_heads_and_documents", "nan_stays_in_its_row", "groups_cut_inside_a_head", "only_what_is_wanted")
+    interpreted(
+        "long_conv_interpreted",
+        "one_token",
+        "gates_skip_heads_and_documents",
+        "nan_stays_in_its_row",
+        "groups_cut_inside_a_head",
+        "only_what_is_wanted",
+    )
 
 
 @pytest.mark.slow

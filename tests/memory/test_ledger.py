@@ -132,7 +132,9 @@ def qwen3() -> nn.Module:
     return transformers.AutoModelForCausalLM.from_config(config)
 
 
-@pytest.mark.parametrize("kind", ["whole", "window", "window, keys and values again", "two layers a segment", "few tokens of transformers: ordinary logits"])
+@pytest.mark.parametrize(
+    "kind", ["whole", "window", "window, keys and values again", "two layers a segment", "few tokens of transformers: ordinary logits"]
+)
 def test_the_peak_is_as_predicted(kind, allocators, tmp_path):
     model = qwen3() if "transformers" in kind else language_model(window=(512,) if "window" in kind else None)
     plan = lt.Plan(chunk_tokens=256, store_kv=0.0 if "again" in kind else 1.0, segment_layers=2 if "segment" in kind else 1)

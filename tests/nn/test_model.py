@@ -31,7 +31,11 @@ def test_safetensors_round_trip(tmp_path, tied):
 
 def test_a_checkpoint_of_another_shape_is_refused(tmp_path):
     LanguageModel(ModelConfig(**SHAPE)).save_safetensors(tmp_path / "m.safetensors")
-    for changes, message in [(dict(num_layers=3), "missing"), (dict(num_layers=1), "not in the model"), (dict(vocab_size=51), "wrong shape")]:
+    for changes, message in [
+        (dict(num_layers=3), "missing"),
+        (dict(num_layers=1), "not in the model"),
+        (dict(vocab_size=51), "wrong shape"),
+    ]:
         with pytest.raises(ValueError, match=message):
             LanguageModel(ModelConfig(**{**SHAPE, **changes})).load_safetensors(tmp_path / "m.safetensors")
 

@@ -33,7 +33,11 @@ def outcome(module, call, *inputs):
     module.zero_grad()
     y = call(module, *leaves)
     (y * torch.sin(torch.arange(y.numel()).view(y.shape))).sum().backward()
-    return {"output": y.detach(), **{f"input {i}": x.grad for i, x in enumerate(leaves)}, **{n: p.grad for n, p in module.named_parameters()}}
+    return {
+        "output": y.detach(),
+        **{f"input {i}": x.grad for i, x in enumerate(leaves)},
+        **{n: p.grad for n, p in module.named_parameters()},
+    }
 
 
 def assert_same(theirs, ours, *inputs, call=lambda module, *x: module(*x), own_call=None):
@@ -55,11 +59,18 @@ def padded(*lengths, left=False):
 
 
 CALLS = {
-    "everything": dict(), "one token": dict(tokens=1), "bool mask": dict(attn_mask=causal(9, 9)), "float mask": dict(attn_mask=minus_infinity(causal(9, 9))),
+    "everything": dict(),
+    "one token": dict(tokens=1),
+    "bool mask": dict(attn_mask=causal(9, 9)),
+    "float mask": dict(attn_mask=minus_infinity(causal(9, 9))),
     "lowest number": dict(attn_mask=torch.zeros(9, 9).masked_fill(causal(9, 9), torch.finfo(torch.float32).min)),
-    "mask and hint": dict(attn_mask=causal(9, 9), is_causal=True), "window": dict(attn_mask=band(9, 9, 2, 0)), "two-sided window": dict(attn_mask=band(9, 9, 2, 3)),
-    "a mask for every head": dict(attn_mask=causal(9, 9).expand(8, 9, 9)), "padding": dict(key_padding_mask=padded(9, 5)),
-    "left padding": dict(key_padding_mask=padded(9, 5, left=True)), "float padding": dict(key_padding_mask=minus_infinity(padded(9, 5))),
+    "mask and hint": dict(attn_mask=causal(9, 9), is_causal=True),
+    "window": dict(attn_mask=band(9, 9, 2, 0)),
+    "two-sided window": dict(attn_mask=band(9, 9, 2, 3)),
+    "a mask for every head": dict(attn_mask=causal(9, 9).expand(8, 9, 9)),
+    "padding": dict(key_padding_mask=padded(9, 5)),
+    "left padding": dict(key_padding_mask=padded(9, 5, left=True)),
+    "float padding": dict(key_padding_mask=minus_infinity(padded(9, 5))),
     "padding and mask": dict(key_padding_mask=padded(9, 5), attn_mask=causal(9, 9)),
 }
 
@@ -113,19 +124,27 @@ def test_attention_dropout_keeps_the_mean_and_follows_the_seed():
 HOLES = torch.tensor([[False, True, False]])
 
 
-@pytest.mark.parametrize("changes, options, message", [
-    (dict(add_bias_kv=True), {}, "add_bias_kv=True cannot be honoured"),
-    ({}, dict(need_weights=True), "never formed; leave need_weights off"),
-    ({}, dict(key_padding_mask=HOLES), "row 0 has padding inside"),
-    ({}, dict(attn_mask=torch.eye(3)), "finite biases"),
-    ({}, dict(attn_mask=torch.eye(3, dtype=torch.bool)), "no band next to the diagonal .query 0 sees 2 keys from 1 to 2"),
-    ({}, dict(attn_mask=torch.ones(3, 3, dtype=torch.bool)), "no band next to the diagonal .query 0 sees 0 keys"),
-    ({}, dict(attn_mask=torch.tensor([[0, 1, 1], [0, 0, 1], [0, 1, 0]]).bool()), "no band next to the diagonal .query 2 sees 2 keys from 0 to 2"),
-    ({}, dict(attn_mask=torch.tensor([[1, 1, 1], [0, 1, 1], [0, 0, 1]]).bool()), "no band next to the diagonal"),
-    ({}, dict(attn_mask=causal(3, 3).mT, is_causal=True), "shows keys after the query|no band"),
-    ({}, dict(attn_mask=causal(4, 4)), r"must be \[T, S\] = \[3, 3\]"),
-    ({}, dict(attn_mask=torch.stack([causal(3, 3), torch.zeros(3, 3, dtype=torch.bool)])), "differs between rows or heads"),
-], ids=str)
+@pytest.mark.parametrize(
+    "changes, options, message",
+    [
+        (dict(add_bias_kv=True), {}, "add_bias_kv=True cannot be honoured"),
+        ({}, dict(need_weights=True), "never formed; leave need_weights off"),
+        ({}, dict(key_padding_mask=HOLES), "row 0 has padding inside"),
+        ({}, dict(attn_mask=torch.eye(3)), "finite biases"),
+        ({}, dict(attn_mask=torch.eye(3, dtype=torch.bool)), "no band next to the diagonal .query 0 sees 2 keys from 1 to 2"),
+        ({}, dict(attn_mask=torch.ones(3, 3, dtype=torch.bool)), "no band next to the diagonal .query 0 sees 0 keys"),
+        (
+            {},
+            dict(attn_mask=torch.tensor([[0, 1, 1], [0, 0, 1], [0, 1, 0]]).bool()),
+            "no band next to the diagonal .query 2 sees 2 keys from 0 to 2",
+        ),
+        ({}, dict(attn_mask=torch.tensor([[1, 1, 1], [0, 1, 1], [0, 0, 1]]).bool()), "no band next to the diagonal"),
+        ({}, dict(attn_mask=causal(3, 3).mT, is_causal=True), "shows keys after the query|no band"),
+        ({}, dict(attn_mask=causal(4, 4)), r"must be \[T, S\] = \[3, 3\]"),
+        ({}, dict(attn_mask=torch.stack([causal(3, 3), torch.zeros(3, 3, dtype=torch.bool)])), "differs between rows or heads"),
+    ],
+    ids=str,
+)
 def test_what_attention_cannot_honour_is_refused(changes, options, message):
     ours = lt.nn.MultiheadAttention(8, 2, batch_first=True, **changes)
     x = torch.randn(1, 3, 8)
@@ -160,12 +179,18 @@ def test_a_decoder_of_such_layers(style):
     ours.load_state_dict(theirs.state_dict())
     shape = (lambda b, t: (b, t, 16)) if style.get("batch_first") else (lambda b, t: (t, b, 16))
     inputs = torch.randn(shape(2, 9)), torch.randn(shape(2, 5))
-    for options in (dict(), dict(tgt_mask=causal(9, 9), memory_key_padding_mask=padded(5, 3)), dict(tgt_mask=causal(9, 9), tgt_is_causal=True)):
+    for options in (
+        dict(),
+        dict(tgt_mask=causal(9, 9), memory_key_padding_mask=padded(5, 3)),
+        dict(tgt_mask=causal(9, 9), tgt_is_causal=True),
+    ):
         assert_same(theirs, ours, *inputs, call=lambda m, x, memory: m(x, memory, **options))
 
 
 @pytest.mark.parametrize("mask", [None, causal(23, 23), band(23, 23, 4, 0)], ids=["two-sided", "causal", "window"])
-@pytest.mark.parametrize("plan", [lt.Plan(chunk_tokens=8), lt.Plan(chunk_tokens=5, store_outputs=0.0, boundaries="tensor")], ids=["stream", "tensor"])
+@pytest.mark.parametrize(
+    "plan", [lt.Plan(chunk_tokens=8), lt.Plan(chunk_tokens=5, store_outputs=0.0, boundaries="tensor")], ids=["stream", "tensor"]
+)
 def test_streamed_stacks(mask, plan):
     """lt.apply on torch's encoder and decoder, made of these layers."""
     for stack, inputs in (("Encoder", (torch.randn(2, 23, 16),)), ("Decoder", (torch.randn(2, 23, 16), torch.randn(2, 5, 16)))):
@@ -218,10 +243,19 @@ def test_dropout_of_a_streamed_two_sided_layer_is_the_same_in_both_passes(traini
 
 
 CONVOLUTIONS = [
-    dict(kernel_size=1), dict(kernel_size=4), dict(kernel_size=5, padding=4), dict(kernel_size=5, padding=7), dict(kernel_size=23, padding=22),
-    dict(kernel_size=6, padding="same"), dict(kernel_size=5, padding="valid", bias=False), dict(kernel_size=4, dilation=3, padding=9),
-    dict(kernel_size=5, stride=3, padding=2), dict(kernel_size=5, padding=3, padding_mode="reflect"), dict(kernel_size=5, padding=3, padding_mode="circular"),
-    dict(kernel_size=4, padding="same", padding_mode="replicate"), dict(kernel_size=3, out_channels=12, padding=1),
+    dict(kernel_size=1),
+    dict(kernel_size=4),
+    dict(kernel_size=5, padding=4),
+    dict(kernel_size=5, padding=7),
+    dict(kernel_size=23, padding=22),
+    dict(kernel_size=6, padding="same"),
+    dict(kernel_size=5, padding="valid", bias=False),
+    dict(kernel_size=4, dilation=3, padding=9),
+    dict(kernel_size=5, stride=3, padding=2),
+    dict(kernel_size=5, padding=3, padding_mode="reflect"),
+    dict(kernel_size=5, padding=3, padding_mode="circular"),
+    dict(kernel_size=4, padding="same", padding_mode="replicate"),
+    dict(kernel_size=3, out_channels=12, padding=1),
 ]
 
 
@@ -250,7 +284,9 @@ def test_rms_norm(options):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("options", [dict(), dict(bias=False), dict(label_smoothing=0.2), dict(weighted=True), dict(ignore_index=5)], ids=str)
+@pytest.mark.parametrize(
+    "options", [dict(), dict(bias=False), dict(label_smoothing=0.2), dict(weighted=True), dict(ignore_index=5)], ids=str
+)
 def test_linear_and_cross_entropy(reduction, options):
     options = dict(options)
     weights = torch.rand(9) if options.pop("weighted", False) else None

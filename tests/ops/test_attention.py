@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from tests.ops.attention_cases import IMPOSSIBLE, OPTIONS, PAIRS, assert_close, drawn_case, drawn_options, forward_backward
 
 from longtrain._extension import MISSING
 from longtrain.ops.attention import attention, attention_backward, explain, merge_attention
+from tests.ops.attention_cases import IMPOSSIBLE, OPTIONS, PAIRS, assert_close, drawn_case, drawn_options, forward_backward
 
 needs_extension = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 BACKENDS = [pytest.param("cpp", marks=needs_extension), "tiled"]

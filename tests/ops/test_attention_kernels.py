@@ -5,11 +5,11 @@ import sys
 
 import pytest
 import torch
-from tests.ops.attention_cases import assert_close, drawn_case, forward_backward
 
 from longtrain._extension import MISSING
 from longtrain.ops.attention import attention, attention_backward, cpp
 from longtrain.ops.attention.interface import checked_call
+from tests.ops.attention_cases import assert_close, drawn_case, forward_backward
 
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 
@@ -142,9 +142,14 @@ def test_workspace_is_bounded():
 
 
 @pytest.mark.parametrize("queries,keys", [(384, 384), (385, 600), (800, 800), (577, 100)])
-@pytest.mark.parametrize("options", [{}, {"window_size": (150, 0), "sink_tokens": 2}, {"causal": False, "window_size": (30, 200)}, {"q_offset": -250}])
+@pytest.mark.parametrize(
+    "options", [{}, {"window_size": (150, 0), "sink_tokens": 2}, {"causal": False, "window_size": (30, 200)}, {"q_offset": -250}]
+)
 def test_tasks_of_several_query_tiles_equal_the_reference(queries, keys, options):
-    x = {name: torch.randn(1, n, h, 8, dtype=torch.float64) for name, n, h in (("q", queries, 2), ("k", keys, 1), ("v", keys, 1), ("dout", queries, 2))}
+    x = {
+        name: torch.randn(1, n, h, 8, dtype=torch.float64)
+        for name, n, h in (("q", queries, 2), ("k", keys, 1), ("v", keys, 1), ("dout", queries, 2))
+    }
     x |= {"sink_logits": None, "dlse": None}
     options = {"causal": True, **options}
     assert_close(forward_backward(x, options, "cpp"), forward_backward(x, options, "reference"), 1e-12)

@@ -9,11 +9,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.ops.attention_cases import assert_close, drawn_case, drawn_options
 
 from longtrain.ops.attention import attention, cudnn, explain, flash, flash_attn, pieces, reference, select
 from longtrain.ops.attention.interface import checked_call
 from longtrain.ops.attention.pieces import CAUSAL, FULL, Library, Piece
+from tests.ops.attention_cases import assert_close, drawn_case, drawn_options
 
 UNSERVED = {"softcap", "dropout", "sink_tokens", "block_stride", "lse_gradient"}
 
@@ -138,7 +138,9 @@ def test_packed_documents_are_one_call_unless_one_is_not_aligned():
 
 def test_documents_whose_queries_are_not_the_last_are_not_packed():
     options = {"cu_seqlens_q": torch.tensor([0, 30, 60]), "q_offset": -5}
-    x = {name: torch.randn(1, 60, h, 8, dtype=torch.float64) for name, h in (("q", 2), ("k", 1), ("v", 1), ("dout", 2))} | {"sink_logits": None}
+    x = {name: torch.randn(1, 60, h, 8, dtype=torch.float64) for name, h in (("q", 2), ("k", 1), ("v", 1), ("dout", 2))} | {
+        "sink_logits": None
+    }
     call = checked_call(x["q"], x["k"], x["v"], causal=True, **options)
     assert all(piece.cu_q is None for piece in pieces.pieces(call, LIBRARIES["like flash"]))
     assert_close(run(call, LIBRARIES["like flash"], x, torch.zeros_like(x["k"]), torch.zeros_like(x["v"])), of_reference(call, x), 1e-12)
@@ -226,7 +228,9 @@ def stand_in(version: str) -> types.SimpleNamespace:
 
         def _flash_attn_bwd(q, k, v, out, dout, lse, softmax_scale=None, causal=False, softcap=0.0, window_size_left=None,
                             window_size_right=None, cu_seqlens_q=None, cu_seqlens_k=None, deterministic=False):
-            return run_backward(dout, q, k, v, out, lse, softmax_scale, causal, (window_size_left, window_size_right), cu_seqlens_q, cu_seqlens_k)
+            return run_backward(
+                dout, q, k, v, out, lse, softmax_scale, causal, (window_size_left, window_size_right), cu_seqlens_q, cu_seqlens_k
+            )
 
         return types.SimpleNamespace(_flash_attn_fwd=_flash_attn_fwd, _flash_attn_bwd=_flash_attn_bwd)
     if version == "flash_attn_3":
@@ -237,17 +241,36 @@ def stand_in(version: str) -> types.SimpleNamespace:
 
         def _flash_attn_backward(dout, q, k, v, out, softmax_lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dq, dk, dv,
                                  softmax_scale, causal, window_size=(-1, -1), softcap=0.0, deterministic=False):
-            write((dq, dk, dv), run_backward(dout, q, k, v, out, softmax_lse, softmax_scale, causal, window_size, cu_seqlens_q, cu_seqlens_k))
+            write(
+                (dq, dk, dv), run_backward(dout, q, k, v, out, softmax_lse, softmax_scale, causal, window_size, cu_seqlens_q, cu_seqlens_k)
+            )
             return dq, dk, dv, None
 
         return types.SimpleNamespace(_flash_attn_forward=_flash_attn_forward, _flash_attn_backward=_flash_attn_backward)
 
-    def dense_forward(q, k, v, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, return_softmax):
+    def dense_forward(
+        q, k, v, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, return_softmax
+    ):
         assert alibi_slopes is None and dropout_p == 0
         return *run_forward(q, k, v, softmax_scale, causal, (window_size_left, window_size_right)), None, None
 
-    def packed_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_size_left=-1,
-                       window_size_right=-1, softcap=0.0, alibi_slopes=None, return_softmax=False):
+    def packed_forward(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size_left=-1,
+        window_size_right=-1,
+        softcap=0.0,
+        alibi_slopes=None,
+        return_softmax=False,
+    ):
         return *run_forward(q, k, v, softmax_scale, causal, (window_size_left, window_size_right), cu_seqlens_q, cu_seqlens_k), None, None
 
     def dense_backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal, window_size_left, window_size_right,
@@ -302,8 +325,14 @@ def on_gpu(call):
 
 @pytest.mark.parametrize(
     "options, reason",
-    [({"partials": "fp32"}, "returns bfloat16 partial results"), ({"softcap": 3.0}, None), ({"dropout_p": 0.1, "dropout_seed": 1}, "no counter-based dropout"),
-     ({"sink_tokens": 2}, "no sink tokens"), ({"scale": -1.0}, "positive scales"), ({}, None)],
+    [
+        ({"partials": "fp32"}, "returns bfloat16 partial results"),
+        ({"softcap": 3.0}, None),
+        ({"dropout_p": 0.1, "dropout_seed": 1}, "no counter-based dropout"),
+        ({"sink_tokens": 2}, "no sink tokens"),
+        ({"scale": -1.0}, "positive scales"),
+        ({}, None),
+    ],
 )
 def test_options_that_libraries_do_not_have(options, reason):
     found = flash.refuse_options(call_of(16, 32, **options))
@@ -345,9 +374,14 @@ def test_explain_tells_who_differentiates_the_lse():
     assert "FlexAttention" in found.refusals["flex"]
 
 
-@pytest.mark.parametrize("options, message", [({"partials": "fp16"}, "partials: found 'fp16', expected 'bf16' or 'fp32'"),
-                                              ({"kernel_fallback": "silent"}, "kernel_fallback: found 'silent', expected 'error' or 'warn'"),
-                                              ({"backend": "flex"}, "it refuses this call .FlexAttention")])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"partials": "fp16"}, "partials: found 'fp16', expected 'bf16' or 'fp32'"),
+        ({"kernel_fallback": "silent"}, "kernel_fallback: found 'silent', expected 'error' or 'warn'"),
+        ({"backend": "flex"}, "it refuses this call .FlexAttention"),
+    ],
+)
 def test_wrong_choices_are_named(options, message):
     x = torch.zeros(1, 4, 2, 8)
     with pytest.raises(ValueError, match=message):

@@ -12,7 +12,9 @@ from tests.ops.linear_attention_cases import F64, assert_same, drawn, make, outp
 MISSING = cpp.refuse(checked(*[torch.ones(1, 1, 1, 1)] * 3, None, None, None, None, None, 64))
 SERVING = ["chunked"] if MISSING else ["chunked", "cpp"]
 SETS = [] if MISSING else cpp.instruction_sets()
-by_matrices = pytest.mark.parametrize("backend", ["chunked", pytest.param("cpp", marks=pytest.mark.skipif(MISSING is not None, reason=str(MISSING)))])
+by_matrices = pytest.mark.parametrize(
+    "backend", ["chunked", pytest.param("cpp", marks=pytest.mark.skipif(MISSING is not None, reason=str(MISSING)))]
+)
 
 
 @pytest.mark.parametrize("block", range(12))
@@ -25,7 +27,9 @@ def test_chunks_equal_the_recurrence(block):
             try:
                 assert_same(output_and_grads(data, **options, backend=backend), expected)
             except AssertionError as error:
-                raise AssertionError(f"{backend}, case {case}, {({n: list(t.shape) for n, t in data.items()})}, {options}: {error}") from None
+                raise AssertionError(
+                    f"{backend}, case {case}, { ({n: list(t.shape) for n, t in data.items()}) }, {options}: {error}"
+                ) from None
 
 
 @by_matrices
@@ -259,7 +263,11 @@ def test_threads_do_not_change_a_bit():
 
 @pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 def test_what_the_kernels_refuse():
-    for change, why in ((dict(D=129), "129 key features are above 128"), (dict(V=130), "130 value features"), (dict(T=0), "nothing to compute")):
+    for change, why in (
+        (dict(D=129), "129 key features are above 128"),
+        (dict(V=130), "130 value features"),
+        (dict(T=0), "nothing to compute"),
+    ):
         assert why in explain(**make(**change))["cpp"]
 
 

@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from longtrain.ops.linear_cross_entropy import (LossOptions, chunk_loss_and_grad, explain, linear_cross_entropy, torch_core, workspace)
+from longtrain.ops.linear_cross_entropy import LossOptions, chunk_loss_and_grad, explain, linear_cross_entropy, torch_core, workspace
 
 F64 = torch.float64
-needs_torch_core = pytest.mark.skipif(not hasattr(torch.nn, "LinearCrossEntropyOptions"), reason="torch < 2.13 has no F.linear_cross_entropy")
+needs_torch_core = pytest.mark.skipif(
+    not hasattr(torch.nn, "LinearCrossEntropyOptions"), reason="torch < 2.13 has no F.linear_cross_entropy"
+)
 
 
 def relative(a, b):
@@ -30,7 +32,9 @@ def loss_and_grads(x, w, b, t, *, upstream=1.7, **options):
     leaves = [p.detach().clone().requires_grad_(p.requires_grad) for p in (x, w, b) if p is not None]
     loss = linear_cross_entropy(leaves[0], leaves[1], t, bias=leaves[2] if b is not None else None, **options)
     if loss.requires_grad:
-        weights = torch.full_like(loss, upstream) if loss.dim() == 0 else torch.linspace(-1, 2, loss.numel(), dtype=loss.dtype).view(loss.shape)
+        weights = (
+            torch.full_like(loss, upstream) if loss.dim() == 0 else torch.linspace(-1, 2, loss.numel(), dtype=loss.dtype).view(loss.shape)
+        )
         (loss * weights).sum().backward()
     return [loss.detach(), *(p.grad for p in leaves)]
 
@@ -119,7 +123,9 @@ def test_all_masked_is_zero_not_nan(backend, normalizer, reduction):
     if reduction == "none" and normalizer is not None:
         pytest.skip("a normalizer belongs to a mean")
     x, w, b, t = make(bias=True)
-    loss, *grads = loss_and_grads(x, w, b, torch.full_like(t, -100), normalizer=normalizer, reduction=reduction, chunk_tokens=8, backend=backend)
+    loss, *grads = loss_and_grads(
+        x, w, b, torch.full_like(t, -100), normalizer=normalizer, reduction=reduction, chunk_tokens=8, backend=backend
+    )
     assert (loss == 0).all()
     assert all((g == 0).all() for g in grads)
 
@@ -191,8 +197,11 @@ def test_half_types_accumulate_wide(dtype, reduction):
     """More chunks than a half accumulator could survive; error no more than rounding the exact result, about."""
     data = make(N=300, E=16, V=1021, dtype=dtype)
     ours = loss_and_grads(*data, reduction=reduction, chunk_tokens=5, backend="chunked")
-    exact = loss_and_grads(*(p.detach().double().requires_grad_() if p is not None and p.is_floating_point() else p for p in data), reduction=reduction,
-                           backend="reference")
+    exact = loss_and_grads(
+        *(p.detach().double().requires_grad_() if p is not None and p.is_floating_point() else p for p in data),
+        reduction=reduction,
+        backend="reference",
+    )
     assert ours[0].dtype == torch.float32 and relative(ours[0], exact[0]) < 1e-6
     for got, want in zip(ours[1:], exact[1:]):
         assert got.dtype == dtype
@@ -202,7 +211,9 @@ def test_half_types_accumulate_wide(dtype, reduction):
 @pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="torch without grad_dtype")
 def test_float32_gradient_of_a_half_weight_arrives_unrounded():
     x, w, _, t = make(dtype=torch.bfloat16)
-    exact = loss_and_grads(x.detach().double().requires_grad_(), w.detach().double().requires_grad_(), None, t, backend="reference", upstream=1.0)[2]
+    exact = loss_and_grads(
+        x.detach().double().requires_grad_(), w.detach().double().requires_grad_(), None, t, backend="reference", upstream=1.0
+    )[2]
     w.grad_dtype = torch.float32
     linear_cross_entropy(x, w, t, backend="chunked").backward()
     assert w.grad.dtype == torch.float32 and relative(w.grad, exact) < 1e-6
@@ -303,8 +314,22 @@ def test_one_chunk_primitive_adds_into_the_callers_accumulators(options):
     dw, db = torch.full_like(w.detach(), 2.0), torch.full_like(b.detach(), 3.0)
     buffer = workspace(20, 23, "cpu", F64, options).fill_(float("nan"))
     scale = torch.tensor(0.25, dtype=F64)
-    parts = [chunk_loss_and_grad(x.detach()[s], w.detach(), t[s], weights[s], scale, options, want_dx=True, dweight_VE=dw, bias_V=b.detach(),
-                                 dbias_V=db, logits_buffer=buffer) for s in (slice(20, 37), slice(0, 20))]
+    parts = [
+        chunk_loss_and_grad(
+            x.detach()[s],
+            w.detach(),
+            t[s],
+            weights[s],
+            scale,
+            options,
+            want_dx=True,
+            dweight_VE=dw,
+            bias_V=b.detach(),
+            dbias_V=db,
+            logits_buffer=buffer,
+        )
+        for s in (slice(20, 37), slice(0, 20))
+    ]
     whole = loss_and_grads(x, w, b, t, upstream=1.0, token_weights=weights, normalizer=4, softcap=options.softcap, z_loss=options.z_loss,
                            backend="reference")
     assert_same([parts[0].loss + parts[1].loss, torch.cat([parts[1].dx_CE, parts[0].dx_CE]), dw - 2, db - 3], whole, 1e-13)

@@ -48,7 +48,9 @@ def assert_same(ours, theirs, tolerance=1e-12):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("T,W", [(19, 19), (19, 1), (19, 2), (19, 7), (19, 8), (19, 37), (19, 38), (19, 60), (1, 1), (1, 5), (1, 2), (64, 64), (63, 128)])
+@pytest.mark.parametrize(
+    "T,W", [(19, 19), (19, 1), (19, 2), (19, 7), (19, 8), (19, 37), (19, 38), (19, 60), (1, 1), (1, 5), (1, 2), (64, 64), (63, 128)]
+)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_fft_equals_reference(case, T, W, causal):
     data = make(T=T, W=W, **case)

@@ -11,7 +11,7 @@ import torch
 from longtrain.ops.attention.call import build_call
 from longtrain.ops.attention.mask import visible
 from longtrain.ops.mixers import AttentionMixer
-from longtrain.parallel.alltoall import Alone, AllToAll, Heads
+from longtrain.parallel.alltoall import AllToAll, Alone, Heads
 from longtrain.parallel.double_ring import DoubleRing
 from longtrain.parallel.layout import ARRANGEMENTS, Shards, spread
 from longtrain.parallel.ranks import Ranks, Traffic

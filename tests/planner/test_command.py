@@ -38,7 +38,22 @@ def run_file(tmp_path):
 
 def test_a_shape_on_a_machine_that_is_not_here(shape, tmp_path, capsys):
     out = tmp_path / "plan"
-    command = ["plan", shape, "--seq-len", "262144", "--budget", "8GiB", "--device", "h100", "--host", "8GiB", "--disk", "64GiB", "--out", str(out)]
+    command = [
+        "plan",
+        shape,
+        "--seq-len",
+        "262144",
+        "--budget",
+        "8GiB",
+        "--device",
+        "h100",
+        "--host",
+        "8GiB",
+        "--disk",
+        "64GiB",
+        "--out",
+        str(out),
+    ]
     assert cli.main(command) == 0
     said = capsys.readouterr().out
     for part in ("tokens/s", "at the peak", "binding:", "by hand", "Pareto front", "longest sequence in 8.00 GiB", "MFU"):

@@ -11,11 +11,11 @@ import pytest
 import longtrain as lt
 from longtrain.nn import LanguageModel, ModelConfig
 from longtrain.planner import measure_model, peak, step_memory
+from longtrain.planner.asked import Asked
 from longtrain.planner.placement import Option, Problem, choose, step_seconds
 from longtrain.planner.rates import Rates
-from longtrain.planner.seconds import layer_seconds
-from longtrain.planner.asked import Asked
 from longtrain.planner.search import _problem, fastest_plan
+from longtrain.planner.seconds import layer_seconds
 from longtrain.planner.smallest import _least, smallest_plan
 from longtrain.planner.tiers import tier_use
 

@@ -104,7 +104,9 @@ def test_frozen_parameters_have_no_gradients_to_hold():
     assert frozen.graph < whole.graph
 
 
-@pytest.mark.parametrize("taps, chunk, by_span", [(4, 128, True), (130, 128, False), (130, 129, True), (2000, 1024, False), (2000, 2048, True)])
+@pytest.mark.parametrize(
+    "taps, chunk, by_span", [(4, 128, True), (130, 128, False), (130, 129, True), (2000, 1024, False), (2000, 2048, True)]
+)
 def test_a_convolution_is_counted_as_it_streams_in_chunks_of_the_plan(taps, chunk, by_span):
     m = model(num_layers=2, layers=("conv", "attention"), conv_taps=taps)
     footprint = measure_model(m)

@@ -20,7 +20,9 @@ ONLY_FLOPS = Rates(flops=1e9, host_write=1e12, host_read=1e12, disk_write=1e12, 
 
 @pytest.fixture(scope="module")
 def footprint():
-    return measure_model(LanguageModel(ModelConfig(vocab_size=V, num_layers=L, hidden_size=E, intermediate_size=F, num_heads=H, num_kv_heads=K)))
+    return measure_model(
+        LanguageModel(ModelConfig(vocab_size=V, num_layers=L, hidden_size=E, intermediate_size=F, num_heads=H, num_kv_heads=K))
+    )
 
 
 def by_hand(b: float, restored: float) -> float:
@@ -40,7 +42,9 @@ def test_without_other_rates_time_is_flops(footprint, outputs, kv):
 
 
 def test_segments_restore_the_layers_before_the_last(footprint):
-    alone, three = (step_time(footprint, lt.Plan(chunk_tokens=512, segment_layers=k), TOKENS, 1, ONLY_FLOPS, optimizer="none").total for k in (1, 3))
+    alone, three = (
+        step_time(footprint, lt.Plan(chunk_tokens=512, segment_layers=k), TOKENS, 1, ONLY_FLOPS, optimizer="none").total for k in (1, 3)
+    )
     projections, N = 2 * TOKENS * E * (H + 2 * K) * D, 2 * TOKENS * (E * (H + 2 * K) * D + E * H * D + 3 * E * F)
     assert three - alone == pytest.approx(2 * (N - projections) / 1e9, rel=1e-6)
 
@@ -80,7 +84,9 @@ def test_machines_name_their_sources_and_rates():
 def test_what_calibration_writes_is_what_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(calibrate, "SECONDS", 0.0)
     monkeypatch.setattr(calibrate, "MOVED", 1 << 22)
-    monkeypatch.setitem(calibrate.SHAPES, "cpu", {"rows": 64, "sizes": (16, 32), "tokens": 64, "heads": 4, "dims": (16,), "elements": 1 << 12})
+    monkeypatch.setitem(
+        calibrate.SHAPES, "cpu", {"rows": 64, "sizes": (16, 32), "tokens": 64, "heads": 4, "dims": (16,), "elements": 1 << 12}
+    )
     said = []
     machine = calibrate.calibrate(torch.device("cpu"), torch.float32, tmp_path, say=said.append, name="here")
     machine.save(tmp_path / "machine.json")
@@ -89,7 +95,9 @@ def test_what_calibration_writes_is_what_is_read(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("tmp*"))
 
 
-@pytest.mark.parametrize("device, problem", [("h101", "no machine that is known (a100"), ("{}", "no profile of a machine"), ("nonsense", "no profile")])
+@pytest.mark.parametrize(
+    "device, problem", [("h101", "no machine that is known (a100"), ("{}", "no profile of a machine"), ("nonsense", "no profile")]
+)
 def test_devices_that_are_none(tmp_path, device, problem):
     if device != "h101":
         (tmp_path / "machine.json").write_text(device)

@@ -44,7 +44,9 @@ def test_memory_grows_by_a_state_a_chunk_and_the_workspace_is_a_chunk_s():
 
     for chunk in (128, 256):
         assert items(4096, chunk)["stored outputs and K/V"] == (4096 // chunk - 1) * layer.state
-        assert items(4096, chunk)["graph of a chunk"] == round(max(layer.graph_bytes(chunk), layer.mixing_bytes(chunk)) + layer.output * chunk)
+        assert items(4096, chunk)["graph of a chunk"] == round(
+            max(layer.graph_bytes(chunk), layer.mixing_bytes(chunk)) + layer.output * chunk
+        )
         assert items(4096, chunk)["K/V and their gradients"] == 0
 
 

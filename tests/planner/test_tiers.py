@@ -15,9 +15,9 @@ from longtrain.nn import LanguageModel, ModelConfig
 from longtrain.offload.system import System
 from longtrain.offload.traffic import staging_rooms
 from longtrain.planner import measure_model, peak, step_memory
-from longtrain.planner.rates import usual_rates
 from longtrain.planner.asked import Asked, held_beside_model
 from longtrain.planner.cost import CPU_WORKSPACE, GPU_WORKSPACE
+from longtrain.planner.rates import usual_rates
 from longtrain.planner.search import fastest_plan
 from longtrain.planner.smallest import smallest_plan, what_to_change
 from longtrain.planner.tiers import describe, tier_use
@@ -44,7 +44,9 @@ def tiers(disk):
 def drawn(seed: int, tiers: lt.Offload) -> tuple[LanguageModel, lt.Plan]:
     draw = random.Random(seed)
     m = model(num_layers=draw.randint(2, 5), window=draw.choice([None, (200,), (None, 300)]), num_kv_heads=draw.choice([1, 2, 4]))
-    split = lambda: (lambda device: lt.Split(device=device, host=draw.choice([0.0, 0.5, 1.0]) * (1 - device)))(draw.choice([0.0, 0.25, 0.5]))
+    split = lambda: (lambda device: lt.Split(device=device, host=draw.choice([0.0, 0.5, 1.0]) * (1 - device)))(
+        draw.choice([0.0, 0.25, 0.5])
+    )
     offload = lt.Offload(
         inputs=split(), gradients=split(), outputs=split(), kv=split(), host_bytes=1 << 26, disk=tiers.disk, staging_bytes=1 << 20
     )
@@ -81,8 +83,8 @@ def compare(m: LanguageModel, plan: lt.Plan, written: bool = True) -> None:
 
 @pytest.mark.parametrize("device", [0.0, 0.25])
 def test_of_staging_counts_what_is_on_its_way(device, tiers):
-    """What is fetched ahead fills its half; of what is written the chunk that was made last, where its tokens leave at all; a budget allows for
-    more. The disk's slab is no tensor, and a GPU's is in host memory."""
+    """What is fetched ahead fills its half; of what is written the chunk that was made last, where its tokens leave at all; a budget allows
+    for more. The disk's slab is no tensor, and a GPU's is in host memory."""
     away = lt.Split(device=device)
     plan = lt.Plan(chunk_tokens=128, offload=replace(tiers, inputs=away, gradients=away, outputs=lt.Split()))
     footprint = measure_model(model())

@@ -25,13 +25,32 @@ def step(number: int, loss: float | None = 2.0, **others) -> dict:
 
 
 def validation(number: int, loss: float) -> dict:
-    positions = [{"start": 0, "stop": 64, "loss": loss + 0.1, "error": 0.01, "targets": 900}, {"start": 64, "stop": 512, "loss": loss, "error": 0.02, "targets": 100}]
+    positions = [
+        {"start": 0, "stop": 64, "loss": loss + 0.1, "error": 0.01, "targets": 900},
+        {"start": 64, "stop": 512, "loss": loss, "error": 0.02, "targets": 100},
+    ]
     probes = [{"probe": "recall", "distance": d, "accuracy": 0.9, "chance": 0.031, "answers": 64, "examples": 64} for d in (16, 64)]
     sources = [{"source": name, "loss": loss, "error": 0.01, "targets": 500} for name in ("code", "books")]
-    return {"kind": "validation", "step": number, "loss": loss, "targets": 1000, "positions": positions, "probes": probes, "sources": sources}
+    return {
+        "kind": "validation",
+        "step": number,
+        "loss": loss,
+        "targets": 1000,
+        "positions": positions,
+        "probes": probes,
+        "sources": sources,
+    }
 
 
-RUN = {"kind": "run", "unigram": 3.1, "bigram": 2.4, "budget_bytes": 3 * 2**29, "plan": {"chunk_tokens": 128, "predicted_peak": 2**30}, "torch": "2.13", "device": "cpu"}
+RUN = {
+    "kind": "run",
+    "unigram": 3.1,
+    "bigram": 2.4,
+    "budget_bytes": 3 * 2**29,
+    "plan": {"chunk_tokens": 128, "predicted_peak": 2**30},
+    "torch": "2.13",
+    "device": "cpu",
+}
 RESUMED = [
     RUN, step(1), step(2, seq_len=256), validation(2, 2.5), step(3, 9.0), {"kind": "resume", "step": 2, "notes": ["going on from step 2"], "torch": "2.14"},
     step(3, 1.9), step(4), validation(4, 2.0), {"kind": "checkpoint", "step": 4, "bytes": 10**6, "seconds": 1.0},

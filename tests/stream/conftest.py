@@ -22,7 +22,9 @@ def float64():
 
 
 def make_model(layers: int = 2, **changes) -> LanguageModel:
-    shape = dict(vocab_size=VOCAB, num_layers=layers, hidden_size=24, intermediate_size=40, num_heads=4, num_kv_heads=2, initializer_range=0.2)
+    shape = dict(
+        vocab_size=VOCAB, num_layers=layers, hidden_size=24, intermediate_size=40, num_heads=4, num_kv_heads=2, initializer_range=0.2
+    )
     return LanguageModel(ModelConfig(**{**shape, **changes}))
 
 

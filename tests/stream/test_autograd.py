@@ -289,7 +289,7 @@ def test_progress_is_reported_and_can_stop(ids, plan):
 def test_hooks_on_the_embedding_are_called(ids):
     """Noise on embeddings and adapters' `enable_input_require_grads` come as hooks: the result is what the hook gives out."""
     model = make_model()
-    handle = model.model.embed_tokens.register_forward_hook(lambda module, inputs, output: output * 2)
+    model.model.embed_tokens.register_forward_hook(lambda module, inputs, output: output * 2)
     expected = loss_and_grads(model, {"input_ids": ids, "labels": ids})[1]
     expected = {name: g.clone() for name, g in expected.items()}
     lt.apply(model, lt.Plan(chunk_tokens=8))

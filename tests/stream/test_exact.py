@@ -122,7 +122,9 @@ def test_accumulation_over_micro_batches_with_unequal_valid_targets():
     assert_streamed_equals_plain(make_model(), lt.Plan(chunk_tokens=16), *calls)
 
 
-@pytest.mark.parametrize("options", [dict(softcap=3.0), dict(z_loss=0.1), dict(label_smoothing=0.2), dict(softcap=2.0, z_loss=0.1, label_smoothing=0.1)])
+@pytest.mark.parametrize(
+    "options", [dict(softcap=3.0), dict(z_loss=0.1), dict(label_smoothing=0.2), dict(softcap=2.0, z_loss=0.1, label_smoothing=0.1)]
+)
 def test_loss_options(options):
     from longtrain.ops.linear_cross_entropy import LossOptions
 

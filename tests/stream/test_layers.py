@@ -179,7 +179,18 @@ def run(model: nn.Module, x: Tensor, **arguments) -> tuple[Tensor, dict[str, Ten
 @pytest.mark.parametrize("chunk_tokens", [1, 7, TOKENS, 100])
 @pytest.mark.parametrize(
     "kind",
-    [Base, SinksAndSoftcap, TwoMixers, Conditioned, Recurrent, Bidirectional, BidirectionalDocuments, LooksAhead, Convolution, TwoMixersOneAhead],
+    [
+        Base,
+        SinksAndSoftcap,
+        TwoMixers,
+        Conditioned,
+        Recurrent,
+        Bidirectional,
+        BidirectionalDocuments,
+        LooksAhead,
+        Convolution,
+        TwoMixersOneAhead,
+    ],
 )
 def test_any_layer_streams_exactly(kind, chunk_tokens, boundaries):
     model = stack_of(kind)
@@ -229,7 +240,11 @@ def test_random_numbers_are_replayed_and_the_generator_put_back(segment_layers, 
 
         return mix
 
-    order = [(i, j) for i in range(len(spans)) for j in range(2)] if segment_layers == 2 else [(i, j) for j in range(2) for i in range(len(spans))]
+    order = (
+        [(i, j) for i in range(len(spans)) for j in range(2)]
+        if segment_layers == 2
+        else [(i, j) for j in range(2) for i in range(len(spans))]
+    )
     for i, j in order:
         hidden[i] = plain.layers[j](hidden[i], mix=prefix(j))
     torch.cat(hidden, 1).sin().sum().backward()

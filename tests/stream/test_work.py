@@ -40,7 +40,20 @@ def test_shapes_alone_say_the_same(changes, dtype):
     config = ModelConfig(**{**SHAPE, **changes})
     real, shapes = measure_model(LanguageModel(config).to(dtype)), measure_model(on_meta(config, dtype))
     for a, b in zip(real.layers, shapes.layers, strict=True):
-        for name in ("x", "output", "lse", "carry", "adjoint", "state", "graph_lines", "saved", "forward", "backward", "parameters", "causal"):
+        for name in (
+            "x",
+            "output",
+            "lse",
+            "carry",
+            "adjoint",
+            "state",
+            "graph_lines",
+            "saved",
+            "forward",
+            "backward",
+            "parameters",
+            "causal",
+        ):
             assert getattr(a, name) == getattr(b, name), name
     assert real.loss == shapes.loss and real.parameters == shapes.parameters
 
@@ -50,7 +63,9 @@ def test_shapes_alone_say_the_same(changes, dtype):
 def test_what_a_chunk_holds_is_what_was_said(tokens, segment_layers):
     """The whole step in one chunk: what its highest moment holds beside what is stored, against the allocator's own count."""
     m = model()
-    predicted = {p.name: p for p in lt.planner.step_memory(measure_model(m, 0), lt.Plan(chunk_tokens=tokens, segment_layers=segment_layers), tokens)}
+    predicted = {
+        p.name: p for p in lt.planner.step_memory(measure_model(m, 0), lt.Plan(chunk_tokens=tokens, segment_layers=segment_layers), tokens)
+    }
     report = lt.apply(m, lt.Plan(chunk_tokens=tokens, segment_layers=segment_layers))
     ids = torch.randint(512, (1, tokens))
     measured = most_held(lambda: m(ids, labels=ids).loss.backward())

@@ -25,7 +25,11 @@ def test_a_missed_bound_fails(monkeypatch, capsys):
 
 def test_a_wrong_op_is_not_timed(monkeypatch):
     right = bench_attention.attention
-    monkeypatch.setattr(bench_attention, "attention", lambda *a, backend="auto", **o: right(*a, backend=backend, **o) * (1 if backend == "reference" else 1.1))
+    monkeypatch.setattr(
+        bench_attention,
+        "attention",
+        lambda *a, backend="auto", **o: right(*a, backend=backend, **o) * (1 if backend == "reference" else 1.1),
+    )
     with pytest.raises(SystemExit, match="chunk: out is off by .* not timed"):
         bench_attention.check("chunk", bench_attention.CASES["chunk"])
 

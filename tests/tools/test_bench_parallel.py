@@ -8,7 +8,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 import bench_parallel
 import pytest
 
-TINY = ["--seq-len", "64", "--chunk", "32", "--layers", "1", "--hidden", "16", "--ffn", "16", "--vocab", "32", "--heads", "2", "--kv-heads", "2"]
+TINY = [
+    "--seq-len",
+    "64",
+    "--chunk",
+    "32",
+    "--layers",
+    "1",
+    "--hidden",
+    "16",
+    "--ffn",
+    "16",
+    "--vocab",
+    "32",
+    "--heads",
+    "2",
+    "--kv-heads",
+    "2",
+]
 
 
 @pytest.mark.slow

@@ -26,7 +26,9 @@ def gradients(method, tokens=45):
     return torch.cat([loss.detach()[None], *(p.grad.flatten() for p in model.parameters())])
 
 
-@pytest.mark.parametrize("method", ["checkpoint", "checkpoint+chunked", "selective+chunked", "streamed", "streamed:store_outputs=0.3,segment_layers=2"])
+@pytest.mark.parametrize(
+    "method", ["checkpoint", "checkpoint+chunked", "selective+chunked", "streamed", "streamed:store_outputs=0.3,segment_layers=2"]
+)
 def test_every_method_is_the_same_step(method):
     plain = gradients("plain")
     assert ((gradients(method) - plain).norm() / plain.norm()).item() < 1e-12
@@ -50,7 +52,10 @@ def test_selective_checkpointing_runs_attention_once_forward():
     assert calls["selective+chunked"] == 3 and calls["checkpoint+chunked"] == 6
 
 
-@pytest.mark.parametrize("method,match", [("fast", "method must be one of"), ("streamed:chunks=3", "no field of Plan"), ("plain:x=1", "only streamed steps take settings")])
+@pytest.mark.parametrize(
+    "method,match",
+    [("fast", "method must be one of"), ("streamed:chunks=3", "no field of Plan"), ("plain:x=1", "only streamed steps take settings")],
+)
 def test_unknown_methods_and_settings(method, match):
     with pytest.raises(ValueError, match=match):
         prepare(method, CONFIG, lt.Plan(chunk_tokens=8), device="cpu", dtype=torch.float32)
@@ -64,7 +69,12 @@ def test_memory_sees_a_tensor_of_known_size():
 
 def test_table_and_json(capsys, tmp_path):
     out = tmp_path / "b.json"
-    assert bench_step.main([*TINY, "--seq-len", "64", "--methods", "checkpoint+chunked", "streamed:store_outputs=0", "--repeats", "1", "--out", str(out)]) == 0
+    assert (
+        bench_step.main(
+            [*TINY, "--seq-len", "64", "--methods", "checkpoint+chunked", "streamed:store_outputs=0", "--repeats", "1", "--out", str(out)]
+        )
+        == 0
+    )
     rows = json.loads(out.read_text())["rows"]
     assert [r["method"] for r in rows] == ["checkpoint+chunked", "streamed:store_outputs=0"]
     assert all(r["peak"] >= 0 and r["base"] > 50e6 and len(r["times"]) == 1 for r in rows)
@@ -82,5 +92,8 @@ def test_no_numbers_where_methods_disagree(tmp_path):
 
 def test_a_process_that_dies_is_an_error(tmp_path):
     task = Task.from_arguments(vars(bench_step.arguments([*TINY, "--seq-len", "64"])), 64)
-    with StepProcess(task, "streamed:chunks=3", {}, tmp_path / "g") as process, pytest.raises(RuntimeError, match="its process ended with status 1"):
+    with (
+        StepProcess(task, "streamed:chunks=3", {}, tmp_path / "g") as process,
+        pytest.raises(RuntimeError, match="its process ended with status 1"),
+    ):
         process.ask("time")

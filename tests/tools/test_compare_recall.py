@@ -51,7 +51,8 @@ def test_the_table_has_a_line_a_run_and_chance(tmp_path):
 
 @pytest.mark.slow
 def test_the_hybrid_recalls_beyond_the_windows_where_windows_alone_do_not(one_thread, tmp_path, capsys):
-    """With fewer updates and questions than the configs. A guess that is right 3.1% of the time is so in 9.4% of 128 answers once in 10,000."""
+    """With fewer updates and questions than the configs. A guess that is right 3.1% of the time is so in 9.4% of 128 answers once in
+    10,000."""
     shorter = ["train.steps=500", "train.validate_every=500", "eval.distances=[128, 254]", "train.threads=1", "train.kernel_fallback=warn"]
     assert main([str(HYBRID), str(WINDOWS), "--dir", str(tmp_path), "--picture", str(tmp_path / "recall.png"), "--set", *shorter]) == 0
     head, hybrid, windows, chance = capsys.readouterr().out.splitlines()[-4:]

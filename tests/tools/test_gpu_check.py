@@ -59,12 +59,16 @@ def test_no_speed_is_measured_where_results_are_wrong(monkeypatch, capsys, tmp_p
 
 def test_a_wrong_attention_backend_gives_a_wrong_row(monkeypatch):
     right = gpu_check_rows.attention
-    monkeypatch.setattr(gpu_check_rows, "attention", lambda *a, backend, **o: right(*a, backend=backend, **o) * (1 if backend == "reference" else 1.05))
+    monkeypatch.setattr(
+        gpu_check_rows, "attention", lambda *a, backend, **o: right(*a, backend=backend, **o) * (1 if backend == "reference" else 1.05)
+    )
     first = next(gpu_check_rows.attention_rows(Sizes.tiny_cpu()))
     assert first.passed is False
 
 
-@pytest.mark.parametrize("section", ["attn speed", "replay", "layer", "long layer", "model", "long conv", "linear", "conv speed", "linear speed"])
+@pytest.mark.parametrize(
+    "section", ["attn speed", "replay", "layer", "long layer", "model", "long conv", "linear", "conv speed", "linear speed"]
+)
 def test_sections_run_at_tiny_sizes(section):
     rows = list(gpu_check_rows.SECTIONS[section](Sizes.tiny_cpu()))
     assert rows and all(row.section == section and row.passed is not False and (row.measured or row.note) for row in rows)
@@ -78,6 +82,8 @@ def test_what_does_not_fit_is_skipped_with_the_reason(section, monkeypatch):
 
 
 def test_a_replay_that_differs_gives_a_wrong_row(monkeypatch):
-    monkeypatch.setattr(gpu_check_rows.lt.nn.LanguageModel, "forward", lambda self, **o: (_ for _ in ()).throw(RuntimeError("replayed k differs")))
+    monkeypatch.setattr(
+        gpu_check_rows.lt.nn.LanguageModel, "forward", lambda self, **o: (_ for _ in ()).throw(RuntimeError("replayed k differs"))
+    )
     row = next(gpu_check_rows.replay_rows(Sizes.tiny_cpu()))
     assert row.passed is False and "differs" in row.measured

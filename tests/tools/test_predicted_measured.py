@@ -19,7 +19,11 @@ def test_the_twenty_are_always_the_same_and_of_many_kinds():
     cases = tool.cases()
     assert cases == tool.cases() and len(cases) == 20
     assert sum(case.disk for case in cases) >= 5 and sum(case.family != "own" for case in cases) >= 5
-    assert {case.tokens for case in cases} >= {4096, 131072} and max(case.layers for case in cases) == 16 and min(case.layers for case in cases) == 2
+    assert (
+        {case.tokens for case in cases} >= {4096, 131072}
+        and max(case.layers for case in cases) == 16
+        and min(case.layers for case in cases) == 2
+    )
 
 
 @pytest.mark.parametrize("changes, broken", [

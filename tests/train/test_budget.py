@@ -18,7 +18,8 @@ HELD = 300 * 2**20
 
 @pytest.fixture
 def plan_of(config_file, monkeypatch):
-    """``plan_of(budget, context, data)``: the plan of `context` processes that share each sequence, in `data` groups that share the weights."""
+    """``plan_of(budget, context, data)``: the plan of `context` processes that share each sequence, in `data` groups that share the
+    weights."""
     monkeypatch.setattr(budget, "held_beside_model", lambda model: HELD)
 
     def make(size: str, context: int = 1, data: int = 1):

@@ -15,7 +15,11 @@ from tests.processes import run_ranks
 
 def tensors():
     generator = torch.Generator().manual_seed(0)
-    return {"weights.a": torch.randn(7, 6, generator=generator), "exp_avg.a": torch.randn(7, 6, generator=generator), "step.a": torch.tensor(3.0)}
+    return {
+        "weights.a": torch.randn(7, 6, generator=generator),
+        "exp_avg.a": torch.randn(7, 6, generator=generator),
+        "step.a": torch.tensor(3.0),
+    }
 
 
 def process(rank, world, directory):
@@ -29,7 +33,9 @@ def process(rank, world, directory):
     path = on_disk.path_of(directory, 5)
     on_disk.write_checkpoint(path, staged, {"step": 5}, "config", dist.group.WORLD)
     on_disk.check(path)
-    read = {name: distribute_tensor(torch.zeros_like(t), mesh, [Replicate()]) if t.ndim else torch.zeros_like(t) for name, t in whole.items()}
+    read = {
+        name: distribute_tensor(torch.zeros_like(t), mesh, [Replicate()]) if t.ndim else torch.zeros_like(t) for name, t in whole.items()
+    }
     read[f"random.cpu.{rank}"] = torch.zeros(3, dtype=torch.int64)
     on_disk.read_tensors(path, read, dist.group.WORLD)
     for name, tensor in whole.items():
@@ -42,7 +48,9 @@ def test_two_processes_write_one_checkpoint_that_one_process_reads(tmp_path):
     run_ranks(process, 2, tmp_path)
     path = on_disk.path_of(tmp_path, 5)
     on_disk.check(path)
-    assert {"__0_0.distcp", "__1_0.distcp", "facts.json", "config.yaml", ".metadata"} == set(json.loads((path / "manifest.json").read_text()))
+    assert {"__0_0.distcp", "__1_0.distcp", "facts.json", "config.yaml", ".metadata"} == set(
+        json.loads((path / "manifest.json").read_text())
+    )
     read = {name: torch.zeros_like(t) for name, t in tensors().items()}
     with on_disk.one_process():
         on_disk.read_tensors(path, read)

@@ -88,7 +88,9 @@ def test_a_streamed_model_evaluates_as_the_plain_one():
     assert evaluated(Rows(), streamed).loss == pytest.approx(evaluated(Rows(), plain).loss, rel=1e-12)
 
 
-@pytest.mark.parametrize("first, tokens, edges", [(64, 512, [0, 64, 128, 256, 512]), (64, 100, [0, 64, 100]), (64, 10, [0, 10]), (1, 3, [0, 1, 2, 3])])
+@pytest.mark.parametrize(
+    "first, tokens, edges", [(64, 512, [0, 64, 128, 256, 512]), (64, 100, [0, 64, 100]), (64, 10, [0, 10]), (1, 3, [0, 1, 2, 3])]
+)
 def test_buckets_double_and_end_with_the_sequence(first, tokens, edges):
     assert position_edges(first, tokens) == edges
 
@@ -103,7 +105,9 @@ def test_a_run_asks_its_probes_and_eval_of_the_run_finds_the_same(config_file, o
     for given in (out, config_file):
         assert cli.main(["train", "--eval", str(given), *PROBES[:2]]) == 0
         again = json.loads((out / "evaluation.json").read_text())
-        assert {k: again[k] for k in ("loss", "targets", "positions", "probes")} == {k: last[k] for k in ("loss", "targets", "positions", "probes")}
+        assert {k: again[k] for k in ("loss", "targets", "positions", "probes")} == {
+            k: last[k] for k in ("loss", "targets", "positions", "probes")
+        }
     assert "tokens back" in capsys.readouterr().out
 
 

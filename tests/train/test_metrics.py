@@ -115,7 +115,8 @@ def test_visible_pairs_are_those_of_the_mask(tokens, window, pairs):
 
 
 def test_model_flops_are_those_that_torch_counts_in_a_full_attention(config_file):
-    """One document, window beyond it, masks counted away: torch's counter sees every pair of an attention by matrix products, twice ours."""
+    """One document, window beyond it, masks counted away: torch's counter sees every pair of an attention by matrix products, twice
+    ours."""
     from torch.utils.flop_counter import FlopCounterMode
 
     config = ModelConfig(vocab_size=64, num_layers=2, hidden_size=16, intermediate_size=24, num_heads=2, num_kv_heads=1)

@@ -45,7 +45,9 @@ def train(file, *overrides):
 
 def records(directory, *kinds):
     keys = ("kind", "step", "loss", "grad_norm", "lr")
-    return [tuple(r.get(k) for k in keys) for r in read_metrics(directory / "metrics.jsonl") if r["kind"] in (kinds or ("step", "validation"))]
+    return [
+        tuple(r.get(k) for k in keys) for r in read_metrics(directory / "metrics.jsonl") if r["kind"] in (kinds or ("step", "validation"))
+    ]
 
 
 def last_validation(directory):
@@ -75,7 +77,12 @@ def loss_of(model, config):
 def test_twenty_steps_streamed_are_twenty_plain_ones_up_to_rounding(family, overrides, run_file, tmp_path):
     file, ends = run_file(write_shape(tmp_path / "shape", family)), {}
     for name, memory in (("plain", "memory.chunk_tokens=null"), ("streamed", "memory.chunk_tokens=24")):
-        assert train(file, memory, f"output.dir={tmp_path / name}", "train.steps=20", "train.eps=1e-3", "train.validate_every=null", *overrides) == 0
+        assert (
+            train(
+                file, memory, f"output.dir={tmp_path / name}", "train.steps=20", "train.eps=1e-3", "train.validate_every=null", *overrides
+            )
+            == 0
+        )
         ends[name] = [loss for _, _, loss, *_ in records(tmp_path / name)]
     assert len(ends["plain"]) == 21 and ends["plain"][-1] < ends["plain"][0]
     assert ends["streamed"] == pytest.approx(ends["plain"], rel=1e-4)
@@ -165,14 +172,22 @@ def test_an_adapter_is_trained_on_with_the_settings_it_came_with(run_file, out, 
     assert cli.main(["verify", str(file), again]) == 0
 
 
-@pytest.mark.parametrize("bits, dtype", [
-    ("int8", "float32"), pytest.param("nf4", "bfloat16", marks=pytest.mark.slow), pytest.param("float8", "bfloat16", marks=pytest.mark.slow),
-])
+@pytest.mark.parametrize(
+    "bits, dtype",
+    [
+        ("int8", "float32"),
+        pytest.param("nf4", "bfloat16", marks=pytest.mark.slow),
+        pytest.param("float8", "bfloat16", marks=pytest.mark.slow),
+    ],
+)
 def test_frozen_weights_in_fewer_bits_stay_as_they_are_beside_their_adapters(bits, dtype, run_file, out, tmp_path, capsys):
     peft = pytest.importorskip("peft")
     from longtrain.nn import FrozenLinear, freeze_linears
 
-    file, settings = run_file(write_shape(tmp_path / "shape", tie_word_embeddings=True)), (LORA, f"model.quantize={bits}", f"train.dtype={dtype}", "train.eps=1e-3")
+    file, settings = (
+        run_file(write_shape(tmp_path / "shape", tie_word_embeddings=True)),
+        (LORA, f"model.quantize={bits}", f"train.dtype={dtype}", "train.eps=1e-3"),
+    )
     setup = prepare.prepare(*load_config(file, settings))
     setup.loader.close()
     frozen = [module for module in setup.model.modules() if isinstance(module, FrozenLinear)]
@@ -199,7 +214,9 @@ def test_three_kills_and_a_comparison(model, tmp_path):
     """kill -9, as `tools/kill_resume.py` does it; of adapters beside weights in 8 bits too."""
     pytest.importorskip("peft")
     tool = Path(__file__).parents[2] / "tools" / "kill_resume.py"
-    done = subprocess.run([sys.executable, str(tool), "--model", model, "--kills", "3", "--steps", "16", "--inside", "1"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(tool), "--model", model, "--kills", "3", "--steps", "16", "--inside", "1"], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "equal bit for bit" in done.stdout
 
@@ -333,7 +350,9 @@ def test_what_cannot_be_trained_is_refused_in_one_located_line(name, run_file, o
 def test_an_adapter_that_is_not_the_model_s_is_refused_in_one_located_line(wrong, run_file, out, tmp_path, capsys):
     peft = pytest.importorskip("peft")
     weights, adapter = write_weights(tmp_path / "model"), tmp_path / "adapter"
-    given = AutoModelForCausalLM.from_pretrained(write_weights(tmp_path / "other", hidden_size=32) if wrong == "another model's" else weights)
+    given = AutoModelForCausalLM.from_pretrained(
+        write_weights(tmp_path / "other", hidden_size=32) if wrong == "another model's" else weights
+    )
     method = peft.IA3Config(task_type="CAUSAL_LM", target_modules=["q_proj"], feedforward_modules=[]) if wrong == "another method" else None
     trained = ["lm_head"] if wrong == "whole modules" else None
     peft.get_peft_model(given, method or peft.LoraConfig(target_modules=["q_proj"], modules_to_save=trained)).save_pretrained(adapter)

@@ -15,19 +15,27 @@ from pathlib import Path
 import pytest
 
 from longtrain import cli
-from longtrain.train import checkpoint
-from longtrain.train import loop
+from longtrain.train import checkpoint, loop
 from longtrain.train import step as one_step
 from longtrain.train.output import read_metrics
 from tests.train.ranks import Ranks, assert_same_run, losses
 
 SETTINGS = (
-    "memory.chunk_tokens=24", "parallel.cp_ulysses=null", "train.steps=6", "checkpoint.every_steps=1", "checkpoint.keep=3", "train.threads=1",
-    "train.validation_tokens=256", "train.tokens_per_update=128", "train.eps=1e-3",
+    "memory.chunk_tokens=24",
+    "parallel.cp_ulysses=null",
+    "train.steps=6",
+    "checkpoint.every_steps=1",
+    "checkpoint.keep=3",
+    "train.threads=1",
+    "train.validation_tokens=256",
+    "train.tokens_per_update=128",
+    "train.eps=1e-3",
 )
 """AdamW's smallest divisor is eps: rounding of 1e-8 in a gradient of nothing else moves a weight by lr x 1e-8 / 1e-3, a tenth of what
 `assert_same_run` allows; with the usual 1e-8 it would move it by lr."""
-DEAD = re.compile(r"(.*step \d+|ending): rank (\d) \(process \d+ on \S+, last in .*\) gives no sign of life: dead or stuck; rank \d was at (.+); all")
+DEAD = re.compile(
+    r"(.*step \d+|ending): rank (\d) \(process \d+ on \S+, last in .*\) gives no sign of life: dead or stuck; rank \d was at (.+); all"
+)
 LIMIT = 90.0
 """Seconds in which everybody ends after one has died: 21 at most by the clocks of `train/watch.py`, the rest is for a slow machine."""
 
@@ -207,13 +215,43 @@ def test_a_signal_to_one_rank_saves_and_ends_all(number, code, tmp_path, config_
 @pytest.mark.parametrize(
     "overrides, own, says, code",
     [
-        (("parallel.cp_ulysses=1", "parallel.cp_ring=3"), {}, r"run.yaml:\d+|command line: parallel: .* cp_ring 3 x .* make 3 processes, and 2 were started", 2),
-        ((), {1: ("train.lr=1e-3", "train.seed=7")}, r"not given the same: train.lr is 0.001 on rank 1 and 0.01 on rank 0; train.seed is 7 on rank 1", 1),
+        (
+            ("parallel.cp_ulysses=1", "parallel.cp_ring=3"),
+            {},
+            r"run.yaml:\d+|command line: parallel: .* cp_ring 3 x .* make 3 processes, and 2 were started",
+            2,
+        ),
+        (
+            (),
+            {1: ("train.lr=1e-3", "train.seed=7")},
+            r"not given the same: train.lr is 0.001 on rank 1 and 0.01 on rank 0; train.seed is 7 on rank 1",
+            1,
+        ),
         pytest.param((), {1: ("data.files=[OTHER]",)}, r"data.files\[0\]|data.files is", 1, marks=pytest.mark.slow),
-        pytest.param(("memory.chunk_tokens=1",), {}, r"memory.chunk_tokens: 1 tokens cannot be spread over 2 processes", 2, marks=pytest.mark.slow),
-        pytest.param(("parallel.cp_ulysses=1", "parallel.dp_shard=2", "train.tokens_per_update=64"), {}, r"1 sequences of 64 tokens an update cannot be shared by 2", 2, marks=pytest.mark.slow),
-        pytest.param(("memory.chunk_tokens=null", "memory.budget=120MiB"), {}, r"memory.budget: each of 2 processes: no plan for 1 x 32 tokens fits 120 MiB", 2, marks=pytest.mark.slow),
-        pytest.param(("parallel.cp_ulysses=1", "parallel.cp_ring=2", "parallel.way=ring", "memory.segment_layers=2"), {}, r"parallel.way: is ring, and that cannot be: it needs two passes", 2, marks=pytest.mark.slow),
+        pytest.param(
+            ("memory.chunk_tokens=1",), {}, r"memory.chunk_tokens: 1 tokens cannot be spread over 2 processes", 2, marks=pytest.mark.slow
+        ),
+        pytest.param(
+            ("parallel.cp_ulysses=1", "parallel.dp_shard=2", "train.tokens_per_update=64"),
+            {},
+            r"1 sequences of 64 tokens an update cannot be shared by 2",
+            2,
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ("memory.chunk_tokens=null", "memory.budget=120MiB"),
+            {},
+            r"memory.budget: each of 2 processes: no plan for 1 x 32 tokens fits 120 MiB",
+            2,
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ("parallel.cp_ulysses=1", "parallel.cp_ring=2", "parallel.way=ring", "memory.segment_layers=2"),
+            {},
+            r"parallel.way: is ring, and that cannot be: it needs two passes",
+            2,
+            marks=pytest.mark.slow,
+        ),
         pytest.param(("memory.optimizer=host",), {}, r"memory.optimizer: host is for one process", 2, marks=pytest.mark.slow),
         pytest.param(("train.init=missing",), {}, r"train.init: missing is no safetensors file", 2, marks=pytest.mark.slow),
     ],

@@ -90,7 +90,9 @@ def damage(checkpoint, how):
 
 
 @pytest.mark.parametrize("how, said", [("bit", "bytes have changed"), ("truncated", " bytes of ")])
-def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_it_used(how, said, config_file, out, alone, crash_after, monkeypatch, capsys):
+def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_it_used(
+    how, said, config_file, out, alone, crash_after, monkeypatch, capsys
+):
     crash_after(4, "note_saved")
     die(config_file, "checkpoint.asynchronous=false")
     monkeypatch.undo()
@@ -114,7 +116,11 @@ def test_with_every_checkpoint_damaged_nothing_is_begun_anew(config_file, out, c
     capsys.readouterr()
     assert train(config_file) == 1
     error = capsys.readouterr().err
-    assert error.count("is damaged") == len([n for n in before if n.startswith("step-")]) and "checkpoint.resume=never" in error and error.count("\n") == 1
+    assert (
+        error.count("is damaged") == len([n for n in before if n.startswith("step-")])
+        and "checkpoint.resume=never" in error
+        and error.count("\n") == 1
+    )
     assert checkpoints(out) == before
 
 
@@ -177,7 +183,9 @@ def test_what_cannot_go_on_is_refused_and_nothing_is_lost(overrides, setting, sa
 def test_a_finished_run_goes_on_with_more_steps_and_another_begins_from_its_checkpoint(config_file, out, tmp_path, capsys):
     assert train(config_file, "train.schedule=constant") == 0
     assert train(config_file, f"output.dir={tmp_path / 'alone'}", "train.schedule=constant", "train.steps=8") == 0
-    assert train(config_file, f"output.dir={tmp_path / 'other'}", "train.schedule=constant", "train.steps=8", f"checkpoint.resume={out}") == 0
+    assert (
+        train(config_file, f"output.dir={tmp_path / 'other'}", "train.schedule=constant", "train.steps=8", f"checkpoint.resume={out}") == 0
+    )
     assert train(config_file, "train.schedule=constant", "train.steps=8") == 0
     steps = [t for t in trajectory(tmp_path / "alone") if t[0] == "step"]
     assert [t for t in trajectory(out) if t[0] == "step"] == steps
@@ -363,7 +371,9 @@ def test_a_full_disk_ends_the_run_and_with_room_it_goes_on(checked, config_file,
         monkeypatch.setattr(saving, "check_room", lambda *_: None)
     assert train(config_file, *settings) == 1
     error = capsys.readouterr().err
-    assert ("0 MiB are free" if checked else "step-00000003 cannot be written (No space left on device)") in error and error.count("\n") == 1
+    assert ("0 MiB are free" if checked else "step-00000003 cannot be written (No space left on device)") in error and error.count(
+        "\n"
+    ) == 1
     assert "step-00000002" in checkpoints(tiny_disk / "out") and "step-00000003" not in checkpoints(tiny_disk / "out")
     monkeypatch.undo()
     monkeypatch.setattr(saving, "ROOM_BYTES", 20_000)

@@ -43,7 +43,17 @@ def test_a_run_writes_weights_metrics_plot_and_the_config_that_repeats_it(config
     model = LanguageModel(config.model)
     model.load_safetensors(out / "model.safetensors")
     printed = capsys.readouterr().out
-    for part in ("step 4/4  T 64  loss ", "grad norm ", "tokens/s", "peak ", "ETA ", "bits a byte", "bigram counts", "unigram counts", "verdict: "):
+    for part in (
+        "step 4/4  T 64  loss ",
+        "grad norm ",
+        "tokens/s",
+        "peak ",
+        "ETA ",
+        "bits a byte",
+        "bigram counts",
+        "unigram counts",
+        "verdict: ",
+    ):
         assert part in printed
 
 

@@ -93,7 +93,9 @@ def test_the_guard_goes_on_with_the_losses_it_knew(config_file, out, tmp_path, s
     spike_at(5)
     assert cli.main(["train", str(config_file), *ON]) == 0
     for kind in ("step", "spike"):
-        assert [(r["step"], r.get("loss")) for r in records(out, kind)] == [(r["step"], r.get("loss")) for r in records(tmp_path / "alone", kind)]
+        assert [(r["step"], r.get("loss")) for r in records(out, kind)] == [
+            (r["step"], r.get("loss")) for r in records(tmp_path / "alone", kind)
+        ]
 
 
 def test_stop_ends_with_the_state_before_the_update_saved(config_file, out, spike_at, capsys):

@@ -43,7 +43,12 @@ def test_shards_and_index_hold_the_weights_and_read_back(tied, config_file, out,
 def test_a_run_begins_with_exported_weights(config_file, out, tmp_path, capsys):
     run_and_export(config_file, out, tmp_path / "exported")
     other = tmp_path / "other"
-    assert cli.main(["train", str(config_file), f"train.init={tmp_path / 'exported'}", f"output.dir={other}", "train.lr=1e-30", "train.steps=1"]) == 0
+    assert (
+        cli.main(
+            ["train", str(config_file), f"train.init={tmp_path / 'exported'}", f"output.dir={other}", "train.lr=1e-30", "train.steps=1"]
+        )
+        == 0
+    )
     last, first = ([r["loss"] for r in read_metrics(d / "metrics.jsonl") if r["kind"] == "validation"][-1] for d in (out, other))
     assert first == pytest.approx(last, rel=1e-6)
 

@@ -47,8 +47,10 @@ class MultiheadAttention(nn.MultiheadAttention):
         if self.bias_k is not None:
             raise ValueError("add_bias_kv=True cannot be honoured: use torch.nn.MultiheadAttention for it")
         if query.is_nested or key.is_nested or value.is_nested:
-            raise ValueError("nested tensors are not taken: pack the documents into one row and give cu_seqlens; in torch.nn.TransformerEncoder "
-                             "set enable_nested_tensor=False")
+            raise ValueError(
+                "nested tensors are not taken: pack the documents into one row and give cu_seqlens; in torch.nn.TransformerEncoder "
+                "set enable_nested_tensor=False"
+            )
         batched = query.ndim == 3
         query, key, value = (self._batch_first(x, batched) for x in (query, key, value))
         q_BTHD, k_BSHD, v_BSHD = (x.unflatten(-1, (self.num_heads, -1)) for x in self._projected(query, key, value))
@@ -65,7 +67,8 @@ class MultiheadAttention(nn.MultiheadAttention):
     def mixer(
         self, attn_mask: Tensor | None, is_causal: bool, cu_seqlens: Tensor | None = None, *, tokens: tuple[int, int] | None = None
     ) -> AttentionMixer:
-        """What these arguments ask for; the dropout's seed is drawn here. `tokens`: numbers of queries and keys, to check a mask's shape."""
+        """What these arguments ask for; the dropout's seed is drawn here. `tokens`: numbers of queries and keys, to check a mask's
+        shape."""
         causal, window = read_mask(attn_mask, is_causal, tokens)
         dropout = self.dropout if self.training else 0.0
         documents = None
@@ -135,9 +138,11 @@ def read_mask(attn_mask: Tensor | None, is_causal: bool, tokens: tuple[int, int]
     differs_T = ~in_band_T | (count_T != (band_last_T - band_first_T + 1).clamp(min=0))
     if min(left, right) < 0 or bool(differs_T.any()):
         query = int(differs_T.byte().argmax())
-        raise ValueError(f"attn_mask is no band next to the diagonal (query {query} sees {int(count_T[query])} keys from {int(first_T[query])} to "
-                         f"{int(last_T[query])}), which cannot be honoured: causal and windowed masks can, padding as key_padding_mask, documents "
-                         "as cu_seqlens")
+        raise ValueError(
+            f"attn_mask is no band next to the diagonal (query {query} sees {int(count_T[query])} keys from {int(first_T[query])} to "
+            f"{int(last_T[query])}), which cannot be honoured: causal and windowed masks can, padding as key_padding_mask, documents "
+            "as cu_seqlens"
+        )
     if is_causal and right > 0:
         raise ValueError("is_causal=True and attn_mask shows keys after the query: give one of the two")
     return right == 0, (-1 if left >= T - 1 else left, -1 if right in (0, S - 1) else right)
@@ -156,7 +161,9 @@ def paddings(key_padding_mask: Tensor | None, batched: bool = True) -> list[Span
         places = row.nonzero()[:, 0]
         span = Span(int(places[0]), int(places[-1]) + 1) if len(places) else Span(0, 0)
         if len(span) != len(places):
-            raise ValueError(f"key_padding_mask of row {b} has padding inside ({len(places)} keys between {span.start} and {span.stop}), which "
-                             "cannot be honoured: pad at the ends, or pack documents and give cu_seqlens")
+            raise ValueError(
+                f"key_padding_mask of row {b} has padding inside ({len(places)} keys between {span.start} and {span.stop}), which "
+                "cannot be honoured: pad at the ends, or pack documents and give cu_seqlens"
+            )
         rows.append(span)
     return rows

@@ -1,8 +1,8 @@
 """Linear layers whose weights are kept in 8 or 4 bits, frozen: what adapters (LoRA) are trained beside.
 
 Weights are cut into blocks of 64 along the input features, each with a scale, the block's largest magnitude. They are made whole again for
-each product and let go behind it, forward and backward; activations are never rounded, so that a layer stays a function of each token and can
-be streamed. Gradients go through to the input and not to the weight.
+each product and let go behind it, forward and backward; activations are never rounded, so that a layer stays a function of each token and
+can be streamed. Gradients go through to the input and not to the weight.
 
     lt.nn.freeze_linears(model, "nf4")                        # in place, the head left as it is
     model = peft.get_peft_model(model, peft.LoraConfig(...))

@@ -35,8 +35,10 @@ def hf_attention(attention: nn.Module) -> nn.Module:
     if not hasattr(getattr(attention, "config", None), "_attn_implementation") or (
         "ALL_ATTENTION_FUNCTIONS" not in inspect.unwrap(forward).__code__.co_names
     ):
-        raise ValueError(f"{type(attention).__name__} does not choose its attention by transformers' AttentionInterface; give the attention "
-                         "module of a family that does (docs/hf_families.md)")
+        raise ValueError(
+            f"{type(attention).__name__} does not choose its attention by transformers' AttentionInterface; give the attention "
+            "module of a family that does (docs/hf_families.md)"
+        )
     replaced = copy.copy(attention)
     replaced.config = copy.copy(attention.config)
     replaced.config._attn_implementation = "longtrain"
@@ -93,7 +95,9 @@ class _ByChunks(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call: Callable[..., Tensor], chunk: int, x_BTE: Tensor, *parameters: Tensor) -> Tensor:
         kind = x_BTE.device.type
-        ctx.autocast = dict(device_type=kind, dtype=torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind), cache_enabled=False)
+        ctx.autocast = dict(
+            device_type=kind, dtype=torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind), cache_enabled=False
+        )
         ctx.call, ctx.chunk = call, chunk
         ctx.save_for_backward(x_BTE, *parameters)
         return torch.cat([call(parameters, part.contiguous()) for part in x_BTE.split(chunk, dim=1)], dim=1)
@@ -104,7 +108,10 @@ class _ByChunks(torch.autograd.Function):
         x_BTE, *parameters = ctx.saved_tensors
         want_x, *wanted = ctx.needs_input_grad[2:]
         aliases = [p.detach().requires_grad_(want) for p, want in zip(parameters, wanted, strict=True)]
-        sums = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) if w else None for p, w in zip(parameters, wanted, strict=True)]
+        sums = [
+            torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) if w else None
+            for p, w in zip(parameters, wanted, strict=True)
+        ]
         dx_parts = []
         for x_BCE, dy_BCF in zip(x_BTE.split(ctx.chunk, dim=1), dy_BTF.split(ctx.chunk, dim=1), strict=True):
             x_BCE = x_BCE.detach().contiguous().requires_grad_(want_x)

@@ -79,12 +79,21 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         return streamed(tgt, memory=memory, **arguments)
 
     def mixers(
-        self, *, memory: Tensor, tgt_mask: Tensor | None = None, memory_mask: Tensor | None = None, tgt_key_padding_mask: Tensor | None = None,
-        memory_key_padding_mask: Tensor | None = None, tgt_is_causal: bool = False, memory_is_causal: bool = False,
+        self,
+        *,
+        memory: Tensor,
+        tgt_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        tgt_is_causal: bool = False,
+        memory_is_causal: bool = False,
     ) -> tuple[AttentionMixer, ...]:
         _check_streamable(self.self_attn, tgt_key_padding_mask)
         if memory_mask is not None or memory_is_causal:
-            raise ValueError("memory_mask and memory_is_causal join target and memory tokens, which a streamed layer cannot honour; leave them out")
+            raise ValueError(
+                "memory_mask and memory_is_causal join target and memory tokens, which a streamed layer cannot honour; leave them out"
+            )
         return (self.self_attn.mixer(tgt_mask, tgt_is_causal),)
 
     def forward(
@@ -118,8 +127,10 @@ def _check_streamable(attention: MultiheadAttention, key_padding_mask: Tensor | 
     if not attention.batch_first:
         raise ValueError("a streamed layer takes [B, T, E]: make it with batch_first=True")
     if paddings(key_padding_mask) is not None:
-        raise ValueError("padding cannot be honoured in a streamed layer: pack the documents into one row and give cu_seqlens to each layer, or "
-                         "pad at the end, causally, and leave the padding mask out")
+        raise ValueError(
+            "padding cannot be honoured in a streamed layer: pack the documents into one row and give cu_seqlens to each layer, or "
+            "pad at the end, causally, and leave the padding mask out"
+        )
 
 
 def _check_mask(name: str, mask: Tensor | None, x: Tensor) -> None:

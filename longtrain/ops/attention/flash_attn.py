@@ -40,12 +40,30 @@ class Package:
 
 
 PACKAGES = {
-    "flash_attn_4": Package(module="flash_attn.cute.interface", dense=("_flash_attn_fwd", "_flash_attn_bwd"), oldest=(9, 0), softcap=False,
-                            packed=("_flash_attn_fwd", "_flash_attn_bwd"), install="pip install flash-attn-4"),
-    "flash_attn_3": Package(module="flash_attn_interface", dense=("_flash_attn_forward", "_flash_attn_backward"), oldest=(9, 0), softcap=True,
-                            packed=("_flash_attn_forward", "_flash_attn_backward"), install="build it from the hopper folder of flash-attention"),
-    "flash_attn_2": Package(module="flash_attn.flash_attn_interface", dense=("_flash_attn_forward", "_flash_attn_backward"), oldest=(8, 0),
-                            packed=("_flash_attn_varlen_forward", "_flash_attn_varlen_backward"), softcap=True, install="pip install longtrain[flash]"),
+    "flash_attn_4": Package(
+        module="flash_attn.cute.interface",
+        dense=("_flash_attn_fwd", "_flash_attn_bwd"),
+        oldest=(9, 0),
+        softcap=False,
+        packed=("_flash_attn_fwd", "_flash_attn_bwd"),
+        install="pip install flash-attn-4",
+    ),
+    "flash_attn_3": Package(
+        module="flash_attn_interface",
+        dense=("_flash_attn_forward", "_flash_attn_backward"),
+        oldest=(9, 0),
+        softcap=True,
+        packed=("_flash_attn_forward", "_flash_attn_backward"),
+        install="build it from the hopper folder of flash-attention",
+    ),
+    "flash_attn_2": Package(
+        module="flash_attn.flash_attn_interface",
+        dense=("_flash_attn_forward", "_flash_attn_backward"),
+        oldest=(8, 0),
+        packed=("_flash_attn_varlen_forward", "_flash_attn_varlen_backward"),
+        softcap=True,
+        install="pip install longtrain[flash]",
+    ),
 }
 
 
@@ -81,8 +99,13 @@ class Backend:
 
     def library(self, functions: Any) -> Library:
         """The package's kernels; `functions` has the functions that `package` names."""
-        return Library(forward=functools.partial(_forward, self.package, functions), backward=functools.partial(_backward, self.package, functions),
-                       aligned=True, packed=True, key_block=KEY_BLOCK)
+        return Library(
+            forward=functools.partial(_forward, self.package, functions),
+            backward=functools.partial(_backward, self.package, functions),
+            aligned=True,
+            packed=True,
+            key_block=KEY_BLOCK,
+        )
 
     def forward(self, call: AttentionCall, q, k, v, sink_logits):
         return pieces.forward(call, self.library(_functions(self.package.module)), q, k, v, sink_logits)
@@ -101,7 +124,11 @@ def unknown_signature(function: Callable | None, name: str, call: AttentionCall)
     if function is None:
         return f"the installed release has no {name}"
     names = set(_parameters(function))
-    needed = NEEDED | ({"softcap"} if call.softcap is not None else set()) | ({"deterministic"} if call.deterministic and "dout" in names else set())
+    needed = (
+        NEEDED
+        | ({"softcap"} if call.softcap is not None else set())
+        | ({"deterministic"} if call.deterministic and "dout" in names else set())
+    )
     if call.windowed and not names & {"window_size", "window_size_left"}:
         needed |= {"window_size"}
     return f"{name} of the installed release has no {', '.join(sorted(needed - names))}" if needed - names else None

@@ -88,7 +88,9 @@ def _can_pack(call: AttentionCall, doc: Document, key_block: int | None) -> bool
     """Aligned bottom-right as it stands, and every query sees a key."""
     queries, keys = doc.q_stop - doc.q_start, doc.k_stop - doc.k_start
     aligned = doc.q_stop + doc.q_shift == doc.k_stop + call.k_offset or not (call.causal or call.windowed)
-    return aligned and 0 < queries and (queries <= keys or call.left_reach() is call.right_reach() is None) and 0 < keys <= (key_block or keys)
+    return (
+        aligned and 0 < queries and (queries <= keys or call.left_reach() is call.right_reach() is None) and 0 < keys <= (key_block or keys)
+    )
 
 
 def _follows(pack: list[Document], doc: Document, key_block: int | None) -> bool:
@@ -100,8 +102,11 @@ def _packed(call: AttentionCall, pack: list[Document]) -> Piece:
     left, right = call.left_reach(), call.right_reach()
     first, last = pack[0], pack[-1]
     return Piece(
-        slice(first.q_start, last.q_stop), slice(first.k_start, last.k_stop), (-1 if left is None else left, -1 if right is None else right),
-        (0, *(d.q_stop - first.q_start for d in pack)), (0, *(d.k_stop - first.k_start for d in pack)),
+        slice(first.q_start, last.q_stop),
+        slice(first.k_start, last.k_stop),
+        (-1 if left is None else left, -1 if right is None else right),
+        (0, *(d.q_stop - first.q_start for d in pack)),
+        (0, *(d.k_stop - first.k_start for d in pack)),
     )
 
 

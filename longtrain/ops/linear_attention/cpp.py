@@ -1,7 +1,8 @@
 """The C++ kernels in `csrc/linear_attention*`: chunks of 64 tokens in cache, one head after the other, heads over the cores.
 
 The formulas, the pieces and what is kept from forward to backward are those of `chunked.py`; `chunk_size` only rounds differently and is
-not looked at. A thread's workspace is some tiles, and the states (and U) of one piece. Results are bitwise the same for any number of threads.
+not looked at. A thread's workspace is some tiles, and the states (and U) of one piece. Results are bitwise the same for any number of
+threads.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The Triton kernels in `kernels/linear_attention*.py`: linear attention by chunks, forward and backward, on NVIDIA GPUs from sm_80 on.
 
-The formulas, the pieces and what is kept from forward to backward are those of `chunked.py`; a piece's workspace is the states at its chunks'
-entries, with their adjoints in the backward, and with the delta rule U, W and the inverse of each chunk's system.
+The formulas, the pieces and what is kept from forward to backward are those of `chunked.py`; a piece's workspace is the states at its
+chunks' entries, with their adjoints in the backward, and with the delta rule U, W and the inverse of each chunk's system.
 """
 
 from __future__ import annotations
@@ -111,7 +111,9 @@ def forward_launches(call: Call, out_BTHV: Tensor, state_BHDV: Tensor, entries_B
         yield piece.launch(kernels.linear_out, piece.chunks * piece.value_tiles, out=out_BTHV[:, tokens])
 
 
-def backward_launches(call: Call, entries_BPHDV: Tensor, dout_BTHV: Tensor, dstate_BHDV: Tensor, grads: list[Tensor | None]) -> Iterator[Launch]:
+def backward_launches(
+    call: Call, entries_BPHDV: Tensor, dout_BTHV: Tensor, dstate_BHDV: Tensor, grads: list[Tensor | None]
+) -> Iterator[Launch]:
     """dstate goes from the last state's gradient to the initial one's."""
     from longtrain.kernels import linear_attention as kernels
 

@@ -56,18 +56,34 @@ def linear_cross_entropy(
     and for a backend that cannot serve the call (with its reason).
     """
     check_shapes(input, weight, target, bias, token_weights)
-    call = _call(input, weight, target, bias, ignore_index, reduction, normalizer, token_weights, softcap, z_loss, label_smoothing, chunk_tokens)
+    call = _call(
+        input, weight, target, bias, ignore_index, reduction, normalizer, token_weights, softcap, z_loss, label_smoothing, chunk_tokens
+    )
     check_targets(target, weight.shape[0], ignore_index)
     with torch.autocast(input.device.type, enabled=False):
         loss = BACKENDS[_choose(call, backend)].run(call)
     return loss.view(target.shape) if reduction == "none" else loss
 
 
-def explain(input: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean",
-            normalizer: float | Tensor | None = None, token_weights: Tensor | None = None, softcap: float | None = None, z_loss: float = 0.0,
-            label_smoothing: float = 0.0, chunk_tokens: int | None = None) -> dict[str, str | None]:
+def explain(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    token_weights: Tensor | None = None,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    chunk_tokens: int | None = None,
+) -> dict[str, str | None]:
     """Each backend, in order of preference, and why it does not serve this call (None: it could)."""
-    call = _call(input, weight, target, bias, ignore_index, reduction, normalizer, token_weights, softcap, z_loss, label_smoothing, chunk_tokens)
+    call = _call(
+        input, weight, target, bias, ignore_index, reduction, normalizer, token_weights, softcap, z_loss, label_smoothing, chunk_tokens
+    )
     return {name: module.refuse(call) for name, module in BACKENDS.items()}
 
 
@@ -82,7 +98,9 @@ def _choose(call: Call, backend: str) -> str:
     return backend
 
 
-def _call(input, weight, target, bias, ignore_index, reduction, normalizer, token_weights, softcap, z_loss, label_smoothing, chunk_tokens) -> Call:
+def _call(
+    input, weight, target, bias, ignore_index, reduction, normalizer, token_weights, softcap, z_loss, label_smoothing, chunk_tokens
+) -> Call:
     if reduction not in REDUCTIONS:
         raise ValueError(f"linear_cross_entropy: reduction must be one of {', '.join(REDUCTIONS)}, not {reduction!r}")
     if normalizer is not None and reduction != "mean":

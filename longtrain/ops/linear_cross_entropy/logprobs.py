@@ -53,7 +53,9 @@ def chunk_logprobs_backward(
     return _gradients(g_CV, torch.full_like(lse_C, 1 / temperature), x_CE, weight_VE, want_dx, dweight_VE, dbias_V)
 
 
-def _scores(x_CE: Tensor, weight_VE: Tensor, bias_V: Tensor | None, temperature: float, softcap: float | None) -> tuple[Tensor, Tensor | None]:
+def _scores(
+    x_CE: Tensor, weight_VE: Tensor, bias_V: Tensor | None, temperature: float, softcap: float | None
+) -> tuple[Tensor, Tensor | None]:
     """z, and the tanh of the softcap."""
     z_CV = torch.empty(x_CE.shape[0], weight_VE.shape[0], dtype=wide_dtype(x_CE.dtype), device=x_CE.device)
     _logits(x_CE, weight_VE, z_CV)

@@ -5,8 +5,8 @@ products there are products of the values at the N roots. With e(a) = exp(2 pi i
 
     sum_n x_n e((k + 1/4) n / N)  =  sum_n2 e(k2 n2 / N2)  [ e((k1 + 1/4) n2 / N)  sum_n1 e((k1 + 1/4) n1 / N1) x_n ]
 
-that is a matrix, elements ("twiddles") and a matrix: order 2 (Monarch, arXiv:2204.00595; FlashFFTConv, arXiv:2311.05908, section 3.1). Order
-3 has one more matrix of N0 in front of it, and then the 1/4 belongs to that one. Values stay where k1 and k2 put them. Matrices are
+that is a matrix, elements ("twiddles") and a matrix: order 2 (Monarch, arXiv:2204.00595; FlashFFTConv, arXiv:2311.05908, section 3.1).
+Order 3 has one more matrix of N0 in front of it, and then the 1/4 belongs to that one. Values stay where k1 and k2 put them. Matrices are
 divided by the root of their size, so that no sum grows; any size will do, it need not be a power of two.
 """
 
@@ -153,7 +153,8 @@ def _parts(x: Tensor, count: int, dtype: torch.dtype, device: torch.device) -> T
 
 @functools.lru_cache(maxsize=32)
 def matrices(size: Size, dtype: torch.dtype, device: torch.device) -> Matrices:
-    """Made in float64. Twiddles of 16-bit types are float16: they are at most 1 and only multiply elements, so bfloat16 would lose for nothing."""
+    """Made in float64. Twiddles of 16-bit types are float16: they are at most 1 and only multiply elements, so bfloat16 would lose for
+    nothing."""
     rows, columns, outer = (torch.arange(n, dtype=torch.float64) for n in (size.rows, size.columns, size.outer))
     begin = 0.25 if size.outer == 1 else 0.0
     first = _root((rows[:, None] + begin) * rows / size.rows, size.rows**-0.5)
@@ -170,11 +171,15 @@ def matrices(size: Size, dtype: torch.dtype, device: torch.device) -> Matrices:
         constants = {
             "outer_first": _parts(padded(whole, 0, missing, 0, missing), 3, dtype, device),
             "outer_last": _parts(padded(whole.conj().mT.resolve_conj(), 0, missing, 0, missing), 3, dtype, device),
-            "outer_high": _parts(padded(_root((outer[:, None] + 0.25) * rows / (size.outer * size.rows)), 0, 0, 0, missing), 2, torch.float32, device),
+            "outer_high": _parts(
+                padded(_root((outer[:, None] + 0.25) * rows / (size.outer * size.rows)), 0, 0, 0, missing), 2, torch.float32, device
+            ),
             "outer_low": _parts(padded(_root((outer[:, None] + 0.25) * columns / size.total), 0, 0, 0, missing), 2, torch.float32, device),
         }
     return Matrices(
-        first=_parts(first, 3, dtype, device), last=_parts(first.conj().mT.resolve_conj(), 3, dtype, device),
-        twiddle=_parts(twiddle, 2, fine, device), columns=_parts(_root(columns[:, None] * columns / size.columns, size.columns**-0.5), 3, dtype, device),
+        first=_parts(first, 3, dtype, device),
+        last=_parts(first.conj().mT.resolve_conj(), 3, dtype, device),
+        twiddle=_parts(twiddle, 2, fine, device),
+        columns=_parts(_root(columns[:, None] * columns / size.columns, size.columns**-0.5), 3, dtype, device),
         **constants,
     )

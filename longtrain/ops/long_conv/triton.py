@@ -71,7 +71,8 @@ class _Group:
 
 
 def channel_bytes(work: Work, batch: int, itemsize: int) -> int:
-    """Workspace of a channel in the backward, the larger pass: rows of v and g, with an outer matrix also complex, and a filter's spectrum."""
+    """Workspace of a channel in the backward, the larger pass: rows of v and g, with an outer matrix also complex, and a filter's
+    spectrum."""
     rows = len(work.pieces) * batch * (2 + 4 * (work.size.outer > 1))
     return (rows + 4 + 2 * (work.size.outer > 1)) * work.size.total * itemsize
 
@@ -90,10 +91,16 @@ def _groups(call: Call) -> Iterator[_Group]:
                 return None if x is None else x[:, :, channels]
 
             part = replace(
-                call, u_BTE=cut(call.u_BTE), k_HW=call.k_HW[filters], gate_in_BTE=cut(call.gate_in_BTE), gate_out_BTE=cut(call.gate_out_BTE),
+                call,
+                u_BTE=cut(call.u_BTE),
+                k_HW=call.k_HW[filters],
+                gate_in_BTE=cut(call.gate_in_BTE),
+                gate_out_BTE=cut(call.gate_out_BTE),
                 skip_E=None if call.skip_E is None else call.skip_E[channels].float().contiguous(),
             )
-            yield _Group(call=part, filters=filters, channels=channels, share=call.share, shift=start % call.share, work=work, constants=constants)
+            yield _Group(
+                call=part, filters=filters, channels=channels, share=call.share, shift=start % call.share, work=work, constants=constants
+            )
 
 
 # --- around the transforms -------------------------------------------------------------------------------------------------------
@@ -111,15 +118,25 @@ def _strides(x: Tensor | None) -> tuple[int, ...] | None:
 def _tiles(group: _Group) -> dict[str, Any]:
     groups, width, N = group.rows
     tiles = -(-N // TOKENS)
-    return {"grid": (groups * tiles, -(-width // CHANNELS)),
-            "arguments": {"tiles": tiles, "batches": group.call.u_BTE.shape[0], "width": width, "N": N, "TOKENS": TOKENS, "CHANNELS": CHANNELS}}
+    return {
+        "grid": (groups * tiles, -(-width // CHANNELS)),
+        "arguments": {"tiles": tiles, "batches": group.call.u_BTE.shape[0], "width": width, "N": N, "TOKENS": TOKENS, "CHANNELS": CHANNELS},
+    }
 
 
 def _packed(group: _Group, x: Tensor, gate: Tensor | None, table: Tensor, which: int, rows: Tensor) -> Launch:
     from longtrain.kernels.long_conv_rows import pack_rows
 
     common = _tiles(group)
-    arguments = {"x": x, "gate": gate, "rows": rows, "pieces": table, "x_strides": x.stride(), "gate_strides": _strides(gate), "WHICH": which}
+    arguments = {
+        "x": x,
+        "gate": gate,
+        "rows": rows,
+        "pieces": table,
+        "x_strides": x.stride(),
+        "gate_strides": _strides(gate),
+        "WHICH": which,
+    }
     return Launch(kernel=pack_rows, grid=common["grid"], arguments=arguments | common["arguments"])
 
 
@@ -202,7 +219,9 @@ def _spectrum(group: _Group) -> Generator[Launch, None, Tensor]:
         x[1, :, size.total - work.future :].copy_(k_HW[:, W - work.future :]).neg_()
     x, plane = yield from _entered(group, x, H * size.total if work.future else None)
     spectrum, count = group.empty(H, size.outer, 2, size.inner), H * size.outer
-    yield _inner(group, monarch_spectrum, _programs(count, k_HW.device), 1, x=x, plane=plane, spectrum=spectrum, count=count, scale=size.total**0.5)
+    yield _inner(
+        group, monarch_spectrum, _programs(count, k_HW.device), 1, x=x, plane=plane, spectrum=spectrum, count=count, scale=size.total**0.5
+    )
     return spectrum
 
 
@@ -231,9 +250,23 @@ def _correlated(group: _Group, v: Tensor, g: Tensor) -> Generator[Launch, None, 
     out, count, programs = group.empty(2, H, size.total, dtype=torch.float32), H * size.total, _programs(H * size.outer, v.device)
     two_sided = count if group.work.future else None
     yield _inner(
-        group, monarch_correlate, programs, 2, v=v, g=g, plane=plane, out=out, out_plane=two_sided if plane is None else count,
-        sums=group.empty(programs, 2, size.inner, dtype=torch.float32), last=group.constants.last, filters=H, groups=groups, outer=size.outer,
-        width=width, share=group.share, shift=group.shift,
+        group,
+        monarch_correlate,
+        programs,
+        2,
+        v=v,
+        g=g,
+        plane=plane,
+        out=out,
+        out_plane=two_sided if plane is None else count,
+        sums=group.empty(programs, 2, size.inner, dtype=torch.float32),
+        last=group.constants.last,
+        filters=H,
+        groups=groups,
+        outer=size.outer,
+        width=width,
+        share=group.share,
+        shift=group.shift,
     )
     if size.outer == 1:
         return out
