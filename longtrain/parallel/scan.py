@@ -6,7 +6,8 @@ before it, and so is the output; the delta rule's A is a matrix, else it is a de
     S' = S0 + A S          out_t = out0_t + P_t S          dS = P^T dout + A^T dS'
 
 S0, A, out0 and P come from the rank's own tokens, all ranks at the same time. What goes from rank to rank is S, forward, and dS, backward:
-block after block of its value features, so that a rank hands on the first while the others are still on their way to it. With the state
+block after block of its value features: while a rank hands one on and reads it (P S), the next is on its way to it. What comes has been
+asked for before S0, A, out0 and P are made, and arrives meanwhile where the rank before is done sooner. With the state
 before its run and the adjoint of the one behind it, a rank differentiates its tokens by itself. Nothing is divided out: A and P are sums
 of log decays, exponentiated, and 0 behind the beginning of a document.
 
@@ -18,7 +19,7 @@ A rank receives one state for each of its runs of tokens, forward and backward: 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +78,7 @@ def hand_overs(shards: Shards) -> int:
 
 
 Step = Callable[[int, int, Tensor], Tensor]
+Then = Callable[[int, int], None]
 
 
 class Relay:
@@ -86,44 +88,46 @@ class Relay:
         self._ranks, self._what = ranks, what
         self._own: list[Tensor] = []
         """The blocks behind a leg, where the next one is this rank's too."""
-        self._inherited: list[Pending] = []
-        """Those with which the chunk begins."""
+        self._coming: list[list[Pending]] = []
+        """Blocks from other ranks, for each leg that is given some."""
 
-    def run(self, stage: Stage, blocks: Sequence[Any], like: Tensor, step: Step) -> None:
-        """``behind = step(leg, block, before)`` for every block of every leg, in this order; `blocks` are indices into a state like `like`.
+    def expect(self, stage: Stage, blocks: Sequence[Any], like: Tensor) -> None:
+        """Before a chunk: have all that other ranks send in it come whenever it is sent, while this one computes or sends.
+
+        `blocks` are indices into a state like `like`. What the chunk begins with was asked for in the one before.
+        """
+        sources = [leg.source for leg in stage.legs if leg.source not in (None, self._ranks.rank)]
+        for source in sources[len(self._coming) :]:
+            self._ask(source, blocks, like)
+
+    def run(self, stage: Stage, blocks: Sequence[Any], like: Tensor, step: Step, then: Then = lambda leg, block: None) -> None:
+        """``behind = step(leg, block, before)`` for every block of every leg, in this order; ``then(leg, block)`` when it was sent.
 
         At the end of the sequence, where there is nothing before, that is a state of zeros.
         """
-        sent, like = [], [like[block] for block in blocks]
+        sent = []
         for i, leg in enumerate(stage.legs):
-            coming, own, self._own = self._coming(leg, like), self._own, []
-            for b in range(len(blocks)):
+            own, self._own = self._own, []
+            coming = self._coming.pop(0) if leg.source not in (None, self._ranks.rank) else []
+            for b, block in enumerate(blocks):
                 if leg.source is None:
-                    before = torch.zeros_like(like[b])
+                    before = torch.zeros_like(like[block])
                 else:
-                    before = own[b] if leg.source == self._ranks.rank else next(coming)
+                    before = own[b] if leg.source == self._ranks.rank else coming[b].wait()[self._what][0]
                 behind = step(i, b, before).contiguous()
                 if leg.target == self._ranks.rank:
                     self._own.append(behind)
                 elif leg.target is not None:
                     sent.append(self._ranks.exchange([Message(self._what, leg.target, (behind,))], []))
+                then(i, b)
         if stage.heir_of is not None:
-            self._inherited = [self._receive(stage.heir_of, block) for block in like]
+            self._ask(stage.heir_of, blocks, like)
         for pending in sent:
             pending.wait()
 
-    def _coming(self, leg: Leg, like: Sequence[Tensor]) -> Iterator[Tensor]:
-        """The blocks from another rank; while one is worked on the next is received."""
-        inherited, self._inherited = iter(self._inherited), []
-        receive = lambda block: next(inherited, None) or self._receive(leg.source, block)
-        arriving = receive(like[0])
-        for following in (*like[1:], None):
-            (block,) = arriving.wait()[self._what]
-            arriving = None if following is None else receive(following)
-            yield block
-
-    def _receive(self, source: int, like: Tensor) -> Pending:
-        return self._ranks.exchange([], [Message(self._what, source, (like.new_empty(like.shape),))])
+    def _ask(self, source: int, blocks: Sequence[Any], like: Tensor) -> None:
+        buffers = [like.new_empty(like[block].shape) for block in blocks]
+        self._coming.append([self._ranks.exchange([], [Message(self._what, source, (buffer,))]) for buffer in buffers])
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,10 +136,14 @@ class Known:
 
     entries: Sequence[Tensor]
 
-    def run(self, stage: Stage, blocks: Sequence[Any], like: Tensor, step: Step) -> None:
+    def expect(self, stage: Stage, blocks: Sequence[Any], like: Tensor) -> None:
+        pass
+
+    def run(self, stage: Stage, blocks: Sequence[Any], like: Tensor, step: Step, then: Then = lambda leg, block: None) -> None:
         for i, entry in enumerate(self.entries):
             for b, block in enumerate(blocks):
                 step(i, b, entry[block])
+                then(i, b)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +179,7 @@ class Affine:
         return self.A.mT @ dS if self.is_matrix else self.A * dS
 
     def read(self, S: Tensor) -> Tensor:
-        """P S, ``[B, t, H, Dv]``."""
+        """P S, ``[B, t, H, Dv]``, or some of its value features."""
         return torch.einsum("bthd,bhdv->bthv", self.P, S)
 
     def read_vjp(self, dout: Tensor) -> Tensor:
@@ -197,27 +205,31 @@ Each = Sequence[Sequence[Tensor]]
 def affine_forward(relay: Relay | Known, stage: Stage, mixer, inputs: Each) -> tuple[list[Tensor], list[Tensor]]:
     """Outputs of a rank's legs in a chunk, and the states before them."""
     (q, k, v, *_), wide = inputs[0], _wide(inputs[0])
-    of_zero = [mixer.step(leg.span, None, x[0].to(wide), *x[1:]) for leg, x in zip(stage.legs, inputs, strict=True)]
-    affine = [Affine.of(mixer, leg.span, x) for leg, x in zip(stage.legs, inputs, strict=True)]
     entries = [v.new_empty(k.shape[0], *k.shape[2:], v.shape[3], dtype=wide) for _ in stage.legs]
     blocks = _columns(v.shape[3])
+    relay.expect(stage, blocks, entries[0])
+    outs, made = zip(*(mixer.step(leg.span, None, x[0].to(wide), *x[1:]) for leg, x in zip(stage.legs, inputs, strict=True)), strict=True)
+    affine = [Affine.of(mixer, leg.span, x) for leg, x in zip(stage.legs, inputs, strict=True)]
 
     def step(i: int, b: int, before: Tensor) -> Tensor:
         entries[i][blocks[b]] = before
-        return of_zero[i][1][blocks[b]] + affine[i].apply(before)
+        return made[i][blocks[b]] + affine[i].apply(before)
 
-    relay.run(stage, blocks, entries[0], step)
-    outs = [(out + part.read(entry)).to(q.dtype) for (out, _), part, entry in zip(of_zero, affine, entries, strict=True)]
-    return outs, entries
+    def then(i: int, b: int) -> None:  # while this block is on its way to the next rank, and the next one to this
+        outs[i][blocks[b]].add_(affine[i].read(entries[i][blocks[b]]))
+
+    relay.run(stage, blocks, entries[0], step, then)
+    return [out.to(q.dtype) for out in outs], entries
 
 
 def affine_backward(
     relay: Relay, stage: Stage, mixer, inputs: Each, entries: Sequence[Tensor], douts: Sequence[Tensor]
 ) -> tuple[list[Sequence[Tensor]], list[Tensor]]:
     """Gradients of the inputs of each leg, and of the mixer's shared tensors: there are none."""
+    behind, blocks = [torch.empty_like(entry) for entry in entries], _columns(entries[0].shape[3])
+    relay.expect(stage, blocks, behind[0])
     affine = [Affine.of(mixer, leg.span, x) for leg, x in zip(stage.legs, inputs, strict=True)]
     made = [part.read_vjp(dout) for part, dout in zip(affine, douts, strict=True)]
-    behind, blocks = [torch.empty_like(entry) for entry in entries], _columns(entries[0].shape[3])
 
     def step(i: int, b: int, dS: Tensor) -> Tensor:
         behind[i][blocks[b]] = dS
@@ -234,6 +246,7 @@ def stepwise_forward(relay: Relay | Known, stage: Stage, mixer, inputs: Each) ->
     heads, *shape = mixer.state_shape(*written)
     outs = [torch.empty_like(x[0]) for x in inputs]
     entries = [q.new_empty(q.shape[0], heads, *shape, dtype=_wide((*inputs[0], *mixer.shared))) for _ in stage.legs]
+    relay.expect(stage, _heads(heads), entries[0])
 
     def step(i: int, head: int, before: Tensor) -> Tensor:
         at = slice(head, head + 1)
@@ -251,6 +264,7 @@ def stepwise_backward(
     """As `affine_backward`."""
     grads = [[torch.empty_like(x) for x in of_leg] for of_leg in inputs]
     dshared = [torch.zeros_like(t, dtype=_wide((t,))) for t in mixer.shared]
+    relay.expect(stage, _heads(entries[0].shape[1]), entries[0])
 
     def step(i: int, head: int, dS: Tensor) -> Tensor:
         at = slice(head, head + 1)
