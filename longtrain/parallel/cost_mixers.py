@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from longtrain.parallel.cost import NOTHING, Choice, Received
 from longtrain.parallel.layout import Shards
-from longtrain.parallel.scan import hand_overs
+from longtrain.parallel.relay import hand_overs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -45,19 +45,19 @@ class Sharing:
         """`shapes`: those of each layer's mixers (`shapes_of`). Every process makes it, at the same time."""
         self.plan, self.parallel, self.shapes = plan, parallel, shapes
         size = Ranks.of(group).size if not isinstance(group, DeviceMesh) else group.size()
-        of_kind = lambda kind: [shape.heads for of_layer in shapes for shape in of_layer if isinstance(shape, kind)]
-        fewest = min(of_kind(Shape) or of_kind(StateShape), default=None)  # None: convolutions exchange channels
+        of_kind = lambda kind: [shape for of_layer in shapes for shape in of_layer if isinstance(shape, kind)]
+        fewest = min((shape.heads for shape in of_kind(Shape) or of_kind(StateShape)), default=None)  # None: convolutions exchange channels
         heads = parallel.heads or max(n for n in range(1, size + 1) if size % n == 0 and n <= (fewest or 1))
         self.mesh = Mesh.make(group, heads, machine=parallel.machine)
         if fewest is not None and self.mesh.heads.size > fewest:
             raise ValueError(
                 f"parallel: {self.mesh.heads.size} ranks cannot exchange {fewest} heads; set parallel.heads to at most {fewest}"
             )
+        self.turns = bool(of_kind(TurnShape))
         self.inside = parallel.layout
         if self.inside == "auto":  # more stripes cost windows more halos, and turns of states are as many as there are stripes
             windows = any(isinstance(shape, Shape) and shape.window is not None for of_layer in shapes for shape in of_layer)
-            turns = any(isinstance(shape, TurnShape) for of_layer in shapes for shape in of_layer)
-            self.inside = "contiguous" if turns or (self.mesh.ring.size == 1 and windows) else "striped"
+            self.inside = "contiguous" if self.turns or (self.mesh.ring.size == 1 and windows) else "striped"
         self.present: OnRank | None = None
 
     def layout(self, tokens: int, cu_seqlens: Tensor | Sequence[int] | None = None) -> Layout:
@@ -88,7 +88,8 @@ class Sharing:
         size, stripe = self.mesh.all.size, self.parallel.stripe
         if stripe is None and self.mesh.ring.size == 1:
             stripe = max(STRIPE, LEAST // size, min(tokens, self.plan.chunk_tokens) // (size * ROUNDS))
-        return spread(tokens, size, inside=self.inside, chunk_tokens=self.plan.chunk_tokens, stripe=stripe)
+        least = 2 if self.turns else 1  # given one token, a layer that keeps states takes it for decoding, and may edit them in place
+        return spread(tokens, size, inside=self.inside, chunk_tokens=self.plan.chunk_tokens, stripe=stripe, least=least)
 
     def choice(self, shape: AnyShape, shards: Shards, beside: Sequence[AnyShape] = ()) -> Choice:
         """`beside`: all mixers of its layer."""

@@ -22,7 +22,8 @@ from longtrain.parallel.exchange import Arrived, Dealt, Rounds
 from longtrain.parallel.layout import Shards
 from longtrain.parallel.mesh import Mesh
 from longtrain.parallel.ranks import Ranks
-from longtrain.parallel.scan import Known, Relay, affine_backward, affine_forward, of_heads, stages, stepwise_backward, stepwise_forward
+from longtrain.parallel.relay import Known, Relay, stages
+from longtrain.parallel.scan import affine_backward, affine_forward, of_heads, stepwise_backward, stepwise_forward
 from longtrain.span import Span
 from longtrain.stream.protocol import CarrySpec, KVBlock
 from longtrain.stream.state_carry import StateCarry, state_spec

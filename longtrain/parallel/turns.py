@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from longtrain.parallel.layout import Shards
 from longtrain.parallel.ranks import Ranks
-from longtrain.parallel.scan import Relay, stages
+from longtrain.parallel.relay import Relay, stages
 from longtrain.span import Span
 from longtrain.stream.replay import Arguments, GradientSums
 
@@ -63,7 +63,6 @@ class Turns:
             outs.append(out)
             return self.packed(behind)
 
-        self._there.expect(stage, WHOLE, self._message)
         self._there.run(stage, WHOLE, self._message, step)
         if self._keep:
             self._kept[chunk] = kept
@@ -83,7 +82,6 @@ class Turns:
     def run_back(self, chunk: int, step: Callable[[States], States]) -> None:
         """``gradients of the states before = step(of those behind)``, for each run of tokens, the last one first."""
         relay_step = lambda i, _, came: self.packed(step(self.unpacked(came)))
-        self._back.expect(self._stages_back[chunk], WHOLE, self._message)
         self._back.run(self._stages_back[chunk], WHOLE, self._message, relay_step)
 
     def packed(self, states: States) -> Tensor:
