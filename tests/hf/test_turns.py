@@ -62,12 +62,63 @@ def check(family: str, plan: lt.Plan, parallel: lt.Parallel, call: dict, case: s
         assert abs(again - expected_loss) <= EXACT * expected_loss, f"{case}: undo left something behind"
 
 
+def only(*trained: str):
+    """All other weights frozen."""
+
+    def change(model) -> None:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(any(part in name for part in trained))
+
+    return change
+
+
+def bytes_are_the_formula(rank: int, world: int) -> None:
+    """A state of each of its two convolutions, forward; its gradient, backward: of all ranks together."""
+    model = hf_families.build("lfm2")
+    report = lt.apply(model, lt.Plan(chunk_tokens=16), parallel=WAYS["zigzag"])
+    gradients(model, **CALLS["one row"]())
+    sharing = report.sharing
+    received = sharing.mesh.all.traffic.received
+    counted = torch.tensor([received["states"], received["dstates"]])
+    dist.all_reduce(counted)
+    choices = [sharing.choice(shape, sharing.shards(TOKENS)) for of_layer in sharing.shapes for shape in of_layer]
+    cost = next(choice.costs["turns"] for choice in choices if choice.way == "turns")
+    assert counted.tolist() == pytest.approx([2 * world * cost.forward, 2 * world * cost.backward])
+    waits = {2: "33%", 3: "56%", 4: "67%"}[world]
+    assert f"layers 0, 2: turns (turns 0.0 + 0.0 MiB); not all at once: only the layer knows how its states change, so {world} ranks take " \
+        f"turns; each waits {waits} of its time" in sharing.explain(TOKENS)  # fmt: skip
+    with torch.no_grad():
+        before = received["states"]
+        model(**CALLS["one row"](), use_cache=False)
+        assert 2 * received["states"] == 3 * before and received["dstates"] == before
+
+
 def quick(rank: int, world: int) -> None:
     cases = [("lfm2", "zigzag", "two rows"), ("qwen3_next", "contiguous", "packed"), ("bamba", "striped, no heads", "one row")]
     for family, way, call in cases:
         check(family, lt.Plan(chunk_tokens=16), WAYS[way], CALLS[call](), f"P={world}, {family}, {way}, {call}")
+    bytes_are_the_formula(rank, world)
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_states_go_from_process_to_process(world):
-    run_ranks(quick, world)
+def test_two_processes():
+    run_ranks(quick, 2)
+
+
+def every_family(rank: int, world: int) -> None:
+    plans = [lt.Plan(chunk_tokens=16), lt.Plan(chunk_tokens=64), lt.Plan(chunk_tokens=16, boundaries="tensor", store_outputs=0.5)]
+    ways = dict(list(WAYS.items())[:1]) if world == 1 else WAYS
+    for i, family in enumerate(FAMILIES):
+        for k in range(2):
+            way, call = list(ways)[(i + 2 * k) % len(ways)], list(CALLS)[(i + k) % len(CALLS)]
+            plan = plans[(i + k) % len(plans)]
+            check(family, plan, WAYS[way], CALLS[call](), f"P={world}, {family}, {way}, {call}, {plan}")
+    for trained in ("embed", "layers.0.conv"):  # gradients that come through states alone
+        check("lfm2", plans[0], WAYS["contiguous"], CALLS["one row"](), f"P={world}, {trained} alone", only(trained))
+    if world > 1:
+        bytes_are_the_formula(rank, world)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_every_family(world):
+    run_ranks(every_family, world)
