@@ -40,7 +40,7 @@ def run(config_path: str, overrides: Sequence[str], processes: int) -> int:
     """Print the table and the verdict; 0 when everything holds, 1 otherwise."""
     config, where = load_config(config_path, overrides)
     if isinstance(config.model, HfModelConfig):
-        raise where.error("model.hf", "models of transformers share no sequence in a run yet; leave out --nproc")
+        raise where.error("model.hf", "--nproc takes longtrain's own models, and this is one of transformers; leave --nproc out")
     if processes < 1:
         raise where.error("parallel", f"--nproc must be at least 1, found {processes}")
     with tempfile.TemporaryDirectory() as directory:

@@ -33,4 +33,4 @@ def test_four_processes_and_a_ring(file, capfd):
 
 def test_models_of_transformers_are_refused(file, capfd):
     assert cli.main(["verify", "--nproc", "2", "configs/hf_sft_chat.yaml"]) == 2
-    assert "share no sequence in a run yet" in capfd.readouterr().err
+    assert "--nproc takes longtrain's own models" in capfd.readouterr().err
