@@ -22,7 +22,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from longtrain.apply import apply
-from longtrain.config import load_config
+from longtrain.config import Config, Locations, load_config
 from longtrain.config.hf import HfModelConfig
 from longtrain.config.parallel import DIMENSIONS, ParallelConfig
 from longtrain.nn import LanguageModel
@@ -40,9 +40,10 @@ SECONDS = 600
 
 def run(config_path: str, overrides: Sequence[str], processes: int) -> int:
     """Print the table and the verdict; 0 when everything holds, 1 otherwise."""
-    _, where = load_config(config_path, overrides)
+    config, where = load_config(config_path, overrides)
     if processes < 1:
         raise where.error("parallel", f"--nproc must be at least 1, found {processes}")
+    _small_model(config, where)  # what is wrong with it is said once
     with tempfile.TemporaryDirectory() as directory:
         meeting = Path(directory) / "ranks"
         try:
@@ -57,11 +58,7 @@ def _process(rank: int, size: int, meeting: str, config_path: str, overrides: Se
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size, timeout=timedelta(seconds=SECONDS))
     config, where = load_config(config_path, overrides)
-    plan, tokens = shrink_plan(config)
-    plan = replace(plan, offload=None, kv_block_tokens=None)
-    torch.manual_seed(0)
-    hf = isinstance(config.model, HfModelConfig)
-    model, plan, said = shrink_transformers(config, plan, tokens, where) if hf else shrink(config, plan, tokens)
+    model, plan, tokens, said = _small_model(config, where)
     failed = 0
     if rank == 0:
         print(f"{config_path}: {config.data.seq_len} tokens shrink to {tokens}, chunks to {plan.chunk_tokens}, on {size} processes")
@@ -76,6 +73,16 @@ def _process(rank: int, size: int, meeting: str, config_path: str, overrides: Se
     dist.destroy_process_group()
     if failed:
         raise SystemExit(1)
+
+
+def _small_model(config: Config, where: Locations) -> tuple[nn.Module, Plan, int, str]:
+    """The config's model shrunk, its plan, so many tokens, and what it is."""
+    plan, tokens = shrink_plan(config)
+    plan = replace(plan, offload=None, kv_block_tokens=None)
+    torch.manual_seed(0)
+    hf = isinstance(config.model, HfModelConfig)
+    model, plan, said = shrink_transformers(config, plan, tokens, where) if hf else shrink(config, plan, tokens)
+    return model, plan, tokens, said
 
 
 def check(model: nn.Module, plan: Plan, tokens: int, config: ParallelConfig, size: int) -> Iterator[Row]:

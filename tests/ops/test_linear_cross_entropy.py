@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from longtrain.ops.linear_cross_entropy import LossOptions, chunk_loss_and_grad, explain, linear_cross_entropy, torch_core, workspace
+from longtrain.ops.linear_cross_entropy import LossOptions, chunk_loss_and_grad, chunked, explain, linear_cross_entropy, torch_core, workspace
 
 F64 = torch.float64
 needs_torch_core = pytest.mark.skipif(
@@ -359,3 +359,13 @@ def test_only_one_chunk_of_logits_exists():
         with Largest() as seen:
             linear_cross_entropy(x, w, t, reduction=reduction, chunk_tokens=32, backend="chunked").sum().backward()
         assert seen.elements == 32 * 512
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_no_gradients_are_made_where_nobody_can_ask_for_them(reduction, monkeypatch):
+    x, w, b, t = make(bias=True)
+    expected = linear_cross_entropy(x, w, t, bias=b, reduction=reduction, backend="reference")
+    monkeypatch.setattr(chunked, "_gradients", lambda *args: pytest.fail("a gradient was made"))
+    with torch.no_grad():
+        found = linear_cross_entropy(x, w, t, bias=b, reduction=reduction, backend="chunked", chunk_tokens=5)
+    assert relative(found, expected) < 1e-14 and not found.requires_grad
