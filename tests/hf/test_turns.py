@@ -88,9 +88,9 @@ def bytes_are_the_formula(rank: int, world: int) -> None:
     assert f"layers 0, 2: turns (turns 0.0 + 0.0 MiB); not all at once: only the layer knows how its states change, so {world} ranks take " \
         f"turns; each waits {waits} of its time" in sharing.explain(TOKENS)  # fmt: skip
     with torch.no_grad():
-        before = received["states"]
+        forward, backward = received["states"], received["dstates"]
         model(**CALLS["one row"](), use_cache=False)
-        assert 2 * received["states"] == 3 * before and received["dstates"] == before
+        assert (received["states"], received["dstates"]) == (2 * forward, backward)
 
 
 def quick(rank: int, world: int) -> None:
