@@ -6,7 +6,7 @@ blocks, and a rank hands on each as soon as it has it; what it does for a block 
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -76,10 +76,10 @@ class Relay:
 
     def __init__(self, ranks: Ranks, what: str) -> None:
         self._ranks, self._what = ranks, what
-        self._own: list[Tensor] = []
+        self._own = deque[Tensor]()
         """The blocks behind a leg, where the next one is this rank's too."""
-        self._coming: list[list[Pending]] = []
-        """Blocks that other ranks send, for each leg that is given some."""
+        self._coming = deque[Pending]()
+        """Blocks that other ranks send."""
 
     def run(
         self, stage: Stage, blocks: Sequence[Any], like: Tensor, step: Step, *, ready: OnBlock = _nothing, done: OnBlock = _nothing
@@ -91,7 +91,7 @@ class Relay:
         """
         sent, order, prepared = [], [(i, b) for i in range(len(stage.legs)) for b in range(len(blocks))], 0
         others = [leg.source for leg in stage.legs if leg.source not in (None, self._ranks.rank)]
-        for source in others[len(self._coming) :]:  # what the chunk begins with was asked for in the one before
+        for source in others[len(self._coming) // len(blocks) :]:  # what the chunk begins with was asked for in the one before
             self._ask(source, blocks, like)
         for at, (i, b) in enumerate(order):
             leg = stage.legs[i]
@@ -101,25 +101,24 @@ class Relay:
             if leg.source is None:
                 before = torch.zeros_like(like[blocks[b]])
             elif leg.source == self._ranks.rank:
-                before = self._own.pop(0)
+                before = self._own.popleft()
             else:
-                before = self._coming[0].pop(0).wait()[self._what][0]
+                (before,) = self._coming.popleft().wait()[self._what]
             behind = step(i, b, before).contiguous()
             if leg.target == self._ranks.rank:
                 self._own.append(behind)
             elif leg.target is not None:
                 sent.append(self._ranks.exchange([Message(self._what, leg.target, (behind,))], []))
             done(i, b)
-            if self._coming and not self._coming[0]:
-                del self._coming[0]
         if stage.heir_of is not None:
             self._ask(stage.heir_of, blocks, like)
         for pending in sent:
             pending.wait()
 
     def _ask(self, source: int, blocks: Sequence[Any], like: Tensor) -> None:
-        buffers = [like.new_empty(like[block].shape) for block in blocks]
-        self._coming.append([self._ranks.exchange([], [Message(self._what, source, (buffer,))]) for buffer in buffers])
+        for block in blocks:
+            buffer = like.new_empty(like[block].shape)
+            self._coming.append(self._ranks.exchange([], [Message(self._what, source, (buffer,))]))
 
 
 @dataclass(frozen=True, slots=True)

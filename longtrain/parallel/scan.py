@@ -59,14 +59,16 @@ class Affine:
             A = A * sums[:, -1, :, :, None].exp()
         return cls(P, A)
 
-    def apply(self, S: Tensor) -> Tensor:
-        return self.A @ S if self.is_matrix else self.A * S
+    def apply(self, S: Tensor, block: Block) -> Tensor:
+        A = self.A[block.in_work[:2]]
+        return A @ S if self.is_matrix else A * S
 
-    def transposed(self, dS: Tensor) -> Tensor:
-        return self.A.mT @ dS if self.is_matrix else self.A * dS
+    def transposed(self, dS: Tensor, block: Block) -> Tensor:
+        A = self.A[block.in_work[:2]]
+        return A.mT @ dS if self.is_matrix else A * dS
 
     def read(self, S: Tensor) -> Tensor:
-        """P S, ``[B, t, H, Dv]``, or some of its value features."""
+        """P S, ``[B, t, H, Dv]``."""
         return torch.einsum("bthd,bhdv->bthv", self.P, S)
 
     def read_vjp(self, dout: Tensor) -> Tensor:
@@ -91,45 +93,51 @@ Each = Sequence[Sequence[Tensor]]
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """What is sent at a time of a state ``[B, H, D, Dv]``: some value features of some heads."""
+    """What is sent at a time of a state ``[B, H, D, Dv]``: some value features of some heads. The same on all ranks."""
 
     heads: slice
     columns: slice
+    work: slice
+    """The heads that this rank works on together, these and perhaps others: as many as it has threads."""
     first: bool
-    """Of these heads."""
+    """Of those of its work that are sent."""
     last: bool
 
     @property
     def index(self) -> tuple[slice, ...]:
         return slice(None), self.heads, slice(None), self.columns
 
-    def of(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """``[B, t, H, ...]`` of its heads."""
-        return tuple(x[:, :, self.heads] for x in tensors)
+    @property
+    def in_work(self) -> tuple[slice, ...]:
+        return slice(None), slice(self.heads.start - self.work.start, self.heads.stop - self.work.start), slice(None), self.columns
+
+    def of(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """``[B, t, H, ...]`` of the heads of its work."""
+        return tuple(x[:, :, self.work] for x in tensors)
 
 
 def affine_forward(relay: Relay | Known, stage: Stage, mixer, inputs: Each) -> tuple[list[Tensor], list[Tensor]]:
     """Outputs of a rank's legs in a chunk, and the states before them."""
     (q, k, v, *_), wide = inputs[0], _wide(inputs[0])
-    blocks, made = _blocks(k.shape[2], v.shape[3]), {}
+    blocks, made = _blocks(v), {}
     entries = [v.new_empty(k.shape[0], *k.shape[2:], v.shape[3], dtype=wide) for _ in stage.legs]
     outs = [q.new_empty(*x[0].shape[:3], v.shape[3]) for x in inputs]
 
     def ready(i: int, b: int) -> None:
         if blocks[b].first:
-            q, *written = x = blocks[b].of(inputs[i])
+            q, *written = x = blocks[b].of(*inputs[i])
             span = stage.legs[i].span
-            made[i, blocks[b].heads.start] = *mixer.step(span, None, q.to(wide), *written), Affine.of(mixer, span, x)
+            made[i, blocks[b].work.start] = *mixer.step(span, None, q.to(wide), *written), Affine.of(mixer, span, x)
 
     def step(i: int, b: int, before: Tensor) -> Tensor:
         entries[i][blocks[b].index] = before
-        _, of_zero, affine = made[i, blocks[b].heads.start]
-        return of_zero[..., blocks[b].columns] + affine.apply(before)
+        _, of_zero, affine = made[i, blocks[b].work.start]
+        return of_zero[blocks[b].in_work] + affine.apply(before, blocks[b])
 
     def done(i: int, b: int) -> None:
         if blocks[b].last:
-            out, _, affine = made.pop((i, blocks[b].heads.start))
-            outs[i][:, :, blocks[b].heads] = out + affine.read(entries[i][:, blocks[b].heads])
+            out, _, affine = made.pop((i, blocks[b].work.start))
+            outs[i][:, :, blocks[b].work] = out + affine.read(entries[i][:, blocks[b].work])
 
     relay.run(stage, [block.index for block in blocks], entries[0], step, ready=ready, done=done)
     return outs, entries
@@ -139,28 +147,28 @@ def affine_backward(
     relay: Relay, stage: Stage, mixer, inputs: Each, entries: Sequence[Tensor], douts: Sequence[Tensor]
 ) -> tuple[list[Sequence[Tensor]], list[Tensor]]:
     """Gradients of the inputs of each leg, and of the mixer's shared tensors: there are none."""
-    blocks, made = _blocks(*entries[0].shape[1::2]), {}
+    blocks, made = _blocks(douts[0]), {}
     behind = [torch.empty_like(entry) for entry in entries]
     grads = [[torch.empty_like(x) for x in of_leg] for of_leg in inputs]
 
     def ready(i: int, b: int) -> None:
         if blocks[b].first:
-            affine = Affine.of(mixer, stage.legs[i].span, blocks[b].of(inputs[i]))
-            made[i, blocks[b].heads.start] = affine.read_vjp(*blocks[b].of([douts[i]])), affine
+            affine = Affine.of(mixer, stage.legs[i].span, blocks[b].of(*inputs[i]))
+            made[i, blocks[b].work.start] = affine.read_vjp(*blocks[b].of(douts[i])), affine
 
     def step(i: int, b: int, dS: Tensor) -> Tensor:
         behind[i][blocks[b].index] = dS
-        by_outputs, affine = made[i, blocks[b].heads.start]
-        return by_outputs[..., blocks[b].columns] + affine.transposed(dS)
+        by_outputs, affine = made[i, blocks[b].work.start]
+        return by_outputs[blocks[b].in_work] + affine.transposed(dS, blocks[b])
 
     def done(i: int, b: int) -> None:
         if blocks[b].last:
-            heads, span = blocks[b].heads, stage.legs[i].span
-            del made[i, heads.start]
-            x, (dout,) = blocks[b].of(inputs[i]), blocks[b].of([douts[i]])
-            found, _, _ = mixer.step_vjp(span, entries[i][:, heads], x, dout, behind[i][:, heads])
+            work, span = blocks[b].work, stage.legs[i].span
+            del made[i, work.start]
+            dout, *x = blocks[b].of(douts[i], *inputs[i])
+            found, _, _ = mixer.step_vjp(span, entries[i][:, work], x, dout, behind[i][:, work])
             for grad, part in zip(grads[i], found, strict=True):
-                grad[:, :, heads] = part
+                grad[:, :, work] = part
 
     relay.run(stage, [block.index for block in blocks], entries[0], step, ready=ready, done=done)
     return grads, []
@@ -209,14 +217,20 @@ def of_heads(mixer, heads: slice):
     return mixer.with_shared(*(t[heads] for t in mixer.shared))
 
 
-def _blocks(heads: int, features: int) -> list[Block]:
-    """In the order in which they are sent."""
-    groups = min(BLOCKS, heads)
-    parts = min(features, BLOCKS // groups)
+def _blocks(v: Tensor) -> list[Block]:
+    """Of the state of some ``[B, t, H, Dv]``, in the order in which they are sent."""
+    rows, _, heads, features = v.shape
     cut = lambda size, count: [slice(size * i // count, size * (i + 1) // count) for i in range(count)]
+    groups = cut(heads, min(BLOCKS, heads))
+    columns = cut(features, min(features, BLOCKS // len(groups)))
+    together, work = heads if v.is_cuda else -(-torch.get_num_threads() // rows), []
+    for group in groups:
+        full = not work or work[-1].stop - work[-1].start >= together
+        work = [*work, group] if full else [*work[:-1], slice(work[-1].start, group.stop)]
+    work_of = {group.start: next(w for w in work if group.start < w.stop) for group in groups}
     return [
-        Block(of_heads, columns, columns.start == 0, columns.stop == features)
-        for of_heads in cut(heads, groups) for columns in cut(features, parts)
+        Block(group, part, of, group.start == of.start and part is columns[0], group.stop == of.stop and part is columns[-1])
+        for group in groups for of in [work_of[group.start]] for part in columns
     ]  # fmt: skip
 
 

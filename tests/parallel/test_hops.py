@@ -13,6 +13,7 @@ from longtrain.parallel.ranks import Ranks
 from longtrain.parallel.scan import BLOCKS
 from longtrain.parallel.states import ScanCarry
 from longtrain.parallel.timeline import Posted, play
+from longtrain.span import Span
 from tests.processes import run_ranks
 
 HEADS = BLOCKS
@@ -74,5 +75,33 @@ def hops(rank: int, world: int) -> None:
             assert found == pytest.approx([a_rank * r for r in range(world)]), f"{name}, {what}: {found}"
 
 
-def test_hops_hide_behind_the_work_on_other_heads():
-    run_ranks(hops, 3)
+def threads(rank: int, world: int) -> None:
+    """A rank works on as many heads at a time as it has threads, whatever others have, and sends the same."""
+    ranks, shards = Ranks.of(), spread(40, world, inside="zigzag", chunk_tokens=24)
+    q, k, v, dout, rates = (torch.randn(1, shards.length(rank), 5, 16, generator=torch.Generator().manual_seed(i)) for i in range(5))
+    found = []
+    for count in (1, 1 + 2 * rank):
+        torch.set_num_threads(count)
+        carry = ScanCarry(LinearAttentionMixer(gated=True, delta=True), ranks, shards)
+        made, entries = [], []
+        for part in (parts := [span.slice() for span in shards.local_chunks(rank)]):
+            span = Span(part.start, part.stop)
+            carry.append(span, k[:, part] / 4, v[:, part], -rates[:, part].square(), rates[:, part, :, 0].sigmoid())
+            made.append(carry.mix(span, q[:, part], None)[0])
+            entries.append(carry.entry)
+        for part, entry in zip(parts[::-1], entries[::-1], strict=True):
+            span = Span(part.start, part.stop)
+            carry.resume(span, entry, k[:, part] / 4, v[:, part], -rates[:, part].square(), rates[:, part, :, 0].sigmoid())
+            made += [carry.mix_vjp(span, q[:, part], None, None, dout[:, part]), *carry.take_grad(span)]
+        found.append(made)
+    for one, several in zip(*found, strict=True):
+        torch.testing.assert_close(several, one)
+
+
+def both(rank: int, world: int) -> None:
+    hops(rank, world)
+    threads(rank, world)
+
+
+def test_hops_hide_behind_the_work_on_other_heads_whatever_the_threads():
+    run_ranks(both, 3)
