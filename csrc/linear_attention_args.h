@@ -7,6 +7,9 @@
 
 namespace longtrain {
 
+constexpr int kChunk = 64;          // tokens worked on as matrices
+constexpr int kLinearWidest = 128;  // features of a key or a value
+
 // [batch, token, head, dim] of any dtype, strides in elements. Without data where a call has none.
 struct Operand {
   char* data = nullptr;
@@ -15,6 +18,10 @@ struct Operand {
 
   char* at(int64_t b, int64_t t, int64_t h) const { return data + (b * batch + t * token + h * head) * itemsize; }
 };
+
+// What threads take: a head, from one end of the sequence to the other; or, of a piece of a head that they share, a chunk by itself, some
+// columns of the states along the chunks, what follows of a chunk.
+enum class Task { head, chunk, columns, outputs };
 
 struct LinearArgs {
   Operand q, k, v, g, beta, dout;        // read; g: log decays
@@ -26,14 +33,20 @@ struct LinearArgs {
   int64_t B = 0, T = 0, H = 0, D = 0, V = 0, piece = 1;
   double scale = 1;
 
-  std::atomic<int64_t>* next_head = nullptr;
-  char* workspace = nullptr;             // `workspace_bytes` a thread
-  int64_t workspace_bytes = 0;
+  Task task = Task::head;
+  int64_t first_head = 0, heads = 0, tasks_of_head = 1, piece_now = 0, columns = 0;  // columns: of a task
+  std::atomic<int64_t>* next_task = nullptr;
+  char *workspace = nullptr, *kept = nullptr;  // LinearBytes
+  int64_t workspace_bytes = 0;                 // of a thread
 
   int64_t pieces() const { return (T + piece - 1) / piece; }
+  int64_t stop_of(int64_t p) const { return T < (p + 1) * piece ? T : (p + 1) * piece; }
+  int64_t chunks_of(int64_t p) const { return (stop_of(p) - p * piece + kChunk - 1) / kChunk; }
 };
 
-constexpr int kChunk = 64;       // tokens worked on as matrices
-constexpr int kLinearWidest = 128;  // features of a key or a value
+// Workspace of a thread that takes whole heads, of one that does not, and of a chunk of a shared head's piece.
+struct LinearBytes {
+  int64_t whole, thread, chunk;
+};
 
 }  // namespace longtrain

@@ -1,5 +1,5 @@
 // Compiled once per instruction set, as attention_kernels.cpp.
-#include "linear_attention_chunk.h"
+#include "linear_attention_head.h"
 
 namespace longtrain {
 namespace LT_ISA {
@@ -10,16 +10,17 @@ template <class F> static auto linear_as(const LinearArgs& args, const F& run) {
   return narrow ? run.template operator()<float, 64>() : run.template operator()<float, kLinearWidest>();
 }
 
-int64_t linear_workspace(const LinearArgs& args) {
+LinearBytes linear_workspace(const LinearArgs& args) {
   return linear_as(args, [&]<class T, int LD>() { return LinearHead<T, LD>::workspace(args); });
 }
 
-// What one thread runs until the heads are used up.
+// What one thread runs until the tasks are used up.
 void linear_worker(const LinearArgs& args, bool backward, int thread) {
   linear_as(args, [&]<class T, int LD>() {
-    for (int64_t head; (head = args.next_head->fetch_add(1)) < args.B * args.H;) {
-      LinearHead<T, LD> work(args, args.workspace + thread * args.workspace_bytes, head);
-      backward ? work.backward() : work.forward();
+    for (int64_t task; (task = args.next_task->fetch_add(1)) < args.heads * args.tasks_of_head;) {
+      const int64_t head = args.first_head + task / args.tasks_of_head;
+      auto* kept = reinterpret_cast<Kept<T, LD>*>(args.kept) + task / args.tasks_of_head * args.chunks_of(0);
+      LinearHead<T, LD>(args, args.workspace + thread * args.workspace_bytes, head).run(kept, task % args.tasks_of_head, backward);
     }
   });
 }
