@@ -1,4 +1,4 @@
-// Kernels by instruction set, as setup.py compiled them (INSTRUCTION_SETS): which of them this processor runs, and the one that a call names.
+// Kernels by instruction set, as setup.py compiled them (INSTRUCTION_SETS): which this processor runs, and the one that a call names.
 #pragma once
 #include <c10/util/Exception.h>
 #include <c10/util/StringUtil.h>
@@ -12,8 +12,8 @@ namespace longtrain {
 inline bool processor_runs(const std::string& name) {
 #if defined(LT_X86)
   const bool both = __builtin_cpu_supports("f16c") && __builtin_cpu_supports("fma");
-  const bool avx512 = both && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl");
+  const bool avx512 = both && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
   if (name == "avx512bf16") return avx512 && __builtin_cpu_supports("avx512bf16");
   if (name == "avx512") return avx512;
   if (name == "avx2") return both && __builtin_cpu_supports("avx2");

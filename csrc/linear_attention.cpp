@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -98,32 +99,25 @@ struct Inputs {
   std::vector<int64_t> decays(int features) const { return {q.size(0), q.size(1), q.size(2), features == 2 ? q.size(3) : 1}; }
 };
 
-// Heads are taken whole while there is one for every thread; those that are left, of sequences of some length, are shared. Results are the same.
+// Heads are taken whole while there is one for every thread; those that are left are shared, unless sequences are short. Results are the same.
 constexpr int64_t kSharedTokens = 4 * kChunk;
 
-void run(LinearArgs& a, bool backward, const std::string& name) {
+void run(LinearArgs a, bool backward, const std::string& name) {
   const Kernels kernels = kernels_of("linear_attention", available(), name);
-  const int64_t heads = a.B * a.H, threads = at::get_num_threads(), shared = a.T < kSharedTokens ? 0 : heads % threads, whole = heads - shared;
-  const int64_t workers = shared ? threads : std::min(threads, heads), chunks = a.chunks_of(0);
-  const LinearBytes bytes = kernels.workspace(a);
-  a.workspace_bytes = whole ? bytes.whole : bytes.thread;
-  const at::Tensor workspace = at::empty({workers * a.workspace_bytes + shared * chunks * bytes.chunk}, at::kByte);
-  a.workspace = static_cast<char*>(workspace.data_ptr()), a.kept = a.workspace + workers * a.workspace_bytes;
-  const auto take = [&](Task task, int64_t first_head, int64_t some, int64_t tasks_of_head) {
-    std::atomic<int64_t> next_task{0};
-    a.task = task, a.first_head = first_head, a.heads = some, a.tasks_of_head = tasks_of_head, a.next_task = &next_task;
-    at::parallel_for(0, std::min(workers, some * tasks_of_head), 1, [&](int64_t begin, int64_t) { kernels.worker(a, backward, int(begin)); });
-  };
-  if (whole) take(Task::head, 0, whole, 1);
-  if (!shared) return;
-  const int64_t vectors = (a.V + 15) / 16, parts = std::min(vectors, (threads + shared - 1) / shared);
+  const int64_t heads = a.B * a.H, threads = at::get_num_threads(), vectors = (a.V + 15) / 16;
+  a.shared = a.T < kSharedTokens ? 0 : heads % threads, a.whole = heads - a.shared;
+  const int64_t parts = a.shared ? std::min(vectors, (threads + a.shared - 1) / a.shared) : 1;
   a.columns = (vectors + parts - 1) / parts * 16;
-  for (int64_t p = 0; p < a.pieces(); ++p) {
-    a.piece_now = backward ? a.pieces() - 1 - p : p;
-    take(Task::chunk, whole, shared, a.chunks_of(a.piece_now));
-    take(Task::columns, whole, shared, (vectors * 16 + a.columns - 1) / a.columns);
-    take(Task::outputs, whole, shared, a.chunks_of(a.piece_now));
-  }
+  const int64_t workers = a.shared ? threads : std::min(threads, heads);
+  const int64_t kept = std::min<int64_t>(2, a.pieces()) * a.shared * a.chunks_of(0);
+  const LinearBytes bytes = kernels.workspace(a);
+  a.workspace_bytes = a.whole ? bytes.whole : bytes.thread;
+  const at::Tensor workspace = at::empty({workers * a.workspace_bytes + kept * bytes.chunk}, at::kByte);
+  a.workspace = static_cast<char*>(workspace.data_ptr()), a.kept = a.workspace + workers * a.workspace_bytes;
+  const auto done = std::make_unique<std::atomic<int32_t>[]>(a.shared ? a.pieces() * 3 : 0);
+  std::atomic<int64_t> next_task{0};
+  a.done = done.get(), a.next_task = &next_task;
+  at::parallel_for(0, workers, 1, [&](int64_t begin, int64_t) { kernels.worker(a, backward, int(begin)); });
 }
 
 void linear_forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const Optional& g, const Optional& beta, double scale,

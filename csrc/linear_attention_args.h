@@ -19,10 +19,6 @@ struct Operand {
   char* at(int64_t b, int64_t t, int64_t h) const { return data + (b * batch + t * token + h * head) * itemsize; }
 };
 
-// What threads take: a head, from one end of the sequence to the other; or, of a piece of a head that they share, a chunk by itself, some
-// columns of the states along the chunks, what follows of a chunk.
-enum class Task { head, chunk, columns, outputs };
-
 struct LinearArgs {
   Operand q, k, v, g, beta, dout;        // read; g: log decays
   Operand out, dq, dk, dv, dg, dbeta;    // written
@@ -33,10 +29,10 @@ struct LinearArgs {
   int64_t B = 0, T = 0, H = 0, D = 0, V = 0, piece = 1;
   double scale = 1;
 
-  Task task = Task::head;
-  int64_t first_head = 0, heads = 0, tasks_of_head = 1, piece_now = 0, columns = 0;  // columns: of a task
+  int64_t whole = 0, shared = 0, columns = 0;  // heads that one thread takes, then heads that threads share; columns of a task
   std::atomic<int64_t>* next_task = nullptr;
-  char *workspace = nullptr, *kept = nullptr;  // LinearBytes
+  std::atomic<int32_t>* done = nullptr;        // [pieces, kinds of tasks], of shared heads
+  char *workspace = nullptr, *kept = nullptr;  // LinearBytes; kept: of two pieces [2, shared, chunks]
   int64_t workspace_bytes = 0;                 // of a thread
 
   int64_t pieces() const { return (T + piece - 1) / piece; }

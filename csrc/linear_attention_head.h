@@ -1,5 +1,4 @@
-// Heads, chunk after chunk. A thread takes a whole head; or threads share one, piece by piece, each step behind the one before: what a chunk is
-// by itself, chunk by chunk; the passes along the chunks, some columns of the states at a time; what follows from the states, chunk by chunk.
+// Heads, chunk after chunk: a whole one, or the tasks of one that threads share (linear_attention_shared.h).
 #pragma once
 #include "linear_attention_chunk.h"
 
@@ -86,28 +85,27 @@ template <class T, int LD> struct LinearHead {
     store_state(args.state, head, kept.ds, 0, chunk.V);
   }
 
-  // The steps of a shared head; `kept`: the chunks of the piece.
-  void at_shared(Kept<T, LD>* kept, int64_t c) { chunk.at(kept[c], args.piece_now * args.piece + c * C, args.stop_of(args.piece_now)); }
-
-  void before(Kept<T, LD>* kept, int64_t c) {
-    at_shared(kept, c);
+  // Tasks of a piece of a shared head, `kept` its chunks: chunk c by itself;
+  void before(Kept<T, LD>* kept, int64_t p, int64_t c) {
+    at(kept, p, c);
     chunk.take();
     chunk.take_queries();
     chunk.score_queries();
     values(kept[c].u);
   }
 
-  void along(Kept<T, LD>* kept, int from, int columns, bool backward) {
-    const int64_t chunks = args.chunks_of(args.piece_now);
+  // some columns of the states, and of their adjoints, along the chunks;
+  void along(Kept<T, LD>* kept, int64_t p, int from, int columns, bool backward) {
+    const int64_t chunks = args.chunks_of(p);
     T *state = chunk.t.kept.s, *adjoint = chunk.t.kept.ds;
     if (backward) {
-      load_state(state, args.entries, entry(args.piece_now), from, columns);
+      load_state(state, args.entries, entry(p), from, columns);
     } else {
       load_state(state, args.state, head, from, columns);
-      store_state(args.entries, entry(args.piece_now), state, from, columns);
+      store_state(args.entries, entry(p), state, from, columns);
     }
     for (int64_t c = 0; c < chunks; ++c) {
-      at_shared(kept, c);
+      at(kept, p, c);
       chunk.copy(kept[c].s + from, state, chunk.D, columns);
       if (chunk.delta) chunk.solve(state, kept[c].u + from, columns);
       if (!backward || c + 1 < chunks) chunk.step(state, kept[c].u + from, columns);
@@ -117,7 +115,7 @@ template <class T, int LD> struct LinearHead {
     Operand dout = args.dout;
     dout.data += from * dout.dim * dout.itemsize;
     for (int64_t c = chunks - 1; c >= 0; --c) {
-      at_shared(kept, c);
+      at(kept, p, c);
       chunk.copy(kept[c].ds + from, adjoint, chunk.D, columns);
       chunk.load(chunk.t.dout, dout, std::min<int64_t>(columns, args.V - from));
       chunk.step_back(adjoint, kept[c].du + from, chunk.t.dout, columns);
@@ -125,8 +123,9 @@ template <class T, int LD> struct LinearHead {
     store_state(args.state, head, adjoint, from, columns);
   }
 
-  void after(Kept<T, LD>* kept, int64_t c, bool backward) {
-    at_shared(kept, c);
+  // and what follows from the states for chunk c.
+  void after(Kept<T, LD>* kept, int64_t p, int64_t c, bool backward) {
+    at(kept, p, c);
     if (!backward) return chunk.output(kept[c].s, kept[c].u);
     chunk.take();
     chunk.take_queries();
@@ -134,15 +133,7 @@ template <class T, int LD> struct LinearHead {
     chunk.leave_exit(kept[c].s, kept[c].ds, kept[c].u);
     chunk.gradients(kept[c].s, kept[c].u, kept[c].du);
   }
-
-  // Task `number` of one head.
-  void run(Kept<T, LD>* kept, int64_t number, bool backward) {
-    if (args.task == Task::head) return backward ? this->backward() : forward();
-    if (args.task == Task::chunk) return before(kept, number);
-    if (args.task == Task::outputs) return after(kept, number, backward);
-    const int from = int(number * args.columns);
-    along(kept, from, std::min(int(args.columns), chunk.V - from), backward);
-  }
+  void at(Kept<T, LD>* kept, int64_t p, int64_t c) { chunk.at(kept[c], p * args.piece + c * C, args.stop_of(p)); }
 };
 
 }  // namespace LT_ISA

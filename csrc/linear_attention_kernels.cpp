@@ -1,5 +1,5 @@
 // Compiled once per instruction set, as attention_kernels.cpp.
-#include "linear_attention_head.h"
+#include "linear_attention_shared.h"
 
 namespace longtrain {
 namespace LT_ISA {
@@ -17,11 +17,14 @@ LinearBytes linear_workspace(const LinearArgs& args) {
 // What one thread runs until the tasks are used up.
 void linear_worker(const LinearArgs& args, bool backward, int thread) {
   linear_as(args, [&]<class T, int LD>() {
-    for (int64_t task; (task = args.next_task->fetch_add(1)) < args.heads * args.tasks_of_head;) {
-      const int64_t head = args.first_head + task / args.tasks_of_head;
-      auto* kept = reinterpret_cast<Kept<T, LD>*>(args.kept) + task / args.tasks_of_head * args.chunks_of(0);
-      LinearHead<T, LD>(args, args.workspace + thread * args.workspace_bytes, head).run(kept, task % args.tasks_of_head, backward);
-    }
+    char* workspace = args.workspace + thread * args.workspace_bytes;
+    for (int64_t task; (task = args.next_task->fetch_add(1)) < args.whole + shared_tasks(args);)
+      if (task < args.whole) {
+        LinearHead<T, LD> head(args, workspace, task);
+        backward ? head.backward() : head.forward();
+      } else {
+        take_shared<T, LD>(args, backward, workspace, task - args.whole);
+      }
   });
 }
 
