@@ -94,6 +94,17 @@ def test_no_grad_streams_and_saves_nothing(ids, plan):
         torch.testing.assert_close(model(ids, labels=ids).loss, expected)
 
 
+def test_no_grad_holds_one_boundary(ids):
+    model = make_model(layers=3)
+    report = lt.apply(model, lt.Plan(chunk_tokens=16))
+    held = []
+    for layer in model.model.layers:
+        layer.mlp.register_forward_pre_hook(lambda *_: held.append(len(report._chains[0].store.held())))
+    with torch.no_grad():
+        model(ids, labels=ids)
+    assert held == [2] * 9  # of a boundary's three spans one is being read, and gone from the store before the next boundary has its own
+
+
 def test_a_dropped_graph_releases_its_extents(ids, plan):
     model = make_model()
     report = lt.apply(model, plan)
