@@ -1,5 +1,5 @@
-"""A state on its way along the ranks, some heads at a time: hops hide behind the work on other heads. What hops and work take is played on a
-clock of its own, so that it is the same on any machine."""
+"""A state on its way along the ranks, some heads at a time: hops hide behind the work on other heads. What hops and work take is played on
+a clock of its own, so that it is the same on any machine."""
 
 from dataclasses import dataclass, field
 
