@@ -12,6 +12,7 @@
 
 #include "attention_args.h"
 #include "dtype.h"
+#include "instruction_sets.h"
 
 namespace longtrain {
 
@@ -34,32 +35,16 @@ namespace {
 
 using Worker = void (*)(const AttentionArgs&, bool);
 
-// The instruction sets of this build that this processor can run for `dtype`, best first.
-std::vector<std::pair<std::string, Worker>> workers(at::ScalarType dtype) {
-  std::vector<std::pair<std::string, Worker>> found;
+// Those that this processor runs for `dtype`.
+InstructionSets<Worker> available(at::ScalarType dtype) {
+  InstructionSets<Worker> sets;
 #if defined(LT_X86)
-  const bool f16c = __builtin_cpu_supports("f16c"), fma = __builtin_cpu_supports("fma");
-  if (f16c && fma && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
-    if (__builtin_cpu_supports("avx512bf16") && dtype == at::kBFloat16) found.emplace_back("avx512bf16", avx512bf16::attention_worker);
-    found.emplace_back("avx512", avx512::attention_worker);
-  }
-  if (f16c && fma && __builtin_cpu_supports("avx2")) found.emplace_back("avx2", avx2::attention_worker);
+  if (dtype == at::kBFloat16) sets.emplace_back("avx512bf16", avx512bf16::attention_worker);
+  sets.emplace_back("avx512", avx512::attention_worker);
+  sets.emplace_back("avx2", avx2::attention_worker);
 #endif
-  found.emplace_back("generic", generic::attention_worker);
-  return found;
-}
-
-std::vector<std::string> instruction_sets(at::ScalarType dtype) {
-  std::vector<std::string> names;
-  for (const auto& [name, worker] : workers(dtype)) names.push_back(name);
-  return names;
-}
-
-Worker worker_for(const std::string& name, at::ScalarType dtype) {
-  for (const auto& [candidate, worker] : workers(dtype))
-    if (name.empty() || name == candidate) return worker;
-  TORCH_CHECK_VALUE(false, "attention: instruction set: found ", name, ", expected one that this processor runs for ", dtype);
+  sets.emplace_back("generic", generic::attention_worker);
+  return runnable(std::move(sets));
 }
 
 Tensor4 view_of(const at::Tensor& x, at::IntArrayRef shape, at::ScalarType dtype) {
@@ -114,7 +99,7 @@ void prepare(Prepared& p, const at::Tensor& q, const at::Tensor& k, const at::Te
 }
 
 void run(const Prepared& p, bool backward, const std::string& instruction_set, at::ScalarType dtype) {
-  const Worker worker = worker_for(instruction_set, dtype);
+  const Worker worker = kernels_of("attention", available(dtype), instruction_set);
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), p.first_task.back());
   at::parallel_for(0, threads, 1, [&](int64_t, int64_t) { worker(p.args, backward); });
 }
@@ -175,7 +160,7 @@ TORCH_LIBRARY_FRAGMENT(longtrain, m) {
   const std::string mask =
       "Tensor documents, bool causal, int left, int right, int k_offset, int sink_tokens, int block, int stride, "
       "float softcap, float scale, float dropout_p, int dropout_seed, int head_offset, str instruction_set";
-  m.def("_attention_instruction_sets(ScalarType dtype) -> str[]", instruction_sets);
+  m.def("_attention_instruction_sets(ScalarType dtype) -> str[]", [](at::ScalarType dtype) { return names_of(available(dtype)); });
   const std::string forward =
       "_attention_forward(Tensor q, Tensor k, Tensor v, Tensor? sink_logits, " + mask + ") -> (Tensor, Tensor)";
   const std::string backward =

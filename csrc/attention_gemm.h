@@ -1,10 +1,9 @@
 // Products of tiles that lie in cache: C = A B or C += A B, A broadcast element by element, B and C in vectors.
 //
-// Register block: kRows rows times 2 vectors of accumulators. All leading dimensions are compile-time constants, so that
-// the kRows row addresses of A are immediates and one pointer serves them all. Rows of A and C are padded to kRows and
-// columns of B and C to a vector; what lies in the padding is computed and never read.
+// Register block: kRows rows times 2 vectors of accumulators. Rows of A and C are padded to kRows and columns of B and C
+// to a vector; what lies in the padding is computed and never read.
 #pragma once
-#include "attention_simd.h"
+#include "tile_product.h"
 
 namespace longtrain {
 namespace LT_ISA {
@@ -28,19 +27,7 @@ static inline __attribute__((always_inline)) void micro(const T* a, const T* b, 
   using V = typename Simd<T>::V;
   constexpr int W = lanes<T>;
   V acc[kRows][NV];
-  for (int m = 0; m < kRows; ++m)
-    for (int n = 0; n < NV; ++n) acc[m][n] = V{};
-  // One moving pointer for A and one for B: the rows are constant offsets, with no index arithmetic between products.
-  const T* ak = ACol ? a + int64_t(k0) * LDA : a + k0;
-  const T* bk = b + int64_t(k0) * LDB;
-  for (int k = k0; k < k1; ++k, ak += ACol ? LDA : 1, bk += LDB) {
-    V bn[NV];
-    for (int n = 0; n < NV; ++n) bn[n] = load<V>(bk + n * W);
-    for (int m = 0; m < kRows; ++m) {
-      const T am = ak[ACol ? m : m * LDA];
-      for (int n = 0; n < NV; ++n) acc[m][n] += am * bn[n];
-    }
-  }
+  tile_product<T, kRows, NV, ACol, LDA, LDB>(a, b, k0, k1, acc);
   // C is added last: a sum of short sums loses less to rounding than one long chain.
   for (int m = 0; m < kRows; ++m)
     for (int n = 0; n < NV; ++n) {

@@ -5,11 +5,13 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "dtype.h"
+#include "instruction_sets.h"
 #include "linear_attention_args.h"
 
 namespace longtrain {
@@ -17,46 +19,35 @@ namespace longtrain {
 #if defined(LT_X86)
 namespace avx512 {
 void linear_worker(const LinearArgs& args, bool backward, int thread);
-int64_t linear_workspace(const LinearArgs& args);
+LinearBytes linear_workspace(const LinearArgs& args);
 }
 namespace avx2 {
 void linear_worker(const LinearArgs& args, bool backward, int thread);
-int64_t linear_workspace(const LinearArgs& args);
+LinearBytes linear_workspace(const LinearArgs& args);
 }
 #endif
 namespace generic {
 void linear_worker(const LinearArgs& args, bool backward, int thread);
-int64_t linear_workspace(const LinearArgs& args);
+LinearBytes linear_workspace(const LinearArgs& args);
 }
 
 namespace {
 
 using Optional = std::optional<at::Tensor>;
 
-struct InstructionSet {
-  std::string name;
+struct Kernels {
   void (*worker)(const LinearArgs&, bool, int);
-  int64_t (*workspace)(const LinearArgs&);
+  LinearBytes (*workspace)(const LinearArgs&);
 };
 
-// Those of this build that this processor can run, best first.
-std::vector<InstructionSet> available() {
-  std::vector<InstructionSet> found;
+InstructionSets<Kernels> available() {
+  return runnable<Kernels>({
 #if defined(LT_X86)
-  const bool f16c = __builtin_cpu_supports("f16c"), fma = __builtin_cpu_supports("fma");
-  if (f16c && fma && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl"))
-    found.push_back({"avx512", avx512::linear_worker, avx512::linear_workspace});
-  if (f16c && fma && __builtin_cpu_supports("avx2")) found.push_back({"avx2", avx2::linear_worker, avx2::linear_workspace});
+      {"avx512", {avx512::linear_worker, avx512::linear_workspace}},
+      {"avx2", {avx2::linear_worker, avx2::linear_workspace}},
 #endif
-  found.push_back({"generic", generic::linear_worker, generic::linear_workspace});
-  return found;
-}
-
-std::vector<std::string> instruction_sets() {
-  std::vector<std::string> names;
-  for (const InstructionSet& set : available()) names.push_back(set.name);
-  return names;
+      {"generic", {generic::linear_worker, generic::linear_workspace}},
+  });
 }
 
 void expect(const at::Tensor& x, at::IntArrayRef shape) {
@@ -108,16 +99,25 @@ struct Inputs {
   std::vector<int64_t> decays(int features) const { return {q.size(0), q.size(1), q.size(2), features == 2 ? q.size(3) : 1}; }
 };
 
-void run(LinearArgs& a, bool backward, const std::string& name) {
-  const auto sets = available();
-  const auto isa = std::find_if(sets.begin(), sets.end(), [&](const InstructionSet& set) { return name.empty() || name == set.name; });
-  TORCH_CHECK_VALUE(isa != sets.end(), "linear_attention: instruction set: found ", name, ", expected one that this processor runs");
-  const int64_t threads = std::min<int64_t>(at::get_num_threads(), a.B * a.H);
-  a.workspace_bytes = isa->workspace(a);
-  const at::Tensor workspace = at::empty({threads * a.workspace_bytes}, at::kByte);
-  std::atomic<int64_t> next_head{0};
-  a.workspace = static_cast<char*>(workspace.data_ptr()), a.next_head = &next_head;
-  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t) { isa->worker(a, backward, int(begin)); });
+// Heads are taken whole while there is one for every thread; those that are left are shared, unless sequences are short. Results are the same.
+constexpr int64_t kSharedTokens = 4 * kChunk;
+
+void run(LinearArgs a, bool backward, const std::string& name) {
+  const Kernels kernels = kernels_of("linear_attention", available(), name);
+  const int64_t heads = a.B * a.H, threads = at::get_num_threads(), vectors = (a.V + 15) / 16;
+  a.shared = a.T < kSharedTokens ? 0 : heads % threads, a.whole = heads - a.shared;
+  const int64_t parts = a.shared ? std::min(vectors, (threads + a.shared - 1) / a.shared) : 1;
+  a.columns = (vectors + parts - 1) / parts * 16;
+  const int64_t workers = a.shared ? threads : std::min(threads, heads);
+  const int64_t kept = std::min<int64_t>(2, a.pieces()) * a.shared * a.chunks_of(0);
+  const LinearBytes bytes = kernels.workspace(a);
+  a.workspace_bytes = a.whole ? bytes.whole : bytes.thread;
+  const at::Tensor workspace = at::empty({workers * a.workspace_bytes + kept * bytes.chunk}, at::kByte);
+  a.workspace = static_cast<char*>(workspace.data_ptr()), a.kept = a.workspace + workers * a.workspace_bytes;
+  const auto done = std::make_unique<std::atomic<int32_t>[]>(a.shared ? a.pieces() * 3 : 0);
+  std::atomic<int64_t> next_task{0};
+  a.done = done.get(), a.next_task = &next_task;
+  at::parallel_for(0, workers, 1, [&](int64_t begin, int64_t) { kernels.worker(a, backward, int(begin)); });
 }
 
 void linear_forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const Optional& g, const Optional& beta, double scale,
@@ -142,7 +142,7 @@ void linear_backward(const at::Tensor& q, const at::Tensor& k, const at::Tensor&
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(longtrain, m) {
-  m.def("_linear_attention_instruction_sets() -> str[]", instruction_sets);
+  m.def("_linear_attention_instruction_sets() -> str[]", [] { return names_of(available()); });
   const std::string inputs = "Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? beta, float scale, int piece, ";
   m.def(("_linear_attention_forward(" + inputs + "Tensor(a!) out, Tensor(b!) state, Tensor(c!) entries, str instruction_set) -> ()").c_str());
   m.def(("_linear_attention_backward(" + inputs +

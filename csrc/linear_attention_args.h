@@ -7,6 +7,9 @@
 
 namespace longtrain {
 
+constexpr int kChunk = 64;          // tokens worked on as matrices
+constexpr int kLinearWidest = 128;  // features of a key or a value
+
 // [batch, token, head, dim] of any dtype, strides in elements. Without data where a call has none.
 struct Operand {
   char* data = nullptr;
@@ -26,14 +29,20 @@ struct LinearArgs {
   int64_t B = 0, T = 0, H = 0, D = 0, V = 0, piece = 1;
   double scale = 1;
 
-  std::atomic<int64_t>* next_head = nullptr;
-  char* workspace = nullptr;             // `workspace_bytes` a thread
-  int64_t workspace_bytes = 0;
+  int64_t whole = 0, shared = 0, columns = 0;  // heads that one thread takes, then heads that threads share; columns of a task
+  std::atomic<int64_t>* next_task = nullptr;
+  std::atomic<int32_t>* done = nullptr;        // [pieces, kinds of tasks], of shared heads
+  char *workspace = nullptr, *kept = nullptr;  // LinearBytes; kept: of two pieces [2, shared, chunks]
+  int64_t workspace_bytes = 0;                 // of a thread
 
   int64_t pieces() const { return (T + piece - 1) / piece; }
+  int64_t stop_of(int64_t p) const { return T < (p + 1) * piece ? T : (p + 1) * piece; }
+  int64_t chunks_of(int64_t p) const { return (stop_of(p) - p * piece + kChunk - 1) / kChunk; }
 };
 
-constexpr int kChunk = 64;       // tokens worked on as matrices
-constexpr int kLinearWidest = 128;  // features of a key or a value
+// Workspace of a thread that takes whole heads, of one that does not, and of a chunk of a shared head's piece.
+struct LinearBytes {
+  int64_t whole, thread, chunk;
+};
 
 }  // namespace longtrain

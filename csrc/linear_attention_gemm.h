@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "attention_simd.h"
+#include "tile_product.h"
 
 namespace longtrain {
 namespace LT_ISA {
@@ -28,18 +28,7 @@ static inline __attribute__((always_inline)) void linear_block(const T* a, const
   using V = typename Simd<T>::V;
   constexpr int W = lanes<T>;
   V acc[R][NV];
-  for (int m = 0; m < R; ++m)
-    for (int n = 0; n < NV; ++n) acc[m][n] = V{};
-  const T* ak = ACol ? a + int64_t(k0) * LDA : a + k0;
-  const T* bk = b + int64_t(k0) * LDB;
-  for (int k = k0; k < k1; ++k, ak += ACol ? LDA : 1, bk += LDB) {
-    V bn[NV];
-    for (int n = 0; n < NV; ++n) bn[n] = load<V>(bk + n * W);
-    for (int m = 0; m < R; ++m) {
-      const T am = ak[ACol ? m : m * LDA];
-      for (int n = 0; n < NV; ++n) acc[m][n] += am * bn[n];
-    }
-  }
+  tile_product<T, R, NV, ACol, LDA, LDB>(a, b, k0, k1, acc);
   for (int m = 0; m < R; ++m)
     for (int n = 0; n < NV; ++n) {
       T* to = c + m * LDC + n * W;

@@ -1,5 +1,5 @@
 // Compiled once per instruction set, as attention_kernels.cpp.
-#include "linear_attention_chunk.h"
+#include "linear_attention_shared.h"
 
 namespace longtrain {
 namespace LT_ISA {
@@ -10,17 +10,21 @@ template <class F> static auto linear_as(const LinearArgs& args, const F& run) {
   return narrow ? run.template operator()<float, 64>() : run.template operator()<float, kLinearWidest>();
 }
 
-int64_t linear_workspace(const LinearArgs& args) {
+LinearBytes linear_workspace(const LinearArgs& args) {
   return linear_as(args, [&]<class T, int LD>() { return LinearHead<T, LD>::workspace(args); });
 }
 
-// What one thread runs until the heads are used up.
+// What one thread runs until the tasks are used up.
 void linear_worker(const LinearArgs& args, bool backward, int thread) {
   linear_as(args, [&]<class T, int LD>() {
-    for (int64_t head; (head = args.next_head->fetch_add(1)) < args.B * args.H;) {
-      LinearHead<T, LD> work(args, args.workspace + thread * args.workspace_bytes, head);
-      backward ? work.backward() : work.forward();
-    }
+    char* workspace = args.workspace + thread * args.workspace_bytes;
+    for (int64_t task; (task = args.next_task->fetch_add(1)) < args.whole + shared_tasks(args);)
+      if (task < args.whole) {
+        LinearHead<T, LD> head(args, workspace, task);
+        backward ? head.backward() : head.forward();
+      } else {
+        take_shared<T, LD>(args, backward, workspace, task - args.whole);
+      }
   });
 }
 

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "dtype.h"
+#include "instruction_sets.h"
 #include "long_conv_args.h"
 #include "long_conv_plan.h"
 #include "long_conv_tables.h"
@@ -36,36 +37,19 @@ namespace {
 
 using Optional = std::optional<at::Tensor>;
 
-struct InstructionSet {
-  std::string name;
+struct Kernels {
   void (*worker)(const LongConvArgs&, bool, int);
   int (*lanes)(bool);
 };
 
-// Those of this build that this processor can run, best first.
-std::vector<InstructionSet> available() {
-  std::vector<InstructionSet> found;
+InstructionSets<Kernels> available() {
+  return runnable<Kernels>({
 #if defined(LT_X86)
-  const bool f16c = __builtin_cpu_supports("f16c"), fma = __builtin_cpu_supports("fma");
-  if (f16c && fma && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl"))
-    found.push_back({"avx512", avx512::long_conv_worker, avx512::long_conv_lanes});
-  if (f16c && fma && __builtin_cpu_supports("avx2")) found.push_back({"avx2", avx2::long_conv_worker, avx2::long_conv_lanes});
+      {"avx512", {avx512::long_conv_worker, avx512::long_conv_lanes}},
+      {"avx2", {avx2::long_conv_worker, avx2::long_conv_lanes}},
 #endif
-  found.push_back({"generic", generic::long_conv_worker, generic::long_conv_lanes});
-  return found;
-}
-
-std::vector<std::string> instruction_sets() {
-  std::vector<std::string> names;
-  for (const InstructionSet& set : available()) names.push_back(set.name);
-  return names;
-}
-
-InstructionSet instruction_set(const std::string& name) {
-  for (const InstructionSet& set : available())
-    if (name.empty() || name == set.name) return set;
-  TORCH_CHECK_VALUE(false, "long_conv: instruction set: found ", name, ", expected one that this processor runs");
+      {"generic", {generic::long_conv_worker, generic::long_conv_lanes}},
+  });
 }
 
 void check(const at::Tensor& x, at::IntArrayRef shape, at::ScalarType dtype) {
@@ -122,7 +106,7 @@ int64_t group_of(int64_t E, int64_t size, int64_t itemsize) {
   return group;
 }
 
-template <class T> void run(LongConvArgs& a, const Inputs& in, bool backward, const InstructionSet& isa, const std::string& method) {
+template <class T> void run(LongConvArgs& a, const Inputs& in, bool backward, const Kernels& isa, const std::string& method) {
   const int64_t lanes = isa.lanes(sizeof(T) == 8), filters = a.E / a.share;
   std::atomic<int64_t> bad_row{-1};
   a.bad_row = &bad_row, a.first = true;
@@ -152,10 +136,8 @@ template <class T> void run(LongConvArgs& a, const Inputs& in, bool backward, co
 }
 
 void run(LongConvArgs& a, const Inputs& in, bool backward, const std::string& isa, const std::string& method) {
-  if (in.wide() == at::kDouble)
-    run<double>(a, in, backward, instruction_set(isa), method);
-  else
-    run<float>(a, in, backward, instruction_set(isa), method);
+  const Kernels kernels = kernels_of("long_conv", available(), isa);
+  in.wide() == at::kDouble ? run<double>(a, in, backward, kernels, method) : run<float>(a, in, backward, kernels, method);
 }
 
 void long_conv_forward(const at::Tensor& u, const at::Tensor& k, const Optional& skip, const Optional& gate_in, const Optional& gate_out,
@@ -181,7 +163,7 @@ void long_conv_backward(const at::Tensor& dy, const at::Tensor& u, const at::Ten
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(longtrain, m) {
-  m.def("_long_conv_instruction_sets() -> str[]", instruction_sets);
+  m.def("_long_conv_instruction_sets() -> str[]", [] { return names_of(available()); });
   const std::string inputs = "Tensor u, Tensor k, Tensor? skip, Tensor? gate_in, Tensor? gate_out, int[] edges, bool causal, ";
   m.def(("_long_conv_forward(" + inputs + "Tensor(a!) y, str instruction_set, str method) -> ()").c_str());
   m.def(("_long_conv_backward(Tensor dy, " + inputs +

@@ -26,11 +26,8 @@ from longtrain.kernels.linear_attention_decay import (
 
 @triton.jit
 def _at(base, strides, batch, head):
-    """A head's first token; None stays None."""
-    if base is None:
-        return base
-    else:
-        return base + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[2]
+    """A head's first token. (Nothing here returns None: Triton 3.6 has no such functions.)"""
+    return base + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[2]
 
 
 @triton.jit
@@ -82,7 +79,8 @@ def linear_system(
     """x, w [.., D], u [.., V]. Grid: (chunks, H, B)."""
     chunk, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     rows, valid = _chunk(chunk, tokens, CHUNK)
-    g = _at(g, g_strides, batch, head)
+    if FEATURES != 0:
+        g = _at(g, g_strides, batch, head)
     k_tile = _load(_at(k, k_strides, batch, head), k_strides, rows, valid, 0, DIM, BLOCK_DIM)
     g_tile = load_decay(g, g_strides, rows, valid, DIM, BLOCK_DIM, FEATURES)
     b = tl.load(_at(beta, beta_strides, batch, head) + rows * beta_strides[1], mask=valid, other=0.0).to(tl.float32)
@@ -113,7 +111,10 @@ def linear_states(
     first, head, batch = tl.program_id(0) * BLOCK_VALUE, tl.program_id(1), tl.program_id(2)
     index = batch * tl.num_programs(1) + head
     k, u = _at(k, k_strides, batch, head), _at(u, u_strides, batch, head)
-    w, g = _at(w, w_strides, batch, head), _at(g, g_strides, batch, head)
+    if w is not None:
+        w = _at(w, w_strides, batch, head)
+    if FEATURES != 0:
+        g = _at(g, g_strides, batch, head)
     own, inside = _state_at(index, first, DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE)
     s = tl.load(state + own, mask=inside, other=0.0)
     for chunk in tl.range(0, chunks):
@@ -141,7 +142,8 @@ def linear_out(
     tiles: tl.constexpr = (VALUE_DIM + BLOCK_VALUE - 1) // BLOCK_VALUE
     chunk, first, head, batch = tl.program_id(0) // tiles, tl.program_id(0) % tiles * BLOCK_VALUE, tl.program_id(1), tl.program_id(2)
     rows, valid = _chunk(chunk, tokens, CHUNK)
-    g = _at(g, g_strides, batch, head)
+    if FEATURES != 0:
+        g = _at(g, g_strides, batch, head)
     q_tile = scale * _load(_at(q, q_strides, batch, head), q_strides, rows, valid, 0, DIM, BLOCK_DIM)
     k_tile = _load(_at(k, k_strides, batch, head), k_strides, rows, valid, 0, DIM, BLOCK_DIM)
     g_tile = load_decay(g, g_strides, rows, valid, DIM, BLOCK_DIM, FEATURES)
@@ -167,12 +169,11 @@ def linear_d_states(
     first entry's. Grid: (tiles of V, H, B)."""
     first, head, batch = tl.program_id(0) * BLOCK_VALUE, tl.program_id(1), tl.program_id(2)
     index = batch * tl.num_programs(1) + head
-    q, k, w, g = (
-        _at(q, q_strides, batch, head),
-        _at(k, k_strides, batch, head),
-        _at(w, w_strides, batch, head),
-        _at(g, g_strides, batch, head),
-    )
+    q, k = _at(q, q_strides, batch, head), _at(k, k_strides, batch, head)
+    if w is not None:
+        w = _at(w, w_strides, batch, head)
+    if FEATURES != 0:
+        g = _at(g, g_strides, batch, head)
     dout, du = _at(dout, dout_strides, batch, head), _at(du, du_strides, batch, head)
     own, inside = _state_at(index, first, DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE)
     ds = tl.load(dstate + own, mask=inside, other=0.0)
@@ -208,7 +209,8 @@ def linear_grads(
     index = batch * tl.num_programs(1) + head
     rows, valid = _chunk(chunk, tokens, CHUNK)
     i, j = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
-    g = _at(g, g_strides, batch, head)
+    if FEATURES != 0:
+        g = _at(g, g_strides, batch, head)
     g_tile = load_decay(g, g_strides, rows, valid, DIM, BLOCK_DIM, FEATURES)
     q_tile = scale * _load(_at(q, q_strides, batch, head), q_strides, rows, valid, 0, DIM, BLOCK_DIM)
     k_tile = _load(_at(k, k_strides, batch, head), k_strides, rows, valid, 0, DIM, BLOCK_DIM)

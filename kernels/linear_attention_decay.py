@@ -13,9 +13,9 @@ FLOOR = tl.constexpr(-1e4)
 
 @triton.jit
 def load_decay(g, strides, rows, valid, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, FEATURES: tl.constexpr):
-    """Log decays of the tokens `rows`, 0 where not valid; None without decay."""
+    """Log decays of the tokens `rows`, 0 where not valid; 0 without decay."""
     if FEATURES == 0:
-        return None
+        return 0.0
     elif FEATURES == 1:
         found = tl.load(g + rows * strides[1], mask=valid, other=0.0).to(tl.float32)
         return tl.where(found < FLOOR, FLOOR, found)
@@ -41,7 +41,7 @@ def to_tokens(x, sums, FEATURES: tl.constexpr):
 def sums_to(g, FEATURES: tl.constexpr):
     """g_1 + ... + g_i: from the chunk's entry up to and with token i."""
     if FEATURES == 0:
-        return None
+        return 0.0
     else:
         return tl.cumsum(g, 0)
 
@@ -52,7 +52,7 @@ def sums_behind(
 ):
     """g_{j+1} + ... + g_c, behind token j to the chunk's end; of tokens first .. stop."""
     if FEATURES == 0:
-        return None
+        return 0.0
     else:
         rows = first + 1 + tl.arange(0, CHUNK)
         shifted = load_decay(g, strides, rows, rows < tl.minimum(stop, first + CHUNK), DIM, BLOCK_DIM, FEATURES)

@@ -194,10 +194,6 @@ def _share(model: nn.Module, report: Report, layers: Sequence[tuple[int, Candida
 
     if any(entry.became == "left as it is" for entry in report.entries):
         raise ValueError(f"a layer that is not streamed sees the tokens of one process only; all must be streamed:\n{report}")
-    if held := next((candidate.name for _, candidate in layers if getattr(candidate.layer, "carries_states", False)), None):
-        raise ValueError(
-            f"{held} carries its states from chunk to chunk, and processes cannot hand them on yet: leave out group and parallel"
-        )
     shapes = []
     for layer in (candidate.layer for _, candidate in layers if candidate.counts):
         with whole(layer, model):
@@ -216,7 +212,7 @@ def _share(model: nn.Module, report: Report, layers: Sequence[tuple[int, Candida
         from longtrain import hf
 
         if (pretrained := hf.pretrained_of(model)) is not None:
-            hf.share(pretrained, layers[0][1].layer, sharing, report._undo)
+            hf.share(pretrained, [candidate.layer for _, candidate in layers], sharing, report._undo)
             return sharing
     raise ValueError(f"{type(model).__name__} has no make_layout, by which it would be told the positions that a process holds")
 

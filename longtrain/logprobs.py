@@ -40,7 +40,8 @@ def token_logprobs(
         attention_mask: ``[B, T]``, 0 for padding at either end.
         cu_seqlens: ``[documents + 1]``, packed documents in one row.
         temperature: logits are divided by it.
-        chunk_tokens: tokens whose logits exist at one time; by default the plan's, or as many as fill 8 MiB on a CPU, 2 GiB on a GPU.
+        chunk_tokens: tokens whose logits exist at one time; by default (of a transformers model) the plan's, or as many as fill 8 MiB on a
+            CPU, 2 GiB on a GPU.
         arguments: passed to a transformers model.
 
     Raises:
@@ -82,10 +83,10 @@ def token_logprobs(
 
 def _from_logits(logits: Tensor, targets: Tensor, temperature: float, chunk_tokens: int | None) -> tuple[Tensor, Tensor]:
     """From the promise of logits that a streamed model gives, or from the logits of one chunk."""
-    recipe = getattr(logits, "recipe", None)  # longtrain.hf.head.LazyLogits
-    if recipe is not None and recipe.streams:
-        return recipe.logprobs(targets, temperature=temperature, chunk_tokens=chunk_tokens)
-    if recipe is None and targets.numel() > default_chunk_tokens(logits.shape[-1], logits.device, logits.dtype):
+    promised = hasattr(logits, "recipe")  # longtrain.hf.head.LazyLogits
+    if promised and logits.streams:
+        return logits.recipe.logprobs(targets, temperature=temperature, chunk_tokens=chunk_tokens)
+    if not promised and targets.numel() > default_chunk_tokens(logits.shape[-1], logits.device, logits.dtype):
         raise ValueError(
             f"the model gave out all logits, {list(logits.shape)}: call lt.apply(model, plan) first, so that they are streamed"
         )

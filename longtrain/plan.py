@@ -12,6 +12,9 @@ from longtrain.span import Span
 
 Fraction = float | tuple[float, ...]
 
+ROUNDING = 1e-9
+"""Of sums of shares: 1 - 0.7 - 0.3 is not 0."""
+
 
 class InfeasibleBudget(ValueError):
     """No plan fits the budget; the message names the binding constraint and the cheapest change that fits."""
@@ -33,13 +36,14 @@ class Split:
 
     def __post_init__(self) -> None:
         shares = (self.device, self.host)
-        if not all(isinstance(share, (int, float)) and 0 <= share <= 1 for share in shares) or sum(shares) > 1 + 1e-9:
+        if not all(isinstance(share, (int, float)) and 0 <= share <= 1 for share in shares) or sum(shares) > 1 + ROUNDING:
             raise ValueError(f"device and host must be shares from 0 to 1, together at most 1, found {self.device!r} and {self.host!r}")
 
     @property
     def disk(self) -> float:
         """Share of the tokens, the first ones, that go to disk."""
-        return max(0.0, 1 - self.device - self.host)
+        left = 1 - self.device - self.host
+        return left if left > ROUNDING else 0.0
 
     def place(self, span: Span, tokens: int) -> Place:
         """Where an extent goes: by its first token."""
@@ -173,7 +177,6 @@ class Plan:
     def stored_kv(self, layer: int, tokens: int) -> Span:
         """The token range of `layer` whose keys and values are kept."""
         return _last(self.store_kv, layer, tokens)
-
 
     def place(self, what: str, layer: int, tokens: int) -> Callable[[Span], Place] | None:
         """Where each span of a layer's "inputs", "gradients", "outputs" or "kv" goes; None when all of them stay."""

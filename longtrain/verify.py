@@ -184,11 +184,7 @@ def check(model: nn.Module, plan: Plan, tokens: int, dtype: torch.dtype) -> Iter
         layers = 1  # such layers stand alone in their segments
     if not own and layers_differ(model):
         layers = 1
-    limits, said = dict.fromkeys(exact, bound), f"<= {bound:.0e}"
-    if not own:
-        all_of_it = torch.stack([g.norm() for g in exact.values()]).norm()
-        rounding = torch.finfo(torch.float32).eps * all_of_it
-        limits = {name: max(bound, min(float(rounding / g.norm()), LEAK)) for name, g in exact.items()}
+    limits, said = limits_of(exact, own), f"<= {bound:.0e}"
     for name, variant in _variants(plan, layers):
         try:
             streamed = _streamed_step(model, variant, inputs)
@@ -217,6 +213,15 @@ def check(model: nn.Module, plan: Plan, tokens: int, dtype: torch.dtype) -> Iter
     error = _overall(streamed, exact)
     ratio = error / plain_error
     yield Row(f"{name} gradients against float64", f"{error:.1e}, {ratio:.2f}x plain's", f"<= {DTYPE_BOUND}x", ratio <= DTYPE_BOUND)
+
+
+def limits_of(exact: dict[str, Tensor], own: bool) -> dict[str, float]:
+    """How far each tensor of a step may be off, by norm: of a model of ours, or of transformers."""
+    if own:
+        return dict.fromkeys(exact, FLOAT64_BOUND)
+    all_of_it = torch.stack([g.norm() for g in exact.values()]).norm()
+    rounding = torch.finfo(torch.float32).eps * all_of_it
+    return {name: max(TRANSFORMERS_BOUND, min(float(rounding / g.norm()), LEAK)) for name, g in exact.items()}
 
 
 def two_passes(layer: nn.Module, chunk_tokens: int) -> bool:

@@ -31,6 +31,13 @@ def test_four_processes_and_a_ring(file, capfd):
     assert code == 0 and said.endswith("\nexact\n"), said
 
 
-def test_models_of_transformers_are_refused(file, capfd):
-    assert cli.main(["verify", "--nproc", "2", "configs/hf_sft_chat.yaml"]) == 2
-    assert "share no sequence in a run yet" in capfd.readouterr().err
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen3", "lfm2"])
+def test_models_of_transformers(family, tmp_path, capfd):
+    """lfm2: its convolutions' states go from process to process."""
+    pytest.importorskip("transformers", reason='needs pip install "longtrain[hf]"')
+    from tests.train.tiny_hf import write_run, write_shape
+
+    file = write_run(tmp_path / "hf.yaml", write_shape(tmp_path / "given", family), tmp_path, tmp_path / "out")
+    code, said = verify(file, 2, capfd)
+    assert code == 0 and said.endswith("\nexact\n"), said

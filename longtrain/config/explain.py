@@ -11,7 +11,7 @@ from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 
 import yaml
 
-from longtrain.config.load import COMMAND_LINE, ConfigError
+from longtrain.config.nodes import COMMAND_LINE, ConfigError
 from longtrain.config.schema import Config, field_docs
 
 WIDTH = 100

@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
+import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -71,14 +72,14 @@ class Mixture:
     def __len__(self) -> int:
         return sum(map(len, self.packed))
 
-    def batch(self, number: int, held: Sequence[Span] | None = None) -> Batch:
+    def batch(self, number: int, held: Sequence[Span] | None = None, into_2T: np.ndarray | None = None) -> Batch:
         """The sequence that is read as number `number`, or the part of it that a process holds."""
         if len(self.packed) == 1:
-            return self.packed[0].batch(number, held)
+            return self.packed[0].batch(number, held, into_2T)
         period, index = divmod(number, PERIOD)
         pattern = self.pattern(period)
         part = int(pattern[index])
-        return self.packed[part].batch(period * int(self.counts[part]) + int((pattern[:index] == part).sum()), held)
+        return self.packed[part].batch(period * int(self.counts[part]) + int((pattern[:index] == part).sum()), held, into_2T)
 
     def pattern(self, period: int) -> np.ndarray:
         """``[PERIOD]``: which part each sequence of a period comes from, every part's evenly spaced from a random start."""
@@ -120,6 +121,27 @@ def whole_shares(shares: np.ndarray) -> np.ndarray:
     return counts
 
 
+class Rooms:
+    """Memory for tokens, given out again when no tensor is left in it: to touch fresh pages takes ten times as long as to write to them."""
+
+    def __init__(self) -> None:
+        self._free: list[np.ndarray] = []
+
+    def take(self, *shape: int) -> np.ndarray:
+        """Of int64, not filled."""
+        size = math.prod(shape)
+        while self._free:
+            memory = self._free.pop()
+            if memory.size == size:  # others are of another stage of the length schedule: let go
+                break
+        else:
+            memory = np.empty(size, dtype=np.int64)
+        # Views of `given`, tensors too, keep it alive: it is the last array in their line of bases, as its own base is no array.
+        given = np.frombuffer(memoryview(memory), dtype=np.int64)
+        weakref.finalize(given, self._free.append, memory)
+        return given.reshape(shape)
+
+
 class Loader:
     """``loader.update(step)``: the sequences of update `step` (from 0). Reads `ahead` updates in advance, in one thread."""
 
@@ -129,7 +151,7 @@ class Loader:
         data: DataConfig,
         corpus: Corpus,
         steps: int,
-        ahead: int = 1,
+        ahead: int = 2,
         *,
         mine: Callable[[Sequence[int]], Sequence[int]] = list,
         held: Callable[[int], Sequence[Span] | None] = lambda seq_len: None,
@@ -146,6 +168,7 @@ class Loader:
         self.waited = 0.0
         """Seconds that `update` has waited for reading."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        self._rooms = Rooms()
         self._coming: dict[int, Future[list[Batch]]] = {}
 
     def update(self, step: int) -> list[Batch]:
@@ -166,7 +189,9 @@ class Loader:
         sequences = stage.tokens_per_update // stage.seq_len
         first = (step - stage.from_step) * sequences
         held = self.held(stage.seq_len)
-        batches = [self.mixtures[stage.seq_len].batch(number, held) for number in self.mine(range(first, first + sequences))]
+        mixture, mine = self.mixtures[stage.seq_len], self.mine(range(first, first + sequences))
+        rooms = self._rooms.take(len(mine), 2, stage.seq_len)
+        batches = [mixture.batch(number, held, into_2T) for number, into_2T in zip(mine, rooms, strict=True)]
         self.corpus.release()
         return batches
 

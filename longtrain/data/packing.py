@@ -228,36 +228,41 @@ class PackedDocuments:
             self._order = epoch, order
         return order
 
-    def batch(self, number: int, held: Sequence[Span] | None = None) -> Batch:
+    def batch(self, number: int, held: Sequence[Span] | None = None, into_2T: np.ndarray | None = None) -> Batch:
         """The sequence that is read as number `number`, counted over the passes."""
         epoch, index = divmod(number, len(self))
-        return self.read_row(int(self.order(epoch)[index]), held)
+        return self.read_row(int(self.order(epoch)[index]), held, into_2T)
 
     def row(self, row: int) -> list[Piece]:
         here = slice(self.edges[row], self.edges[row + 1])
         columns = (self.pieces.document_P, self.pieces.start_P, self.pieces.length_P)
         return [Piece(d, a, a + n) for d, a, n in zip(*(c[here].tolist() for c in columns), strict=True)]
 
-    def read_row(self, row: int, held: Sequence[Span] | None = None) -> Batch:
-        """The whole sequence; or, of the tokens that a process holds, what `Batch` says: nothing else is read."""
-        ids = np.full(self.seq_len, PADDING_ID, dtype=np.int64)
-        labels = np.full(self.seq_len, IGNORE_INDEX, dtype=np.int64)
-        whole = Span(0, self.seq_len)
-        behind = [whole] if held is None else [Span(span.start + 1, min(span.stop, self.seq_len - 1) + 1) for span in held]
-        held = [whole] if held is None else held
-        edges, pieces = [0], self.row(row)
+    def read_row(self, row: int, held: Sequence[Span] | None = None, into_2T: np.ndarray | None = None) -> Batch:
+        """The whole sequence; or, of the tokens that a process holds, what `Batch` says: nothing else is read. Ids and labels are in
+        `into_2T`, int64, or in memory of their own."""
+        whole = (Span(0, self.seq_len),)
+        behind = whole if held is None else tuple(Span(span.start + 1, min(span.stop, self.seq_len - 1) + 1) for span in held)
+        held = whole if held is None else tuple(held)
+        needed = whole if held == whole else tuple(Span(a.start, max(a.stop, b.stop)) for a, b in zip(held, behind, strict=True))
+        ids, labels = np.empty((2, self.seq_len), dtype=np.int64) if into_2T is None else into_2T
+        edges, pieces, prompts = [0], self.row(row), []
         for piece in pieces:
             here = Span(edges[-1], edges[-1] + len(piece))
-            for i in range(bisect_left(held, here.start, key=attrgetter("stop")), bisect_left(held, here.stop, key=attrgetter("start"))):
-                of_ids, of_labels = held[i] & here, behind[i] & here
-                start, stop = (of_ids if len(of_ids) else of_labels).start, max(of_ids.stop, of_labels.stop)
-                at = piece.start - here.start
-                tokens = self.corpus.tokens(piece.document, at + start, at + stop)
-                ids[of_ids.slice()] = tokens[of_ids.slice(start)]
-                if (target := self.corpus.is_target(piece.document, at + start, at + stop)) is not None:
-                    tokens = np.where(target, tokens.astype(np.int64), IGNORE_INDEX)
-                labels[of_labels.slice()] = tokens[of_labels.slice(start)]
+            at = piece.start - here.start
+            for i in range(bisect_left(needed, here.start, key=attrgetter("stop")), bisect_left(needed, here.stop, key=attrgetter("start"))):
+                part = needed[i] & here
+                ids[part.slice()] = self.corpus.tokens(piece.document, at + part.start, at + part.stop)
+                if (target := self.corpus.is_target(piece.document, at + part.start, at + part.stop)) is not None:
+                    prompts.append(part.start + np.flatnonzero(~target))
             edges.append(here.stop)
+        labels[:] = ids
+        for at in prompts:
+            labels[at] = IGNORE_INDEX
+        for values, spans, elsewhere in ((ids, held, PADDING_ID), (labels, behind, IGNORE_INDEX)):
+            for gap in _gaps(spans, self.seq_len):
+                values[gap.slice()] = elsewhere
+            values[edges[-1] :] = elsewhere
         sources = [self.corpus.sources[self.corpus.source_N[p.document]] for p in pieces]
         if not self.isolate:
             edges, sources = [0, edges[-1]], ["+".join(sorted(set(sources)))]
@@ -270,6 +275,12 @@ class PackedDocuments:
             tuple(f"{self.corpus.name(p.document)}[{p.start}:{p.stop}]" for p in pieces),
             tuple(sources),
         )
+
+
+def _gaps(spans: Sequence[Span], tokens: int) -> list[Span]:
+    """What lies between ascending spans of a sequence."""
+    starts, stops = [0, *(span.stop for span in spans)], [*(span.start for span in spans), tokens]
+    return [Span(a, b) for a, b in zip(starts, stops, strict=True) if a < b]
 
 
 def check_ids(batch: Batch, vocab_size: int) -> None:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longtrain.hf.head import LazyLogits
 from longtrain.span import IGNORE_INDEX, Layout
 
 
@@ -36,9 +37,8 @@ def packed_loss(
     if normalizer is None and reduction == "mean":
         normalizer = (targets_BT != IGNORE_INDEX).sum()
         normalizer = normalizer if sharing is None else sharing.mesh.all.sum(normalizer)
-    recipe = getattr(logits, "recipe", None)
-    if recipe is not None and recipe.streams:
-        loss = recipe.loss(targets_BT, normalizer=normalizer, reduction=reduction)
+    if isinstance(logits, LazyLogits) and logits.streams:
+        loss = logits.recipe.loss(targets_BT, normalizer=normalizer, reduction=reduction)
     else:
         wide = torch.promote_types(logits.dtype, torch.float32)
         loss = F.cross_entropy(logits.to(wide).flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
@@ -64,10 +64,10 @@ def logits_at(model: nn.Module, input_ids_BT: Tensor, documents: Layout, at_N: T
     logits = _logits(model, input_ids_BT, documents.positions(input_ids_BT.device)[None])
     sharing = getattr(model, "longtrain_sharing", None)
     place_N = at_N if sharing is None else sharing.places(at_N)
-    if (recipe := getattr(logits, "recipe", None)) is None:
+    if not isinstance(logits, LazyLogits) or logits.edited:
         logits_NV = logits[0, place_N]
     else:
-        logits_NV = recipe.project(recipe.hidden_BTE[0, place_N])
+        logits_NV = logits.recipe.project(logits.recipe.hidden_BTE[0, place_N])
         for step in logits.steps:
             logits_NV = step(logits_NV)
     return logits_NV.masked_fill(place_N[:, None] < 0, 0)

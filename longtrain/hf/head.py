@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longtrain.hf.promise import LazyHidden, Promise
+from longtrain.offload import version_of
 from longtrain.ops.linear_cross_entropy import LossOptions, default_chunk_tokens
 from longtrain.span import IGNORE_INDEX
 from longtrain.stream.boundary import Boundary
@@ -96,8 +97,18 @@ class LazyLogits(Promise):
         hidden = recipe.hidden_BTE
         shape = (*hidden.shape[:-1], recipe.head.out_features)
         logits = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype or hidden.dtype, device=hidden.device)
-        logits.recipe, logits.steps, logits.computed = recipe, steps, None
+        logits.recipe, logits.steps, logits.computed, logits.version = recipe, steps, None, 0
         return logits
+
+    @property
+    def edited(self) -> bool:
+        """Whether somebody has read the logits and changed them in place (masked entries of the vocabulary): the recipe is no longer true."""
+        return self.computed is not None and version_of(self.computed) != self.version
+
+    @property
+    def streams(self) -> bool:
+        """Whether loss and log-probabilities can be had without logits."""
+        return self.recipe.streams and not self.edited
 
     def compute(self) -> Tensor:
         """The logits themselves: the head's own output, and the steps as they were written."""
@@ -105,7 +116,7 @@ class LazyLogits(Promise):
             logits = self.recipe.project(self.recipe.hidden_BTE)
             for step in self.steps:
                 logits = step(logits)
-            self.computed = logits
+            self.computed, self.version = logits, version_of(logits)
         return self.computed
 
     @classmethod
@@ -116,7 +127,7 @@ class LazyLogits(Promise):
         logits, *others = args
         if not isinstance(logits, LazyLogits) and len(others) == 1:  # number * logits
             logits, others = others[0], [logits] if func in _PRODUCTS else [None]
-        if not isinstance(logits, LazyLogits):
+        if not isinstance(logits, LazyLogits) or logits.edited:
             return None
         recipe, dtype = logits.recipe, logits.dtype
         if not others and func in _TANH:
@@ -156,8 +167,7 @@ def streamed_loss(
 
     Labels are moved one place left inside unless `shift_labels` has them so; `num_items_in_batch` divides the sum, where it is given.
     """
-    recipe = logits.recipe if isinstance(logits, LazyLogits) else None
-    if recipe is None or not recipe.streams:
+    if not isinstance(logits, LazyLogits) or not logits.streams:
         return otherwise(
             logits,
             labels,
@@ -169,5 +179,6 @@ def streamed_loss(
         )
     if shift_labels is None:
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    recipe = logits.recipe
     targets = shift_labels.to(recipe.hidden_BTE.device).view(recipe.hidden_BTE.shape[:-1])
     return recipe.loss(targets, normalizer=num_items_in_batch, ignore_index=ignore_index)

@@ -23,9 +23,10 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from longtrain.hf.attention import MaskedAttention, Options, draw_seed, packed
 from longtrain.hf.mask import Mask
 from longtrain.hf.router import Collected
-from longtrain.hf.state import ChunkCache, States
+from longtrain.hf.state import ChunkCache, Key, States
 from longtrain.sharded import plain_copy
 from longtrain.span import Span
+from longtrain.stream.replay import Arguments
 
 CU_SEQLENS = ("cu_seq_lens_q", "cu_seq_lens_k")
 """transformers' names for the document boundaries of packed rows (`FlashAttentionKwargs`)."""
@@ -53,13 +54,17 @@ class AdaptedLayer:
         """The modules that give out router logits, and which of their outputs those are."""
         self.cache: str | None = None
         """The argument by which it takes the cache that its states go through, where it has states."""
+        self.state_bytes = 0
+        """What these come to, for one row."""
+        self._over: Callable[[int], Any] | None = None
         self._routed: list[Tensor] | None = None
         self._before: dict[str, Any] = {}
         self._emitted: list[Tensor] = []
 
     def install(self) -> None:
         """Make the layer a streamable one, until `uninstall`."""
-        for name in ("token_args", "chooses", "carries_states", "mixers", "example", "copy_in_float64", "difference_from_eager", "forward"):
+        protocol = ("token_args", "chooses", "mixers", "example", "copy_in_float64", "difference_from_eager", "forward")
+        for name in (*protocol, "state_bytes", "take_turns", "original"):
             self._before[name] = self.layer.__dict__.get(name)
             setattr(self.layer, name, getattr(self, name))
         for router, place in self.routers:
@@ -100,12 +105,12 @@ class AdaptedLayer:
             with torch.no_grad():
                 self.original(self.x, **{**self.arguments, caches[0]: cache})
             if cache.after:
-                self.cache = caches[0]
+                self.cache, self.state_bytes = caches[0], sum(state.nbytes for state in cache.after.values()) // self.x.shape[0]
                 self.token_args = {"attention_mask": 1, **self.token_args}  # of padding, ``[B, T]``; there was none in the traced run
 
-    @property
-    def carries_states(self) -> bool:
-        return self.cache is not None
+    def take_turns(self, over: Callable[[int], Any] | None) -> None:
+        """From now on the processes of ``over(tokens)`` (`longtrain.parallel.spread.OnRank`) share sequences; None: no others do."""
+        self._over = over
 
     @property
     def mask(self) -> Mask | None:
@@ -136,7 +141,7 @@ class AdaptedLayer:
     def example(self, tokens: int) -> tuple[Tensor, dict[str, Any]]:
         if self.x.shape[1] != tokens:
             raise ValueError(f"the layer was traced on {self.x.shape[1]} tokens, an example of {tokens} was asked for")
-        arguments = self.arguments if self.cache is None else self.arguments | self._carried(tokens)
+        arguments = self.arguments if self.cache is None else self.arguments | self._carried(self.x, self.arguments)
         return self.x, arguments
 
     def forward(self, x: Tensor, *, mix: Callable[..., Tensor] | None = None, **arguments: Any) -> Tensor:
@@ -153,20 +158,35 @@ class AdaptedLayer:
             arguments = self._with_mix(arguments, mix_as_expected)
         collected, states, positions = (arguments.pop(name, None) for name in ("collected", "states", "chunk_positions"))
         span = None if positions is None else Span(int(positions[0]), int(positions[-1]) + 1)
-        if states is not None:
-            arguments[self.cache] = cache = states.enter(span, (x, *self.layer.parameters()))
         self._routed = None if collected is None else []
         try:
-            y = self.original(x, **arguments)
-            y = y[0] if isinstance(y, tuple) else y
-            y = y if states is None else states.leave(span, cache, y)
+            if states is None:
+                y = _first(self.original(x, **arguments))
+            else:
+                y = states.run(span, x, Arguments(arguments, self.token_args), list(self.layer.parameters()), self._on_states)
             return y if collected is None else collected.chunk(span, self._routed, y)
         finally:
             self._routed = None
 
-    @staticmethod
-    def _carried(tokens: int) -> dict[str, Any]:
-        return {"states": States(keep=torch.is_grad_enabled()), "chunk_positions": torch.arange(tokens)}
+    def _on_states(self, x: Tensor, arguments: dict[str, Any], before: dict[Key, Tensor]) -> tuple[Tensor, dict[Key, Tensor]]:
+        """Output and the states behind."""
+        cache = ChunkCache(before)
+        y = _first(self.original(x, **{**arguments, self.cache: cache}))
+        cache.check_unchanged()
+        return y, cache.after
+
+    def _carried(self, x: Tensor, arguments: dict[str, Any]) -> dict[str, Any]:
+        """What carries the states of one call from chunk to chunk, or from process to process."""
+        tokens, keep = x.shape[1], torch.is_grad_enabled()
+        states = States(keep=keep) if self._over is None else self._over(tokens).turns(self._states_of_one(x, arguments), keep=keep)
+        return {"states": states, "chunk_positions": torch.arange(tokens)}
+
+    def _states_of_one(self, x: Tensor, arguments: dict[str, Any]) -> dict[Key, Tensor]:
+        """The states behind one token: like those behind any, in the dtypes of this call."""
+        devices = {x.device} if x.is_cuda else set()
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            of_one = Arguments(arguments, self.token_args).on(Span(0, 1))
+            return self._on_states(x.new_zeros(x.shape[0], 1, x.shape[2]), of_one, {})[1]
 
     def _route(self, forward: Callable[..., Any], place: int, *args: Any, **kwargs: Any) -> Any:
         """A router's `forward`; its logits are noted where they are collected."""
@@ -201,7 +221,7 @@ class AdaptedLayer:
                     f"{given[0]} ends documents inside a row, and this layer's states are carried through its cache, which knows "
                     "no documents: give each document a row of its own"
                 )
-            arguments |= self._carried(x.shape[1])
+            arguments |= self._carried(x, arguments)
         if self.routers and arguments.get("output_router_logits"):
             collected = Collected(*x.shape[:2], len(self.routers))
             y = streamed(x, **arguments | dict(collected=collected, chunk_positions=torch.arange(x.shape[1])))
@@ -244,6 +264,10 @@ class AdaptedLayer:
                 config._attn_implementation = "longtrain"
         error = float((ours - theirs).norm() / theirs.norm())
         return None if error <= 1e-5 else f"under longtrain's attention it differs from its own eager attention by {error:.1e}"
+
+
+def _first(y: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return y[0] if isinstance(y, tuple) else y
 
 
 class _Watch(TorchFunctionMode):

@@ -1,13 +1,14 @@
 """A transformers model whose sequences several processes share: each process is given all of them and runs on its part.
 
 `sharing` (`longtrain.parallel.spread.Sharing`) says which part. Token ids, positions and labels are cut before the model sees them, the
-labels moved one place left before that; masks are still made for whole sequences, and the loss is summed over the processes.
+labels moved one place left before that; masks are still made for whole sequences, and the loss is summed over the processes. States that
+layers keep themselves go from process to process (`longtrain.parallel.turns`).
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,9 +23,13 @@ from longtrain.span import IGNORE_INDEX
 CUT = ("input_ids", "inputs_embeds")
 
 
-def share(pretrained: PreTrainedModel, layer: nn.Module, sharing, undo: list[Callable[[], Any]]) -> None:
-    """Have `pretrained`, of which `layer` is one, run on a part of what it is given. What was changed is put on `undo`."""
-    take_part = partial(_take_part, sharing, _keeps_documents_apart(pretrained, layer))
+def share(pretrained: PreTrainedModel, layers: Sequence[nn.Module], sharing, undo: list[Callable[[], Any]]) -> None:
+    """Have `pretrained`, whose streamed `layers` these are, run on a part of what it is given. What was changed is put on `undo`."""
+    take_part = partial(_take_part, sharing, _keeps_documents_apart(pretrained, layers))
+    for layer in layers if sharing.mesh.all.size > 1 else ():
+        if getattr(layer, "state_bytes", 0):
+            layer.take_turns(sharing.of)
+            undo.append(partial(layer.take_turns, None))
     undo.append(pretrained.register_forward_pre_hook(take_part, with_kwargs=True).remove)
     loss = pretrained.loss_function
     pretrained.loss_function = partial(_total, sharing, loss)
@@ -35,7 +40,7 @@ def _total(sharing, loss: Callable[..., Tensor], *args: Any, **kwargs: Any) -> T
     return sharing.total(loss(*args, **kwargs))
 
 
-def _keeps_documents_apart(pretrained: PreTrainedModel, layer: nn.Module) -> bool:
+def _keeps_documents_apart(pretrained: PreTrainedModel, layers: Sequence[nn.Module]) -> bool:
     """Whether the family's masks do so where positions restart: not all do, and then it is not done here either."""
     if "position_ids" not in inspect.signature(pretrained.forward).parameters:
         return False
@@ -44,14 +49,20 @@ def _keeps_documents_apart(pretrained: PreTrainedModel, layer: nn.Module) -> boo
     def note(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         masks.extend(value for value in (*args, *kwargs.values()) if isinstance(value, Mask))
 
-    hook = layer.register_forward_pre_hook(note, with_kwargs=True)
+    hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
+    adapted = [(layer, layer.forward) for layer in layers if hasattr(layer, "original")]
+    for layer, _ in adapted:
+        layer.forward = layer.original  # what the model calls, and not what streams
     weight = pretrained.get_input_embeddings().weight
     positions = torch.cat([torch.arange(6), torch.arange(7)])[None].to(weight.device)
     try:
         with torch.random.fork_rng(devices={weight.device} if weight.is_cuda else []), torch.no_grad():
             pretrained(input_ids=positions % weight.shape[0], position_ids=positions, use_cache=False)
     finally:
-        hook.remove()
+        for layer, forward in adapted:
+            layer.forward = forward
+        for hook in hooks:
+            hook.remove()
     return any(6 in row.documents.edges for mask in masks for row in mask.rows)
 
 

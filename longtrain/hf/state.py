@@ -11,6 +11,7 @@ Nothing is wrapped or patched; `longtrain.proof` says whether the layer keeps al
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from longtrain.hf.router import Tied
 from longtrain.offload import version_of
 from longtrain.span import Span
+from longtrain.stream.replay import Arguments
 
 Key = tuple[str, int]
 """("conv" or "recurrent", the layer's number for it)."""
@@ -78,24 +80,28 @@ class States:
         self._at: dict[int, dict[Key, Tensor]] = {0: {}}
         self._grads: dict[int, dict[Key, Tensor]] = {}
 
-    def enter(self, span: Span, anchors: tuple[Tensor, ...]) -> ChunkCache:
-        """The cache for a chunk. In a replay the states are in its graph, as if made of `anchors`, whatever of these wants gradients."""
+    def run(self, span: Span, x: Tensor, arguments: Arguments, parameters: Sequence[Tensor], layer: Callable[..., Any]) -> Tensor:
+        """``layer(x, arguments, states before)`` -> its output, and the states behind: of a chunk, or of its replay."""
+        y, behind = layer(x, arguments.on(Span(0, len(span))), self.enter(span, (x, *parameters)))
+        return self.leave(span, behind, y)
+
+    def enter(self, span: Span, anchors: tuple[Tensor, ...]) -> dict[Key, Tensor]:
+        """The states before a chunk. In a replay they are in its graph, as if made of `anchors`, whatever of these wants gradients."""
         before = self._at[span.start]
         if before and torch.is_grad_enabled():
             grads = self._grads.setdefault(span.start, {})
             before = dict(zip(before, _Enter.apply(grads, tuple(before), *before.values(), *anchors), strict=True))
-        return ChunkCache(before)
+        return before
 
-    def leave(self, span: Span, cache: ChunkCache, y: Tensor) -> Tensor:
+    def leave(self, span: Span, behind: dict[Key, Tensor], y: Tensor) -> Tensor:
         """The chunk's output; in a replay with the gradient of the states behind it tied to it."""
-        cache.check_unchanged()
         if not torch.is_grad_enabled():
-            self._at[span.stop] = {key: state.clone() for key, state in cache.after.items()}
+            self._at[span.stop] = {key: state.clone() for key, state in behind.items()}
             if not self._keep and span.start:
                 del self._at[span.start]
             return y
         grads = self._grads.pop(span.stop, {})
-        return Tied.apply(list(grads.values()), y, *(cache.after[key] for key in grads)) if grads else y
+        return Tied.apply(list(grads.values()), y, *(behind[key] for key in grads)) if grads else y
 
 
 class _Enter(torch.autograd.Function):

@@ -133,7 +133,6 @@ class TapFilter(nn.Module):
             k_EW = k_EW * kept_EW / (1 - self.dropout)
         return k_EW
 
-
     def extra_repr(self) -> str:
         channels, taps = self.taps.shape
         return f"{channels}, {taps}, causal={self.causal}, squash={self.squash:g}, smooth={self.smooth}, dropout={self.dropout:g}"

@@ -112,9 +112,10 @@ def parameter_groups(
     for parameter in model.parameters():
         if parameter.requires_grad:
             groups[of.get(id(parameter), "matrices" if parameter.ndim > 1 else "vectors")].append(parameter)
-    rates = {"filters": filter_lr, "butterflies": 0.1 * lr if butterfly_lr is None else butterfly_lr}
+    rates = dict.fromkeys(groups, lr)
+    rates |= {"filters": lr if filter_lr is None else filter_lr, "butterflies": 0.1 * lr if butterfly_lr is None else butterfly_lr}
     return [
-        {"name": name, "params": parameters, "lr": rates.get(name) or lr, "weight_decay": weight_decay if name == "matrices" else 0.0}
+        {"name": name, "params": parameters, "lr": rates[name], "weight_decay": weight_decay if name == "matrices" else 0.0}
         for name, parameters in groups.items()
         if parameters
     ]

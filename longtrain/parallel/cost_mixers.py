@@ -1,5 +1,6 @@
 """Bytes that a rank receives for one layer that is not attention, each way, and which way is cheapest; means over ranks, for one row of the
-batch and one document. The modules that do it (`conv.py`, `states.py`, `scan.py`) derive the sums.
+batch and one document. The modules that do it (`conv_halo.py`, `conv_channels.py`, `states.py`, `scan.py`, `turns.py`)
+derive the sums.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from dataclasses import dataclass
 
 from longtrain.parallel.cost import NOTHING, Choice, Received
 from longtrain.parallel.layout import Shards
-from longtrain.parallel.scan import hand_overs
+from longtrain.parallel.relay import hand_overs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +82,19 @@ class StateShape:
         if way == "auto" and not self.affine and not refused:
             way = "heads"  # with a scan, ranks work on it one after the other, but for its heads
         return cheapest("states", way, costs, refused)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TurnShape:
+    """What of a layer with states of its own decides their traffic."""
+
+    state: int
+    """Bytes of all its states."""
+
+    def choose(self, shards: Shards) -> Choice:
+        handed, ranks = hand_overs(shards) / shards.ranks * self.state, shards.ranks
+        why = f"only the layer knows how its states change, so {ranks} ranks take turns; each waits {1 - 4 / (3 * ranks):.0%} of its time"
+        return Choice("turns", {"turns": Received(forward=handed, backward=handed)}, {"all at once": why})
 
 
 def cheapest(setting: str, way: str, costs: dict[str, Received], refused: dict[str, str]) -> Choice:

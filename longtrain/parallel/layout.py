@@ -95,44 +95,45 @@ class Shards:
 
 
 def spread(
-    tokens: int, ranks: int, *, inside: str = "contiguous", chunk_tokens: int | None = None, stripe: int | None = None
+    tokens: int, ranks: int, *, inside: str = "contiguous", chunk_tokens: int | None = None, stripe: int | None = None, least: int = 1
 ) -> Shards:
     """Spread a sequence over `ranks`, each chunk of `chunk_tokens` (None: the whole) as `inside` says, in stripes of `stripe` or more.
 
-    Every rank has tokens of every chunk: a last chunk too short for that is joined with the one before. Raises ValueError where even
-    the whole sequence, or a chunk, has fewer tokens than there are ranks.
+    Every rank has `least` tokens of every chunk, or more, in each of its spans: a last chunk too short for that is joined with the one
+    before. Raises ValueError where even the whole sequence, or a chunk, is too short.
     """
     if inside not in ARRANGEMENTS:
         raise ValueError(f"layout must be one of {', '.join(ARRANGEMENTS)}, found {inside!r}")
-    if tokens < ranks:
-        raise ValueError(f"a sequence of {tokens} tokens cannot be spread over {ranks} ranks; give at least one token a rank")
-    if chunk_tokens is not None and chunk_tokens < ranks:
+    if tokens < ranks * least:
+        few = "one token" if least == 1 else f"{least} tokens"
+        raise ValueError(f"a sequence of {tokens} tokens cannot be spread over {ranks} ranks; give at least {few} a rank")
+    if chunk_tokens is not None and chunk_tokens < ranks * least:
         raise ValueError(f"chunks of {chunk_tokens} tokens cannot be spread over {ranks} ranks; raise chunk_tokens")
     chunks = chunk_spans(tokens, chunk_tokens or tokens)
-    if len(chunks) > 1 and len(chunks[-1]) < ranks:
+    if len(chunks) > 1 and len(chunks[-1]) < ranks * least:
         last = chunks.pop()
         chunks[-1] = Span(chunks[-1].start, last.stop)
-    stripe = stripe or max(STRIPE, int(tokens * IMBALANCE / ranks))
-    return Shards(tuple(chunks), tuple(ARRANGEMENTS[inside](chunk, ranks, stripe) for chunk in chunks))
+    stripe = max(least, stripe or max(STRIPE, int(tokens * IMBALANCE / ranks)))
+    return Shards(tuple(chunks), tuple(ARRANGEMENTS[inside](chunk, ranks, stripe, least) for chunk in chunks))
 
 
-def _contiguous(chunk: Span, ranks: int, stripe: int) -> tuple[tuple[Span, ...], ...]:
+def _contiguous(chunk: Span, ranks: int, stripe: int, least: int) -> tuple[tuple[Span, ...], ...]:
     return tuple((part,) for part in _even(chunk, ranks))
 
 
-def _zigzag(chunk: Span, ranks: int, stripe: int) -> tuple[tuple[Span, ...], ...]:
-    if len(chunk) < 2 * ranks:
-        return _contiguous(chunk, ranks, stripe)
+def _zigzag(chunk: Span, ranks: int, stripe: int, least: int) -> tuple[tuple[Span, ...], ...]:
+    if len(chunk) < 2 * ranks * least:
+        return _contiguous(chunk, ranks, stripe, least)
     parts = _even(chunk, 2 * ranks)
     return tuple(merged((parts[r], parts[-1 - r])) for r in range(ranks))
 
 
-def _striped(chunk: Span, ranks: int, stripe: int) -> tuple[tuple[Span, ...], ...]:
+def _striped(chunk: Span, ranks: int, stripe: int, least: int) -> tuple[tuple[Span, ...], ...]:
     parts = _even(chunk, ranks * max(1, len(chunk) // (ranks * stripe)))
     return tuple(merged(parts[r::ranks]) for r in range(ranks))
 
 
-ARRANGEMENTS: dict[str, Callable[[Span, int, int], tuple[tuple[Span, ...], ...]]] = {
+ARRANGEMENTS: dict[str, Callable[[Span, int, int, int], tuple[tuple[Span, ...], ...]]] = {
     "contiguous": _contiguous,
     "zigzag": _zigzag,
     "striped": _striped,

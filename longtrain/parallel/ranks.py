@@ -42,6 +42,8 @@ class Traffic:
     lanes: list[Lane] | None = None
     log: Log | None = None
     """Set to a list: what `longtrain.parallel.timeline` plays again."""
+    clock: Callable[[], float] = time.thread_time
+    """Seconds that this rank has computed, for the log."""
     link: float | None = None
     """Bytes a second of a slower link, for benchmarks and tests: what is asked for comes over it one after the other, and no sooner."""
     _busy_until: float = 0.0
@@ -62,12 +64,12 @@ class Traffic:
         self._posts += 1
         if self.log is not None:
             of_all = lambda by_peer: {dist.get_global_rank(group, peer): nbytes for peer, nbytes in by_peer.items()}
-            self.log.append(Posted(self._posts, time.thread_time(), of_all(sent), of_all(received)))
+            self.log.append(Posted(self._posts, self.clock(), of_all(sent), of_all(received)))
         return self._posts
 
     def asked(self, what: str, number: int) -> None:
         if self.log is not None:
-            self.log.append(Asked(number, time.thread_time(), what))
+            self.log.append(Asked(number, self.clock(), what))
 
     def arrived(self, what: str, nbytes: int, started: float, asked: float, due: float) -> None:
         """Called when a rank has waited for what it asked for; waits for the slower link."""

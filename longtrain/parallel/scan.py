@@ -5,10 +5,11 @@ before it, and so is the output; the delta rule's A is a matrix, else it is a de
 
     S' = S0 + A S          out_t = out0_t + P_t S          dS = P^T dout + A^T dS'
 
-S0, A, out0 and P come from the rank's own tokens, all ranks at the same time. What goes from rank to rank is S, forward, and dS, backward:
-block after block of its value features, so that a rank hands on the first while the others are still on their way to it. With the state
-before its run and the adjoint of the one behind it, a rank differentiates its tokens by itself. Nothing is divided out: A and P are sums
-of log decays, exponentiated, and 0 behind the beginning of a document.
+S0, A, out0 and P come from the rank's own tokens. What goes from rank to rank is S, forward, and dS, backward, a few heads at a time: while
+the states of some heads are on their way, a rank makes S0, A, out0 and P of the next ones, and, backward, differentiates those that it
+has handed on. A rank that the states reach later is so many heads ahead with its own tokens when they do. With the state before its run and
+the adjoint of the one behind it, a rank differentiates its tokens by itself. Nothing is divided out: A and P are sums of log decays,
+exponentiated, and 0 behind the beginning of a document.
 
 Fast weights (LaCT) change by more than affine functions. There a head is a block: it is read and updated, then handed on, and ranks work
 on different heads at the same time.
@@ -18,124 +19,18 @@ A rank receives one state for each of its runs of tokens, forward and backward: 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from longtrain.ops.state_mixers import LinearAttentionMixer
-from longtrain.parallel.layout import Shards
-from longtrain.parallel.ranks import Message, Pending, Ranks
+from longtrain.parallel.relay import Known, Relay, Stage
 from longtrain.span import Span
 
-BLOCKS = 4
-"""In which a state of linear attention travels, at most."""
-
-
-@dataclass(frozen=True, slots=True)
-class Leg:
-    """A run of tokens that a rank holds of a chunk, and which ranks hold what comes before and what comes behind (None: nothing does)."""
-
-    span: Span
-    source: int | None
-    target: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """What a rank has to do with the state in one chunk, in the order in which the state comes by."""
-
-    legs: tuple[Leg, ...]
-    heir_of: int | None
-    """The rank that hands this one the state with which the next chunk begins; None where another rank needs it, or nobody does."""
-
-    def split(self, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
-        """The tensors of each leg, of those of a chunk, which are in the order of positions."""
-        return list(zip(*(x.split([len(leg.span) for leg in self.legs], dim=1) for x in tensors), strict=True))
-
-
-def stages(shards: Shards, rank: int, *, backward: bool = False) -> list[Stage]:
-    """Of each chunk, for `rank`; `backward`: from the last token to the first, legs within a chunk too."""
-    chain = shards.pieces[::-1] if backward else shards.pieces
-    ends = (None, None, None)
-    found = {chunk: ([], None) for chunk in range(len(shards.chunks))}
-    for (_, before, _), (chunk, owner, span), (chunk_behind, behind, _) in zip((ends, *chain), chain, (*chain[1:], ends), strict=False):
-        legs, heir_of = found[chunk]
-        if owner == rank:
-            legs.append(Leg(span, before, behind))
-        elif behind == rank and chunk_behind != chunk:
-            found[chunk] = legs, owner
-    return [Stage(tuple(legs), heir_of) for legs, heir_of in found.values()]
-
-
-def hand_overs(shards: Shards) -> int:
-    """How often the state goes from one rank to another."""
-    owners = [owner for _, owner, _ in shards.pieces]
-    return sum(a != b for a, b in zip(owners, owners[1:], strict=False))
-
-
-Step = Callable[[int, int, Tensor], Tensor]
-
-
-class Relay:
-    """States, or their adjoints, on their way along the legs of one rank. All that is sent in a chunk is received in it."""
-
-    def __init__(self, ranks: Ranks, what: str) -> None:
-        self._ranks, self._what = ranks, what
-        self._own: list[Tensor] = []
-        """The blocks behind a leg, where the next one is this rank's too."""
-        self._inherited: list[Pending] = []
-        """Those with which the chunk begins."""
-
-    def run(self, stage: Stage, blocks: Sequence[Any], like: Tensor, step: Step) -> None:
-        """``behind = step(leg, block, before)`` for every block of every leg, in this order; `blocks` are indices into a state like `like`.
-
-        At the end of the sequence, where there is nothing before, that is a state of zeros.
-        """
-        sent, like = [], [like[block] for block in blocks]
-        for i, leg in enumerate(stage.legs):
-            coming, own, self._own = self._coming(leg, like), self._own, []
-            for b in range(len(blocks)):
-                if leg.source is None:
-                    before = torch.zeros_like(like[b])
-                else:
-                    before = own[b] if leg.source == self._ranks.rank else next(coming)
-                behind = step(i, b, before).contiguous()
-                if leg.target == self._ranks.rank:
-                    self._own.append(behind)
-                elif leg.target is not None:
-                    sent.append(self._ranks.exchange([Message(self._what, leg.target, (behind,))], []))
-        if stage.heir_of is not None:
-            self._inherited = [self._receive(stage.heir_of, block) for block in like]
-        for pending in sent:
-            pending.wait()
-
-    def _coming(self, leg: Leg, like: Sequence[Tensor]) -> Iterator[Tensor]:
-        """The blocks from another rank; while one is worked on the next is received."""
-        inherited, self._inherited = iter(self._inherited), []
-        receive = lambda block: next(inherited, None) or self._receive(leg.source, block)
-        arriving = receive(like[0])
-        for following in (*like[1:], None):
-            (block,) = arriving.wait()[self._what]
-            arriving = None if following is None else receive(following)
-            yield block
-
-    def _receive(self, source: int, like: Tensor) -> Pending:
-        return self._ranks.exchange([], [Message(self._what, source, (like.new_empty(like.shape),))])
-
-
-@dataclass(frozen=True, slots=True)
-class Known:
-    """In place of a relay, where the states before a rank's legs are known: the same steps on the same numbers."""
-
-    entries: Sequence[Tensor]
-
-    def run(self, stage: Stage, blocks: Sequence[Any], like: Tensor, step: Step) -> None:
-        for i, entry in enumerate(self.entries):
-            for b, block in enumerate(blocks):
-                step(i, b, entry[block])
+BLOCKS = 8
+"""In which a state of linear attention travels: so many groups of heads, or where there are fewer, parts of their value features."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,11 +59,13 @@ class Affine:
             A = A * sums[:, -1, :, :, None].exp()
         return cls(P, A)
 
-    def apply(self, S: Tensor) -> Tensor:
-        return self.A @ S if self.is_matrix else self.A * S
+    def apply(self, S: Tensor, block: Block) -> Tensor:
+        A = self.A[block.in_work[:2]]
+        return A @ S if self.is_matrix else A * S
 
-    def transposed(self, dS: Tensor) -> Tensor:
-        return self.A.mT @ dS if self.is_matrix else self.A * dS
+    def transposed(self, dS: Tensor, block: Block) -> Tensor:
+        A = self.A[block.in_work[:2]]
+        return A.mT @ dS if self.is_matrix else A * dS
 
     def read(self, S: Tensor) -> Tensor:
         """P S, ``[B, t, H, Dv]``."""
@@ -194,20 +91,55 @@ Each = Sequence[Sequence[Tensor]]
 """The inputs of each leg."""
 
 
+@dataclass(frozen=True, slots=True)
+class Block:
+    """What is sent at a time of a state ``[B, H, D, Dv]``: some value features of some heads. The same on all ranks."""
+
+    heads: slice
+    columns: slice
+    work: slice
+    """The heads that this rank works on together, these and perhaps others: as many as it has threads."""
+    first: bool
+    """Of those of its work that are sent."""
+    last: bool
+
+    @property
+    def index(self) -> tuple[slice, ...]:
+        return slice(None), self.heads, slice(None), self.columns
+
+    @property
+    def in_work(self) -> tuple[slice, ...]:
+        return slice(None), slice(self.heads.start - self.work.start, self.heads.stop - self.work.start), slice(None), self.columns
+
+    def of(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """``[B, t, H, ...]`` of the heads of its work."""
+        return tuple(x[:, :, self.work] for x in tensors)
+
+
 def affine_forward(relay: Relay | Known, stage: Stage, mixer, inputs: Each) -> tuple[list[Tensor], list[Tensor]]:
     """Outputs of a rank's legs in a chunk, and the states before them."""
     (q, k, v, *_), wide = inputs[0], _wide(inputs[0])
-    of_zero = [mixer.step(leg.span, None, x[0].to(wide), *x[1:]) for leg, x in zip(stage.legs, inputs, strict=True)]
-    affine = [Affine.of(mixer, leg.span, x) for leg, x in zip(stage.legs, inputs, strict=True)]
+    blocks, made = _blocks(v), {}
     entries = [v.new_empty(k.shape[0], *k.shape[2:], v.shape[3], dtype=wide) for _ in stage.legs]
-    blocks = _columns(v.shape[3])
+    outs = [q.new_empty(*x[0].shape[:3], v.shape[3]) for x in inputs]
+
+    def ready(i: int, b: int) -> None:
+        if blocks[b].first:
+            q, *written = x = blocks[b].of(*inputs[i])
+            span = stage.legs[i].span
+            made[i, blocks[b].work.start] = *mixer.step(span, None, q.to(wide), *written), Affine.of(mixer, span, x)
 
     def step(i: int, b: int, before: Tensor) -> Tensor:
-        entries[i][blocks[b]] = before
-        return of_zero[i][1][blocks[b]] + affine[i].apply(before)
+        entries[i][blocks[b].index] = before
+        _, of_zero, affine = made[i, blocks[b].work.start]
+        return of_zero[blocks[b].in_work] + affine.apply(before, blocks[b])
 
-    relay.run(stage, blocks, entries[0], step)
-    outs = [(out + part.read(entry)).to(q.dtype) for (out, _), part, entry in zip(of_zero, affine, entries, strict=True)]
+    def done(i: int, b: int) -> None:
+        if blocks[b].last:
+            out, _, affine = made.pop((i, blocks[b].work.start))
+            outs[i][:, :, blocks[b].work] = out + affine.read(entries[i][:, blocks[b].work])
+
+    relay.run(stage, [block.index for block in blocks], entries[0], step, ready=ready, done=done)
     return outs, entries
 
 
@@ -215,17 +147,31 @@ def affine_backward(
     relay: Relay, stage: Stage, mixer, inputs: Each, entries: Sequence[Tensor], douts: Sequence[Tensor]
 ) -> tuple[list[Sequence[Tensor]], list[Tensor]]:
     """Gradients of the inputs of each leg, and of the mixer's shared tensors: there are none."""
-    affine = [Affine.of(mixer, leg.span, x) for leg, x in zip(stage.legs, inputs, strict=True)]
-    made = [part.read_vjp(dout) for part, dout in zip(affine, douts, strict=True)]
-    behind, blocks = [torch.empty_like(entry) for entry in entries], _columns(entries[0].shape[3])
+    blocks, made = _blocks(douts[0]), {}
+    behind = [torch.empty_like(entry) for entry in entries]
+    grads = [[torch.empty_like(x) for x in of_leg] for of_leg in inputs]
+
+    def ready(i: int, b: int) -> None:
+        if blocks[b].first:
+            affine = Affine.of(mixer, stage.legs[i].span, blocks[b].of(*inputs[i]))
+            made[i, blocks[b].work.start] = affine.read_vjp(*blocks[b].of(douts[i])), affine
 
     def step(i: int, b: int, dS: Tensor) -> Tensor:
-        behind[i][blocks[b]] = dS
-        return made[i][blocks[b]] + affine[i].transposed(dS)
+        behind[i][blocks[b].index] = dS
+        by_outputs, affine = made[i, blocks[b].work.start]
+        return by_outputs[blocks[b].in_work] + affine.transposed(dS, blocks[b])
 
-    relay.run(stage, blocks, entries[0], step)
-    of_legs = zip(stage.legs, entries, inputs, douts, behind, strict=True)
-    return [mixer.step_vjp(leg.span, entry, x, dout, dS)[0] for leg, entry, x, dout, dS in of_legs], []
+    def done(i: int, b: int) -> None:
+        if blocks[b].last:
+            work, span = blocks[b].work, stage.legs[i].span
+            del made[i, work.start]
+            dout, *x = blocks[b].of(douts[i], *inputs[i])
+            found, _, _ = mixer.step_vjp(span, entries[i][:, work], x, dout, behind[i][:, work])
+            for grad, part in zip(grads[i], found, strict=True):
+                grad[:, :, work] = part
+
+    relay.run(stage, [block.index for block in blocks], entries[0], step, ready=ready, done=done)
+    return grads, []
 
 
 def stepwise_forward(relay: Relay | Known, stage: Stage, mixer, inputs: Each) -> tuple[list[Tensor], list[Tensor]]:
@@ -271,12 +217,24 @@ def of_heads(mixer, heads: slice):
     return mixer.with_shared(*(t[heads] for t in mixer.shared))
 
 
-def _columns(features: int) -> list[Any]:
-    count = min(BLOCKS, features)
-    return [(..., slice(features * b // count, features * (b + 1) // count)) for b in range(count)]
+def _blocks(v: Tensor) -> list[Block]:
+    """Of the state of some ``[B, t, H, Dv]``, in the order in which they are sent."""
+    rows, _, heads, features = v.shape
+    cut = lambda size, count: [slice(size * i // count, size * (i + 1) // count) for i in range(count)]
+    groups = cut(heads, min(BLOCKS, heads))
+    columns = cut(features, min(features, BLOCKS // len(groups)))
+    together, work = heads if v.is_cuda else -(-torch.get_num_threads() // rows), []
+    for group in groups:
+        full = not work or work[-1].stop - work[-1].start >= together
+        work = [*work, group] if full else [*work[:-1], slice(work[-1].start, group.stop)]
+    work_of = {group.start: next(w for w in work if group.start < w.stop) for group in groups}
+    return [
+        Block(group, part, of, group.start == of.start and part is columns[0], group.stop == of.stop and part is columns[-1])
+        for group in groups for of in [work_of[group.start]] for part in columns
+    ]  # fmt: skip
 
 
-def _heads(count: int) -> list[Any]:
+def _heads(count: int) -> list[tuple[slice, slice]]:
     return [(slice(None), slice(head, head + 1)) for head in range(count)]
 
 

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from longtrain.ops.state_mixers import LinearAttentionMixer
-from longtrain.parallel.conv import ConvByChannels, ConvByHalo
+from longtrain.parallel.conv_channels import ConvByChannels
+from longtrain.parallel.conv_halo import ConvByHalo
 from longtrain.parallel.cost import Choice, Shape, choose
-from longtrain.parallel.cost_mixers import ConvShape, StateShape
+from longtrain.parallel.cost_mixers import ConvShape, StateShape, TurnShape
 from longtrain.parallel.exchange import LEAST, ROUNDS
 from longtrain.parallel.layout import STRIPE, Shards, spread
 from longtrain.parallel.mesh import Mesh
@@ -29,11 +30,12 @@ from longtrain.parallel.mixer import OverRanks
 from longtrain.parallel.ranks import Ranks
 from longtrain.parallel.settings import Parallel
 from longtrain.parallel.states import StatesOverRanks
+from longtrain.parallel.turns import States, Turns
 from longtrain.plan import Plan
 from longtrain.span import IGNORE_INDEX, Layout, Span
 from longtrain.stream.replay import BareLayer, Mix, call_layer
 
-AnyShape = Shape | ConvShape | StateShape
+AnyShape = Shape | ConvShape | StateShape | TurnShape
 
 
 class Sharing:
@@ -43,18 +45,19 @@ class Sharing:
         """`shapes`: those of each layer's mixers (`shapes_of`). Every process makes it, at the same time."""
         self.plan, self.parallel, self.shapes = plan, parallel, shapes
         size = Ranks.of(group).size if not isinstance(group, DeviceMesh) else group.size()
-        of_kind = lambda kind: [shape.heads for of_layer in shapes for shape in of_layer if isinstance(shape, kind)]
-        fewest = min(of_kind(Shape) or of_kind(StateShape), default=None)  # None: convolutions exchange channels
+        of_kind = lambda kind: [shape for of_layer in shapes for shape in of_layer if isinstance(shape, kind)]
+        fewest = min((shape.heads for shape in of_kind(Shape) or of_kind(StateShape)), default=None)  # None: convolutions exchange channels
         heads = parallel.heads or max(n for n in range(1, size + 1) if size % n == 0 and n <= (fewest or 1))
         self.mesh = Mesh.make(group, heads, machine=parallel.machine)
         if fewest is not None and self.mesh.heads.size > fewest:
             raise ValueError(
                 f"parallel: {self.mesh.heads.size} ranks cannot exchange {fewest} heads; set parallel.heads to at most {fewest}"
             )
+        self.turns = bool(of_kind(TurnShape))
         self.inside = parallel.layout
-        if self.inside == "auto":  # more stripes cost windows more halos
+        if self.inside == "auto":  # more stripes cost windows more halos, and turns of states are as many as there are stripes
             windows = any(isinstance(shape, Shape) and shape.window is not None for of_layer in shapes for shape in of_layer)
-            self.inside = "contiguous" if self.mesh.ring.size == 1 and windows else "striped"
+            self.inside = "contiguous" if self.turns or (self.mesh.ring.size == 1 and windows) else "striped"
         self.present: OnRank | None = None
 
     def layout(self, tokens: int, cu_seqlens: Tensor | Sequence[int] | None = None) -> Layout:
@@ -85,7 +88,8 @@ class Sharing:
         size, stripe = self.mesh.all.size, self.parallel.stripe
         if stripe is None and self.mesh.ring.size == 1:
             stripe = max(STRIPE, LEAST // size, min(tokens, self.plan.chunk_tokens) // (size * ROUNDS))
-        return spread(tokens, size, inside=self.inside, chunk_tokens=self.plan.chunk_tokens, stripe=stripe)
+        least = 2 if self.turns else 1  # given one token, a layer that keeps states takes it for decoding, and may edit them in place
+        return spread(tokens, size, inside=self.inside, chunk_tokens=self.plan.chunk_tokens, stripe=stripe, least=least)
 
     def choice(self, shape: AnyShape, shards: Shards, beside: Sequence[AnyShape] = ()) -> Choice:
         """`beside`: all mixers of its layer."""
@@ -95,6 +99,8 @@ class Sharing:
             return shape.choose(shards, segment_layers=segment_layers, two_passes=two_passes, way=parallel.conv)
         if isinstance(shape, StateShape):
             return shape.choose(shards, heads=mesh.heads.size, way=parallel.states)
+        if isinstance(shape, TurnShape):
+            return shape.choose(shards)
         return choose(
             shape, shards.tokens, heads=mesh.heads.size, ring=mesh.ring.size, chunks=len(shards.chunks), runs=shards.runs,
             segment_layers=segment_layers, way=parallel.way,
@@ -212,6 +218,11 @@ class OnRank:
         )
 
 
+    def turns(self, like: States, *, keep: bool) -> Turns:
+        """What hands on the states of a layer that keeps its own, in one pass. All processes make it, layer by layer."""
+        return Turns(self.sharing.mesh.all, self.shards, like, keep=keep)
+
+
 def _as_asked(mixer: Any, shape: AnyShape) -> AnyShape:
     """With what of a mixer an example does not show: a window that is longer, a filter that is as long as the sequence."""
     if isinstance(shape, ConvShape):
@@ -223,7 +234,8 @@ def _as_asked(mixer: Any, shape: AnyShape) -> AnyShape:
 
 
 def shapes_of(layer: nn.Module, tokens: int) -> list[AnyShape]:
-    """Of each mixer call of a streamable layer, seen on its example of `tokens`. Raises ValueError for mixers that cannot be spread."""
+    """Of each mixer call of a streamable layer, seen on its example of `tokens`, and of states that it keeps itself. Raises ValueError for
+    mixers that cannot be spread."""
     found: list[AnyShape] = []
     with torch.random.fork_rng(devices={p.device for p in layer.parameters() if p.device.type == "cuda"}), torch.no_grad():
         x, arguments = layer.example(tokens)
@@ -233,7 +245,8 @@ def shapes_of(layer: nn.Module, tokens: int) -> list[AnyShape]:
             return mixer(*inputs)
 
         call_layer(BareLayer(layer), x, arguments, Mix([partial(seen, mixer) for mixer in layer.mixers(**arguments)]), None)
-    return found
+    states = getattr(layer, "state_bytes", 0)
+    return [*found, TurnShape(state=states)] if states else found
 
 
 def _shape(mixer: Any, inputs: Sequence[Tensor]) -> AnyShape:

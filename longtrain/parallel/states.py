@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from math import prod
 
 import torch
 from torch import Tensor
@@ -23,10 +22,11 @@ from longtrain.parallel.exchange import Arrived, Dealt, Rounds
 from longtrain.parallel.layout import Shards
 from longtrain.parallel.mesh import Mesh
 from longtrain.parallel.ranks import Ranks
-from longtrain.parallel.scan import Known, Relay, affine_backward, affine_forward, of_heads, stages, stepwise_backward, stepwise_forward
+from longtrain.parallel.relay import Known, Relay, stages
+from longtrain.parallel.scan import affine_backward, affine_forward, of_heads, stepwise_backward, stepwise_forward
 from longtrain.span import Span
 from longtrain.stream.protocol import CarrySpec, KVBlock
-from longtrain.stream.state_carry import StateCarry
+from longtrain.stream.state_carry import StateCarry, state_spec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -87,33 +87,20 @@ class StatesOverRanks:
             yield carry, span, carry.entry
 
 
-class ScanCarry:
-    """As `longtrain.stream.state_carry.StateCarry`, where a chunk's tokens are with several ranks: `entry` is the state before each run of
-    them that this rank holds, ``[B, heads, runs, ...]``, and known when the chunk was mixed."""
+class ScanCarry(StateCarry):
+    """Where a chunk's tokens are with several ranks: `entry` is the state before each run of them that this rank holds,
+    ``[B, heads, runs, ...]``, and known when the chunk was mixed."""
 
-    resumes, begins_empty = True, False
+    begins_empty = False
 
     def __init__(self, mixer: LinearAttentionMixer | LaCTMixer, ranks: Ranks, shards: Shards) -> None:
-        self.mixer, self._shards = mixer, shards
-        self._chunk_of = {span.stop: i for i, span in enumerate(shards.local_chunks(ranks.rank))}
+        super().__init__(mixer, spans := shards.local_chunks(ranks.rank))
+        self.states = shards.runs
+        self._chunk_of = {span.stop: i for i, span in enumerate(spans)}
         self._stages, self._stages_back = (stages(shards, ranks.rank, backward=way_back) for way_back in (False, True))
         self._there, self._back = Relay(ranks, "state"), Relay(ranks, "dstate")
         affine = isinstance(mixer, LinearAttentionMixer)
         self._forward, self._backward = (affine_forward, affine_backward) if affine else (stepwise_forward, stepwise_backward)
-        self.entry: Tensor | None = None
-        self._written: tuple[Tensor, ...] = ()
-        self._dwritten: Sequence[Tensor] = ()
-        self._dshared = [torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in mixer.shared]
-
-    @property
-    def spec(self) -> CarrySpec:
-        return spec_of(self.mixer, self._written, self._shards.runs)
-
-    def append(self, span: Span, *written: Tensor) -> None:
-        self.resume(span, None, *written)
-
-    def resume(self, span: Span, entry: Tensor | None, *written: Tensor) -> None:
-        self.entry, self._written = entry, tuple(t.detach() for t in written)
 
     def mix(self, span: Span, q: Tensor, stored: tuple[Tensor, None] | None) -> tuple[Tensor, None]:
         if stored is not None:
@@ -138,18 +125,6 @@ class ScanCarry:
             total += part
         dq, *self._dwritten = (torch.cat(parts, dim=1) for parts in zip(*grads[::-1], strict=True))
         return dq
-
-    def take_grad(self, span: Span) -> tuple[Tensor, ...]:
-        taken, self._dwritten = tuple(self._dwritten), ()
-        self.entry, self._written = None, ()
-        return taken
-
-    def shared_grads(self) -> list[Tensor]:
-        """Gradients of the mixer's `shared` tensors by this rank's tokens, once every span has had its turn."""
-        return self._dshared
-
-    def blocks(self, span: Span) -> list[KVBlock]:
-        return []
 
 
 class StatesByHeads:
@@ -188,7 +163,7 @@ class StatesByHeads:
 
     @property
     def spec(self) -> CarrySpec:
-        return spec_of(self.mixer, self._written, 1)
+        return state_spec(self.mixer, self._written, 1)
 
     def append(self, span: Span, *written: Tensor) -> None:
         self._resumed, self._written = False, tuple(t.detach() for t in written)
@@ -258,12 +233,3 @@ class StatesByHeads:
 
     def _finish(self, span: Span, coming: Sequence[list[Arrived]], work, what: str, outputs: int) -> list[Tensor]:
         return self._rounds(span).finish(coming, work, what, [(self._dealt.of, self._dealt.size)] * outputs)
-
-
-def spec_of(mixer, written: Sequence[Tensor], states: int) -> CarrySpec:
-    """Of a carry that keeps so many states of a chunk."""
-    wide = torch.promote_types(written[0].dtype, torch.float32)
-    return CarrySpec(
-        kind="state", tensors=mixer.tensors, bytes_per_token=0, adjoint_bytes_per_token=0, adjoint_dtype=wide,
-        state_bytes=states * prod(mixer.state_shape(*written)) * wide.itemsize, workspace=mixer.workspace(*written),
-    )  # fmt: skip

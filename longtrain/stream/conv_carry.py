@@ -25,9 +25,10 @@ from longtrain.stream.sliding import Sliding, first_needed
 class ConvCarry:
     """`mix` takes an empty query: the gates are token-local and stay outside (`LongConvMixer.carried`), so there is nothing but v."""
 
-    def __init__(self, mixer: LongConvMixer, spans: Sequence[Span]) -> None:
+    def __init__(self, mixer: LongConvMixer, spans: Sequence[Span], first: dict[int, int] | None = None) -> None:
+        """`first`: by the end of each chunk, the start of the first one that it depends on; None: as `spans` are positions, they say it."""
         self.mixer, tokens = mixer, spans[-1].stop if spans else 0
-        self._first_needed = first_needed(spans, mixer.keys_for)
+        self._first_needed = first_needed(spans, mixer.keys_for) if first is None else first
         reach = max((stop - first for stop, first in self._first_needed.items()), default=0)
         self.slides = reach < tokens
         self._v_BSE, self._dv_BSE = Sliding(reach, tokens), Sliding(reach, tokens)
@@ -72,18 +73,23 @@ class ConvCarry:
 
     def mix_vjp(self, span: Span, q: Tensor, out: Tensor, lse: None, dout_BCE: Tensor) -> Tensor:
         keys = self.mixer.keys_for(span)
-        given = (self._v_BSE[keys], *self.mixer.shared)
+        dv_BSE = self._differentiate(keys, span, self._v_BSE[keys], dout_BCE)
+        self._dv_BSE.extend(keys, dv_BSE, self.spec.adjoint_dtype)
+        self._dv_BSE[keys].add_(dv_BSE)
+        return torch.zeros_like(q)
+
+    def _differentiate(self, keys: Span, span: Span, v_BSE: Tensor, dout_BCE: Tensor) -> Tensor:
+        """The gradient of the inputs `keys`, wide, by their outputs of `span`; those of the shared tensors go to their sums."""
+        given = (v_BSE, *self.mixer.shared)
         wide = reduce(torch.promote_types, (t.dtype for t in given), torch.float32)
         v_BSE, filter_HW, skip_E = (t.to(wide) for t in given)
-        dy_BSE = torch.zeros_like(v_BSE)  # of the outputs before the span nothing is asked now
+        dy_BSE = torch.zeros_like(v_BSE)  # of the outputs before the span nothing is asked here
         dy_BSE[:, span.slice(keys.start)] = dout_BCE
         dv_BSE, *dshared = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (v_BSE, filter_HW, skip_E))
         long_conv_backward(dy_BSE, v_BSE, filter_HW, skip_E, **self._options(keys), du=dv_BSE, dk=dshared[0], dskip=dshared[1])
-        self._dv_BSE.extend(keys, dv_BSE, self.spec.adjoint_dtype)
-        self._dv_BSE[keys].add_(dv_BSE)
         for total, part in zip(self._dshared, dshared, strict=True):
             total += part
-        return torch.zeros_like(q)
+        return dv_BSE
 
     def take_grad(self, span: Span) -> tuple[Tensor]:
         return (self._dv_BSE[span].to(self._v_BSE[span].dtype),)

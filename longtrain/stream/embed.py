@@ -16,7 +16,7 @@ from longtrain.stream.segment import Chain
 def streamed_token_embed(input_ids_BT: Tensor, embedding: nn.Embedding, *, chain: Chain, to_loss: bool = False) -> Tensor:
     """As `longtrain.nn.TokenEmbed.forward`; returns the stand-in of the first layer's input.
 
-    An embedding that is more than a table (hooks, noise, adapters, a padding row) is called as it is, whole.
+    An embedding that is more than a table (hooks, noise, adapters, a padding row, gradients by frequency) is called as it is, whole.
     """
     if not _is_plain(embedding):
         chain.boundary = None
@@ -32,7 +32,8 @@ def streamed_token_embed(input_ids_BT: Tensor, embedding: nn.Embedding, *, chain
 def _is_plain(embedding: nn.Embedding) -> bool:
     own = type(embedding).forward is nn.Embedding.forward and "forward" not in vars(embedding)
     hooks = embedding._forward_hooks or embedding._forward_pre_hooks or embedding._backward_hooks or embedding._backward_pre_hooks
-    return own and not hooks and embedding.padding_idx is None and embedding.max_norm is None and not embedding.sparse
+    plain = embedding.padding_idx is None and embedding.max_norm is None and not embedding.sparse and not embedding.scale_grad_by_freq
+    return own and not hooks and plain
 
 
 class _Embed(torch.autograd.Function):

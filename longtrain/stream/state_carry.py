@@ -23,6 +23,8 @@ class StateCarry:
     """It `resumes`: instead of appending the whole prefix again, replays give it the entry state and the inputs of one span."""
 
     resumes = True
+    states = 1
+    """Kept of each span."""
 
     def __init__(self, mixer: LinearAttentionMixer | LaCTMixer, spans: Sequence[Span]) -> None:
         self.mixer = mixer
@@ -36,16 +38,7 @@ class StateCarry:
 
     @property
     def spec(self) -> CarrySpec:
-        wide = torch.promote_types(self._written[0].dtype, torch.float32)
-        return CarrySpec(
-            kind="state",
-            tensors=self.mixer.tensors,
-            bytes_per_token=0,
-            adjoint_bytes_per_token=0,
-            adjoint_dtype=wide,
-            state_bytes=prod(self.mixer.state_shape(*self._written)) * wide.itemsize,
-            workspace=self.mixer.workspace(*self._written),
-        )
+        return state_spec(self.mixer, self._written, self.states)
 
     def append(self, span: Span, *written: Tensor) -> None:
         """The inputs of the span after the one that was mixed last."""
@@ -80,3 +73,17 @@ class StateCarry:
 
     def blocks(self, span: Span) -> list[KVBlock]:
         return []
+
+
+def state_spec(mixer: LinearAttentionMixer | LaCTMixer, written: Sequence[Tensor], states: int) -> CarrySpec:
+    """Of a carry that keeps so many states of a span."""
+    wide = torch.promote_types(written[0].dtype, torch.float32)
+    return CarrySpec(
+        kind="state",
+        tensors=mixer.tensors,
+        bytes_per_token=0,
+        adjoint_bytes_per_token=0,
+        adjoint_dtype=wide,
+        state_bytes=states * prod(mixer.state_shape(*written)) * wide.itemsize,
+        workspace=mixer.workspace(*written),
+    )

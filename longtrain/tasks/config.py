@@ -11,7 +11,8 @@ from typing import Literal
 from yaml import MappingNode
 
 from longtrain.config.bounds import above_zero, at_least, between
-from longtrain.config.load import COMMAND_LINE, ConfigError, Locations, _compose, _entries, _read_text, _Reader
+from longtrain.config.nodes import COMMAND_LINE, ConfigError, Locations, compose, entries_of, read_text
+from longtrain.config.values import Reader
 from longtrain.nn.filters import LARGEST_SQUASH
 
 
@@ -103,16 +104,16 @@ def load_task_config(path: str | Path, overrides: Sequence[str] = ()) -> TaskCon
     """Read `path` and apply ``setting=value`` overrides in order. Raises ConfigError, as `longtrain.config.load_config` does."""
     file, lines = str(path), {}
     where, known, hints = Locations(file, lines), [f.name for f in fields(TaskConfig)], typing.get_type_hints(TaskConfig)
-    root = _compose(_read_text(file), "config", lambda mark: f"{file}:{mark.line + 1}")
+    root = compose(read_text(file), "config", lambda mark: f"{file}:{mark.line + 1}")
     if not isinstance(root, MappingNode):
         raise where.error("config", f"must hold settings such as `task: listops`; they are {', '.join(known)}")
-    entries = _entries(root, "", known, where, lines)
+    entries = entries_of(root, "", known, where, lines)
     for override in overrides:
         name, equals, text = override.partition("=")
         if not equals or name not in known:
             raise ConfigError(COMMAND_LINE, override, f"is not setting=value; the settings are {', '.join(known)}")
-        entries[name], lines[name] = _compose(text or "null", name, lambda mark: COMMAND_LINE), COMMAND_LINE
-    reader = _Reader(where, lines)
+        entries[name], lines[name] = compose(text or "null", name, lambda mark: COMMAND_LINE), COMMAND_LINE
+    reader = Reader(where, lines)
     values = {name: reader.value(name, hints[name], node) for name, node in entries.items()}
     for f in fields(TaskConfig):
         if f.name not in values and f.default is MISSING:

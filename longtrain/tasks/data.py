@@ -81,9 +81,11 @@ def _expression(depth: int, random: np.random.Generator) -> tuple[list[str], int
     return [*written, "]"], OPERATIONS[name](values)
 
 
-# Pathfinder (Linsley et al. 2018, arXiv:1805.08315; in the Long Range Arena as a sequence of pixels): two winding paths and two dots. Are
-# both dots on the same path?  Pixels: 1 empty, 2 path, 3 dot.
+# Pathfinder (Linsley et al. 2018, arXiv:1805.08315; in the Long Range Arena as a sequence of pixels): two winding paths and two dots among
+# clutter. Are both dots on the same path?  Pixels: 1 empty, 2 path or clutter, 3 dot.
 EMPTY, PATH, DOT = 1, 2, 3
+PATH_PIXELS, CLUTTER = 6, 0.15
+"""How long a path is; the share of the pixels away from both paths that are clutter."""
 
 
 def pathfinder(tokens: int, examples: int, random: np.random.Generator) -> Examples:
@@ -98,25 +100,35 @@ def pathfinder(tokens: int, examples: int, random: np.random.Generator) -> Examp
 
 
 def _paths(side: int, same: bool, random: np.random.Generator) -> np.ndarray:
-    image, taken, paths = np.full((side, side), EMPTY, np.uint8), np.zeros((side, side), bool), []
-    while len(paths) < 2:
-        path = _walk(side, random)
-        if path is not None and not any(taken[r, c] for r, c in path):
-            paths.append(path)
-            for r, c in path:  # the other path keeps two pixels away, since a gap between dashes is one
-                taken[max(0, r - 2) : r + 3, max(0, c - 2) : c + 3] = True
+    """Dots at both ends of the first path, or at one of them and one of the second's, about as far apart: how far tells nothing."""
+    while True:
+        paths = first, second = _walk(side, random), _walk(side, random)
+        if first is None or second is None:
+            continue
+        near, own, other = first[0], first[-1], second[0]
+        if abs(math.dist(near, own) - math.dist(near, other)) <= 0.5 and not _around(second, side)[tuple(zip(*first, strict=True))].any():
+            break
+    image = np.full((side, side), EMPTY, np.uint8)
     for path in paths:
         for number, (r, c) in enumerate(path):
             if number % 4 != 3:  # dashed
                 image[r, c] = PATH
-    (a, b), (c, d) = ((path[0], path[-1]) for path in paths)
-    for r, column in ((a, b) if same else (a, d) if random.random() < 0.5 else (b, c)):
-        image[r, column] = DOT
+    free = ~(_around(first, side) | _around(second, side))
+    image[free & (random.random((side, side)) < CLUTTER)] = PATH
+    image[near] = image[own if same else other] = DOT
     return image
 
 
+def _around(path: list[tuple[int, int]], side: int) -> np.ndarray:
+    """``[side, side]`` bool: two pixels or less from the path, where nothing else may be, since a gap between dashes is one."""
+    around = np.zeros((side, side), bool)
+    for r, c in path:
+        around[max(0, r - 2) : r + 3, max(0, c - 2) : c + 3] = True
+    return around
+
+
 def _walk(side: int, random: np.random.Generator) -> list[tuple[int, int]] | None:
-    """A winding path of 5/8 `side` pixels, next to each other, that does not meet itself; None where the drawn one leaves the image."""
+    """A winding path of 6 pixels, next to each other, that does not meet itself; None where the drawn one leaves the image."""
     (row, column), heading, turn = (random.random(2) * side).tolist(), random.random() * 2 * math.pi, random.normal(0, 0.15)
     path: list[tuple[int, int]] = []
     for bend in random.normal(0, 0.05, 4 * side).tolist():
@@ -127,7 +139,7 @@ def _walk(side: int, random: np.random.Generator) -> list[tuple[int, int]] | Non
             if any(abs(pixel[0] - r) + abs(pixel[1] - c) <= 1 for r, c in path[:-1]):
                 return None
             path.append(pixel)
-            if len(path) == side * 5 // 8:
+            if len(path) == PATH_PIXELS:
                 return path
         turn += bend
         heading += turn * 0.5

@@ -9,7 +9,11 @@ from longtrain.nn import LongConv, RMSNorm
 
 
 class ConvLayer(nn.Module):
-    """``x + dropout(GLU(linear(gelu(conv(norm(x))))))``, ``[B, T, E] -> [B, T, E]``."""
+    """``x + dropout(GLU(linear(gelu(conv(n - mean(n))))))``, ``n = norm(x)``, ``[B, T, E] -> [B, T, E]``.
+
+    The mean is that of the sequence. If it stayed, what all tokens have in common (an image's background) would come out of each filter as the
+    sum of its taps, many times what a few tokens that differ come to, and training stays at chance for long.
+    """
 
     def __init__(self, width: int, tokens: int, *, dropout: float, layer_index: int, **filter_settings) -> None:
         super().__init__()
@@ -18,7 +22,8 @@ class ConvLayer(nn.Module):
         self.linear, self.dropout = nn.Linear(width, 2 * width), nn.Dropout(dropout)
 
     def forward(self, x_BTE: Tensor, real_BT1: Tensor) -> Tensor:
-        mixed_BTE = self.conv(self.norm(x_BTE) * real_BT1)
+        n_BTE = self.norm(x_BTE)
+        mixed_BTE = self.conv((n_BTE - real_mean(n_BTE, real_BT1)[:, None]) * real_BT1)
         return x_BTE + self.dropout(F.glu(self.linear(F.gelu(mixed_BTE))))
 
 
@@ -38,5 +43,9 @@ class SequenceClassifier(nn.Module):
         x_BTE = self.embed(ids_BT)
         for layer in self.layers:
             x_BTE = layer(x_BTE, real_BT1)
-        mean_BE = (self.norm(x_BTE) * real_BT1).sum(1) / real_BT1.sum(1).clamp_min(1)
-        return self.head(mean_BE)
+        return self.head(real_mean(self.norm(x_BTE), real_BT1))
+
+
+def real_mean(x_BTE: Tensor, real_BT1: Tensor) -> Tensor:
+    """``[B, E]``: mean over the tokens that are no padding."""
+    return (x_BTE * real_BT1).sum(1) / real_BT1.sum(1).clamp_min(1)

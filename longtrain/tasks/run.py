@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from longtrain.config.load import ConfigError
+from longtrain.config.nodes import ConfigError
 from longtrain.config.run import TrainConfig
 from longtrain.nn import parameter_groups
 from longtrain.tasks.config import TaskConfig, load_task_config

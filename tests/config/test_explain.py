@@ -5,7 +5,8 @@ import yaml
 
 from longtrain import cli
 from longtrain.config.explain import all_settings, sections_of
-from longtrain.config.load import Locations, _Reader
+from longtrain.config.nodes import Locations
+from longtrain.config.values import Reader
 
 SETTINGS = {s.key: s for s in all_settings()}
 
@@ -20,7 +21,7 @@ def test_every_setting_has_type_default_meaning_and_an_example_that_reads(key, c
     assert len(setting.meaning) > 10
     if not sections_of(setting.kind) or setting.example is not None:
         assert "  example  " in printed
-        read = _Reader(Locations("example", {}), {}).value(key, setting.kind, yaml.compose(setting.example, Loader=yaml.SafeLoader))
+        read = Reader(Locations("example", {}), {}).value(key, setting.kind, yaml.compose(setting.example, Loader=yaml.SafeLoader))
         assert read is not None
 
 

@@ -157,6 +157,16 @@ def test_long_documents_are_read_more_often_within_their_source():
     assert np.mean(long) == pytest.approx(3 * 0.25 / (3 * 0.25 + 0.75), abs=1 / PERIOD)
 
 
+def test_what_somebody_still_holds_is_not_written_over(loader):
+    """Memory of an update is given out again when its last tensor is gone: a tensor of a part of it counts."""
+    one = loader()
+    held = [batch.labels_BT[0, 3:9] for batch in one.update(3)]
+    before = [part.clone() for part in held]
+    places = {batch.input_ids_BT.data_ptr() for step in [4, 5, 6, 7] * 3 for batch in one.update(step)}
+    assert all(torch.equal(a, b) for a, b in zip(held, before, strict=True))
+    assert len(places) <= 3 * 4  # three sequences an update; one in use, two ahead, one that was just given back
+
+
 @pytest.mark.parametrize("shares", [[1, 1], [1e-9, 1], [1, 2, 4], [0.3] * 7, [1e-6] * 100 + [1]])
 def test_whole_shares_add_up_and_leave_nobody_out(shares):
     counts = whole_shares(np.array(shares, dtype=np.float64))

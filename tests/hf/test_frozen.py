@@ -33,6 +33,15 @@ def test_each_weight_is_within_half_a_step_and_codes_are_small(format, shape, dt
     assert (dequantized(*again, format) - whole).norm() <= 4 * rounding * whole.norm(), "what was rounded once is rounded to itself"
 
 
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_blocks_of_zeros_stay_zeros(format, dtype):
+    weight = torch.randn(3, 2 * BLOCK).to(dtype)
+    weight[1] = weight[2, BLOCK:] = 0
+    whole = dequantized(*quantized(weight, format), format)
+    assert whole.isfinite().all() and (whole[weight == 0] == 0).all()
+
+
 def test_the_levels_are_those_of_the_paper():
     """QLoRA, appendix E."""
     paper = [-1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.09105004, 0.0, 0.0795803, 0.1609302, 0.2461123, 0.3379152,

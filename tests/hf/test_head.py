@@ -11,6 +11,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 import longtrain as lt
 from longtrain.hf.head import LazyLogits, lazy_forward, streamed_loss
+from longtrain.logprobs import _from_logits
 from tests.hf.test_families import UPCASTS
 
 PLAN = lt.Plan(chunk_tokens=8, loss_chunk_tokens=8)
@@ -99,6 +100,21 @@ def test_other_steps_compute_the_logits(step):
     hidden = torch.randn(2, 7, 4)
     done = step(lazy_forward(head, head.forward, 6, hidden))
     assert type(done) is torch.Tensor and torch.equal(done, step(head(hidden)))
+
+
+def test_logits_that_were_edited_in_place_are_what_loss_and_log_probabilities_are_of():
+    head = nn.Linear(4, 9, bias=False)
+    hidden, labels = torch.randn(2, 7, 4), torch.randint(8, (2, 7))
+    lazy, expected = lazy_forward(head, head.forward, 6, hidden), head(hidden)
+    for logits in (lazy, expected):
+        logits[..., 8] = -30.0  # as families do that have tokens of images
+    assert type(lazy * 0.5) is torch.Tensor and torch.equal(lazy * 0.5, expected * 0.5)
+    (found,), (wanted,) = (
+        torch.autograd.grad(streamed_loss(ForCausalLMLoss, logits, labels, 9), head.weight, retain_graph=True) for logits in (lazy, expected)
+    )
+    assert torch.equal(found, wanted) and (wanted[8] == 0).all()
+    for found, wanted in zip(*(_from_logits(logits, labels, 1.0, None) for logits in (lazy, expected)), strict=True):
+        assert torch.equal(found, wanted)
 
 
 def test_a_head_with_bias_streams_and_a_scaled_one_is_computed():

@@ -126,3 +126,9 @@ def test_every_parameter_is_in_one_group_with_its_own_rate_and_decay():
     assert {id(model[0].filter.taps), id(model[1].filters[0].outer)} <= {id(p) for p in groups[2]["params"]}
     assert len(groups[3]["params"]) == 4
     torch.optim.AdamW(groups)
+
+
+def test_a_rate_of_zero_is_no_rate_that_was_left_out():
+    model = torch.nn.ModuleList([LongConv(4, 16, causal=False, butterfly=8)])
+    rates = {g["name"]: g["lr"] for g in parameter_groups(model, lr=1e-2, filter_lr=0.0, butterfly_lr=0.0)}
+    assert rates == {"vectors": 1e-2, "filters": 0.0, "butterflies": 0.0}

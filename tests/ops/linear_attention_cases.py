@@ -59,10 +59,10 @@ def assert_same(ours, theirs, tolerance=1e-12):
         assert error <= tolerance * (norm if norm > 1e-10 * scale else scale), f"{name}: {error / max(norm, 1e-300):.2e}"
 
 
-def drawn(case):
-    """A call drawn at random, over what breaks."""
+def drawn(case, tokens=None):
+    """A call drawn at random, over what breaks; of so many tokens, if given."""
     draw = random.Random(case)
-    tokens = draw.choice([1, 2, 3, 7, 15, 16, 17, 31, 33, 50, 64, 65, draw.randint(1, 90)])
+    tokens = tokens or draw.choice([1, 2, 3, 7, 15, 16, 17, 31, 33, 50, 64, 65, draw.randint(1, 90)])
     data = make(
         B=draw.choice([1, 1, 2]), T=tokens, H=draw.choice([1, 2, 3]), D=draw.choice([1, 2, 4, 5, 8]), V=draw.choice([1, 3, 4, 7]),
         forget=draw.choice([None, "fixed", "head", "feature", "feature"]), beta=draw.random() < 0.5, state=draw.random() < 0.5,

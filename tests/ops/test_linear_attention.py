@@ -7,7 +7,8 @@ import torch
 
 from longtrain.ops.linear_attention import chunked, cpp, decay, explain, linear_attention, linear_attention_backward
 from longtrain.ops.linear_attention.call import checked
-from tests.ops.linear_attention_cases import F64, assert_same, drawn, make, output_and_grads, relative, upstream
+from tests.held import most_held
+from tests.ops.linear_attention_cases import F64, KINDS, assert_same, drawn, make, output_and_grads, relative, upstream
 
 MISSING = cpp.refuse(checked(*[torch.ones(1, 1, 1, 1)] * 3, None, None, None, None, None, 64))
 SERVING = ["chunked"] if MISSING else ["chunked", "cpp"]
@@ -250,15 +251,57 @@ def test_every_instruction_set_and_wide_heads(instruction_set, D, V):
         assert_same({"out": out, "state": state} | found, {name: expected[name] for name in ("out", "state", *found)})
 
 
+@pytest.fixture
+def threads():
+    """Sets torch's threads until the test ends."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 @pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
-def test_threads_do_not_change_a_bit():
-    data = make(T=100, H=3, forget="feature", beta=True, dtype=torch.float32)
-    threads, one = torch.get_num_threads(), output_and_grads(data, backend="cpp")
-    torch.set_num_threads(threads + 2)
-    try:
-        assert_same(output_and_grads(data, backend="cpp"), one, 0)
-    finally:
-        torch.set_num_threads(threads)
+@pytest.mark.parametrize("instruction_set", SETS)
+@pytest.mark.parametrize("forget", KINDS)
+@pytest.mark.parametrize("beta", [False, True])
+def test_threads_do_not_change_a_bit(forget, beta, instruction_set, threads, monkeypatch):
+    """A head of its own for every thread, heads that threads share, and both: three pieces, columns that do not divide among them."""
+    monkeypatch.setattr(chunked, "PIECE_TOKENS", {"cpu": 130, "other": 130})
+    for heads, D, V, dtype in ((1, 20, 70, torch.float32), (3, 5, 3, torch.bfloat16), (2, 17, 40, F64)):
+        data = make(B=1, T=300, H=heads, D=D, V=V, forget=forget, beta=beta, state=True, dtype=dtype, strength=0.1)
+        call = checked(*(data.get(name) for name in ("q", "k", "v", "decay", "beta")), None, data["initial_state"], None, 64)
+        results = []
+        for number in (1, 2, 3, 5):
+            threads(number)
+            out, state, entries = cpp.forward(call, instruction_set)
+            results.append([out, state, entries, *cpp.backward(call, entries, *upstream(out, state), instruction_set)])
+        for number, found in zip((2, 3, 5), results[1:], strict=True):
+            for index, (x, one) in enumerate(zip(found, results[0], strict=True)):
+                assert x is one is None or torch.equal(x, one), (heads, number, index)
+
+
+@pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+@pytest.mark.parametrize("block", range(4))
+def test_heads_that_threads_share_equal_the_recurrence(block, threads, monkeypatch):
+    monkeypatch.setattr(chunked, "PIECE_TOKENS", {"cpu": 128, "other": 128})
+    for case in range(10 * block, 10 * block + 10):
+        data, options = drawn(case, tokens=256 + 7 * case % 100)
+        expected = output_and_grads(data, **options, backend="reference")
+        threads(4 + case % 3)
+        assert_same(output_and_grads(data, **options, backend="cpp"), expected)
+        threads(1)
+
+
+@pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+@pytest.mark.parametrize("number, heads, tokens", [(1, 3, 300), (3, 1, 300), (2, 3, 3000), (2, 4, 300), (3, 2, 100)])
+def test_the_workspace_is_as_predicted(number, heads, tokens, threads):
+    threads(number)
+    data = make(B=1, T=tokens, H=heads, D=64, V=64, dtype=torch.float32)
+    call = checked(data["q"], data["k"], data["v"], None, None, None, None, None, 64)
+    out, state, entries = cpp.forward(call)
+    results = []
+    held = most_held(lambda: results.append(cpp.backward(call, entries, out, state)))
+    held -= sum(x.nbytes for x in results[0] if x is not None)
+    assert abs(held - cpp.footprint_bytes(tokens, heads, 64, 64, itemsize=4)) < 4096
 
 
 @pytest.mark.skipif(MISSING is not None, reason=str(MISSING))

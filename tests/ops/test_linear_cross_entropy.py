@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from longtrain.ops.linear_cross_entropy import LossOptions, chunk_loss_and_grad, explain, linear_cross_entropy, torch_core, workspace
+from longtrain.ops.linear_cross_entropy import LossOptions, chunk_loss_and_grad, chunked, explain, linear_cross_entropy, torch_core, workspace
 
 F64 = torch.float64
 needs_torch_core = pytest.mark.skipif(
@@ -179,6 +179,20 @@ def test_weights_of_ignored_tokens_may_be_anything():
         for reduction in ("mean", "none"):
             ours = loss_and_grads(x, w, None, t, token_weights=poisoned, reduction=reduction, backend=backend)
             assert_same(ours, loss_and_grads(x, w, None, t, token_weights=weights, reduction=reduction, backend="reference"))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("backend", ["chunked", "reference"])
+def test_an_entry_that_is_never_to_be_drawn_may_stand_at_an_ignored_token(backend, reduction):
+    x, w, b, t = make(bias=True)
+    t = t.where(t != 0, 1)
+    with torch.no_grad():
+        b[0] = float("-inf")  # a loss of entry 0, which an ignored target is read as, is infinite; 0 of it is not 0
+    ours = loss_and_grads(x, w, b, t, reduction=reduction, backend=backend)
+    theirs = F.cross_entropy(F.linear(x, w, b), t, reduction=reduction)
+    assert (t == -100).any() and theirs.isfinite().all() and relative(ours[0], theirs) < 1e-14
+    assert all(g.isfinite().all() for g in ours[1:])
+    assert_same(ours, loss_and_grads(x, w, b.detach().clone().index_fill_(0, torch.tensor([0]), -1e4).requires_grad_(), t, reduction=reduction))
 
 
 @pytest.mark.parametrize("scale", [1e3, 1e4])
@@ -359,3 +373,13 @@ def test_only_one_chunk_of_logits_exists():
         with Largest() as seen:
             linear_cross_entropy(x, w, t, reduction=reduction, chunk_tokens=32, backend="chunked").sum().backward()
         assert seen.elements == 32 * 512
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_no_gradients_are_made_where_nobody_can_ask_for_them(reduction, monkeypatch):
+    x, w, b, t = make(bias=True)
+    expected = linear_cross_entropy(x, w, t, bias=b, reduction=reduction, backend="reference")
+    monkeypatch.setattr(chunked, "_gradients", lambda *args: pytest.fail("a gradient was made"))
+    with torch.no_grad():
+        found = linear_cross_entropy(x, w, t, bias=b, reduction=reduction, backend="chunked", chunk_tokens=5)
+    assert relative(found, expected) < 1e-14 and not found.requires_grad

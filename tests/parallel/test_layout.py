@@ -32,6 +32,10 @@ def test_what_each_layout_is():
     assert spread(8, 2, inside="zigzag").parts == (((Span(0, 2), Span(6, 8)), (Span(2, 6),)),)
     assert spread(16, 2, inside="striped", stripe=4).parts == (((Span(0, 4), Span(8, 12)), (Span(4, 8), Span(12, 16))),)
     assert spread(9, 2, chunk_tokens=4).chunks == (Span(0, 4), Span(4, 9)), "a last chunk of one token joins the one before"
+    for inside in ("contiguous", "zigzag", "striped"):
+        held = spread(73, 4, inside=inside, chunk_tokens=16, stripe=1, least=2)
+        assert min(len(span) for _, _, span in held.pieces) == 2 and [len(chunk) for chunk in held.chunks] == [16, 16, 16, 16, 9]
+    assert len(spread(71, 4, chunk_tokens=16, least=2).chunks) == 4, "seven tokens are too few for four ranks"
     grouped = spread(16, 4, inside="zigzag").grouped(2)
     assert grouped.parts == (((Span(0, 4), Span(12, 16)), (Span(4, 12),)),)
 

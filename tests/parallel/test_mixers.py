@@ -16,7 +16,7 @@ from longtrain.nn import Hyena, LanguageModel, LongConv, ModelConfig, MonarchMix
 from longtrain.ops.mixers import AttentionMixer
 from longtrain.ops.state_mixers import LinearAttentionMixer
 from longtrain.parallel.layout import spread
-from longtrain.parallel.scan import hand_overs, stages
+from longtrain.parallel.relay import hand_overs, stages
 from longtrain.span import Layout
 from tests.parallel.test_stream import PLANS, call, check, documents, in_every_tier, summed
 from tests.processes import run_ranks

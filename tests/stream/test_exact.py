@@ -115,6 +115,15 @@ def test_frozen_weights_get_no_gradient_and_change_none(frozen, boundaries):
     assert_streamed_equals_plain(model, lt.Plan(chunk_tokens=16, segment_layers=2, boundaries=boundaries), call())
 
 
+@pytest.mark.parametrize("trained", ["embed_tokens", "layers.0", "layers.2.mlp", "model.norm"])
+@pytest.mark.parametrize("boundaries", ["stream", "tensor"])
+def test_weights_that_alone_are_trained(trained, boundaries):
+    model = make_model(layers=3)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained in name)
+    assert_streamed_equals_plain(model, lt.Plan(chunk_tokens=16, segment_layers=2, boundaries=boundaries), call())
+
+
 def test_accumulation_over_micro_batches_with_unequal_valid_targets():
     calls = [masked(), call(), call(cu_seqlens=documents(10, 50))]
     total = sum(count_targets(c["labels"], c.get("cu_seqlens")) for c in calls)

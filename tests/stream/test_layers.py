@@ -105,6 +105,17 @@ class Conditioned(Base):
         return super().forward(x * scale + bias, mix=mix)
 
 
+class SumOfWeights(Base):
+    """Two weights that occur only as their sum: autograd gives the very tensor that is one's gradient to the other, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Parameter(torch.randn(WIDTH)), nn.Parameter(torch.randn(WIDTH))
+
+    def forward(self, x: Tensor, *, mix=None) -> Tensor:
+        return super().forward(x * (self.one + self.other), mix=mix)
+
+
 class DecayCarry:
     """state_t = decay state_{t-1} + w_t; out_t = q_t state_t: a mixer with a state of fixed size, by the same contract."""
 
@@ -184,6 +195,7 @@ def run(model: nn.Module, x: Tensor, **arguments) -> tuple[Tensor, dict[str, Ten
         SinksAndSoftcap,
         TwoMixers,
         Conditioned,
+        SumOfWeights,
         Recurrent,
         Bidirectional,
         BidirectionalDocuments,
@@ -390,6 +402,22 @@ def test_a_skipped_layer_of_a_segment_is_refused(boundaries):
         model.layers[2](model.layers[0](x))
     with pytest.raises(RuntimeError, match="not all of them were called"):
         model.layers[1](x)
+
+
+@pytest.mark.parametrize("boundaries", ["stream", "tensor"])
+def test_layers_of_a_segment_are_given_the_same(boundaries):
+    model = stack_of(Conditioned, 2)
+    lt.apply(model, lt.Plan(chunk_tokens=8, segment_layers=2, boundaries=boundaries))
+    x, bias, scale = torch.randn(1, TOKENS, WIDTH), torch.randn(TOKENS, WIDTH), torch.randn(WIDTH)
+    first, second = model.layers
+    for changed in (scale + 1, scale.clone().requires_grad_()):  # of the latter, equal as it is, the gradient would be lost
+        y = first(x, bias=bias, scale=scale)
+        with pytest.raises(RuntimeError, match="given other hidden states or arguments"):
+            second(y, bias=bias, scale=changed)
+    y = first(x, bias=bias, scale=scale)
+    with pytest.raises(RuntimeError, match="given other hidden states or arguments"):
+        second(y.clone(), bias=bias, scale=scale)
+    second(first(x, bias=bias, scale=scale), bias=bias.clone(), scale=scale)  # equal, and no gradient is wanted: the same
 
 
 def test_apply_twice_and_undo():

@@ -54,6 +54,14 @@ def test_pathfinder_labels_say_whether_a_path_joins_the_dots():
     assert abs(task.train.labels.mean() - 0.5) < 0.2
 
 
+def test_how_far_apart_the_dots_are_does_not_tell_whether_a_path_joins_them():
+    train = make_task("pathfinder", 121, 400, 1, seed=0).train
+    dots = np.stack([np.argwhere(ids.reshape(11, 11) == DOT) for ids in train.ids])
+    apart = np.round(np.hypot(*(dots[:, 0] - dots[:, 1]).T))
+    guessed = {d: np.mean(train.labels[apart == d]) > 0.5 for d in np.unique(apart)}
+    assert np.mean([guessed[d] == label for d, label in zip(apart, train.labels, strict=True)]) < 0.6
+
+
 def test_digits_are_scikit_learns():
     datasets = pytest.importorskip("sklearn.datasets")
     task = make_task("digits", 256, 1500, 297, seed=0)

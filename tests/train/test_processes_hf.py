@@ -28,6 +28,7 @@ pytestmark = [pytest.mark.usefixtures("no_picture"), pytest.mark.slow]
         ("llama", 2, ("parallel.cp_ring=2", "parallel.way=queries", "data.packing=concatenate", "memory.segment_layers=2")),
         ("gemma3_text", 2, ("parallel.cp_ulysses=2", "memory.chunk_tokens=null")),
         ("gemma3_text", 4, ("parallel.dp_shard=2", "parallel.cp_ring=2")),
+        ("lfm2", 2, ("parallel.cp_ulysses=2",)),
         ("qwen3", 2, ("parallel.dp_shard=2", LORA_DROPPED)),
         ("qwen3", 2, ("parallel.dp_replicate=2", LORA, "model.quantize=int8")),
         ("qwen3", 4, ("parallel.dp_shard=2", "parallel.cp_ulysses=2", LORA, "model.quantize=nf4")),

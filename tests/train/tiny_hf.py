@@ -13,6 +13,7 @@ FAMILIES = {
     "qwen3": {},
     "llama": dict(tie_word_embeddings=True),
     "gemma3_text": dict(layer_types=["sliding_attention", "full_attention"], sliding_window=9, query_pre_attn_scalar=8),
+    "lfm2": dict(layer_types=["conv", "full_attention"]),
     "gpt2": dict(n_embd=16, n_head=2, n_layer=2, n_positions=64, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
 }
 

@@ -91,7 +91,8 @@ def quantized(weight_NK: Tensor, format: Format) -> tuple[Tensor, Tensor]:
     if format == "nf4" and K % 2:
         raise ValueError(f"nf4 puts two weights in a byte, and it has {K} input features; take int8")
     blocks_NGK = weight_NK.to(torch.promote_types(weight_NK.dtype, torch.float32)).unflatten(1, (-1, BLOCK if K % BLOCK == 0 else K))
-    scale_NG = (blocks_NGK.abs().amax(-1) / LARGEST[format]).clamp_min(1e-30).to(weight_NK.dtype)
+    scale_NG = (blocks_NGK.abs().amax(-1) / LARGEST[format]).to(weight_NK.dtype)
+    scale_NG.masked_fill_(scale_NG == 0, 1)  # a block of zeros
     rounded_NK = (blocks_NGK / scale_NG[..., None]).clamp(-LARGEST[format], LARGEST[format]).flatten(1)
     if format == "int8":
         return rounded_NK.round().to(torch.int8), scale_NG

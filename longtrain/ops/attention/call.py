@@ -140,7 +140,7 @@ def check_tensors(q, k, v) -> None:
 
 
 def check_options(
-    q, k, *, causal, window_size, q_offset, k_offset, sink_tokens, sink_logits, block_stride, cu_seqlens_q,
+    q, *, causal, window_size, q_offset, k_offset, sink_tokens, sink_logits, block_stride, cu_seqlens_q,
     cu_seqlens_k, max_seqlen_q, max_seqlen_k, softcap, scale, dropout_p, dropout_seed, head_offset, deterministic,
 ) -> None:
     """Everything that can be told without reading tensor values; ValueError naming argument, found and expected."""

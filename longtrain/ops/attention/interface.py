@@ -69,7 +69,7 @@ def attention(
     """
     check_tensors(q, k, v)
     check_options(
-        q, k, causal=causal, window_size=window_size, q_offset=q_offset, k_offset=k_offset, sink_tokens=sink_tokens,
+        q, causal=causal, window_size=window_size, q_offset=q_offset, k_offset=k_offset, sink_tokens=sink_tokens,
         sink_logits=sink_logits, block_stride=block_stride, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
         max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, softcap=softcap, scale=scale, dropout_p=dropout_p,
         dropout_seed=dropout_seed, head_offset=head_offset, deterministic=deterministic,
@@ -110,7 +110,7 @@ def attention_backward(
     """
     check_tensors(q, k, v)
     check_options(
-        q, k, causal=causal, window_size=window_size, q_offset=q_offset, k_offset=k_offset, sink_tokens=sink_tokens,
+        q, causal=causal, window_size=window_size, q_offset=q_offset, k_offset=k_offset, sink_tokens=sink_tokens,
         sink_logits=sink_logits, block_stride=block_stride, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
         max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, softcap=softcap, scale=scale, dropout_p=dropout_p,
         dropout_seed=dropout_seed, head_offset=head_offset, deterministic=deterministic,
@@ -151,7 +151,7 @@ def checked_call(
         dropout_seed=dropout_seed, head_offset=head_offset, deterministic=deterministic,
     )
     check_tensors(q, k, v)
-    check_options(q, k, **options)
+    check_options(q, **options)
     return build_call(q, k, v, **options, partials=partials)
 
 

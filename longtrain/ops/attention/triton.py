@@ -7,10 +7,8 @@ of documents. A call becomes `Launch`es, which are data: they can be run, and co
 from __future__ import annotations
 
 import functools
-import importlib.util
-import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,27 +16,17 @@ import torch
 from longtrain.kernels.attention_configs import Tiles, candidates
 from longtrain.ops.attention.call import AttentionCall, Document
 from longtrain.ops.attention.mask import dropout_threshold
+from longtrain.ops.launch import Launch, interpreted, refuse_device
 
-MISSING = None if importlib.util.find_spec("triton") else "triton is not installed: pip install longtrain[gpu]"
 LONGEST = 2**29
 LOG2E = 1.4426950408889634
 
 
-def interpreted() -> bool:
-    """Whether Triton was told to run kernels on the CPU, in NumPy: slow, for tests."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
-
-
 def refuse(call: AttentionCall) -> str | None:
     """Why the call cannot be served, or None."""
-    if call.device.type != "cuda" and not (call.device.type == "cpu" and interpreted()):
-        return f"GPU kernels: the tensors are on {call.device.type}"
-    if MISSING is not None:
-        return MISSING
-    if call.device.type == "cuda" and not torch.cuda.is_available():
-        return "no GPU on this machine"
-    if call.device.type == "cuda" and torch.cuda.get_device_capability(call.device) < (8, 0):
-        return "the GPU is older than sm_80"
+    reason = refuse_device(call.device)
+    if reason is not None:
+        return reason
     if call.dtype == torch.float64:
         return "no float64"
     if call.dtype == torch.bfloat16 and interpreted():
@@ -48,24 +36,6 @@ def refuse(call: AttentionCall) -> str | None:
     if max(call.queries, call.keys, call.block * call.stride) >= LONGEST:
         return f"not for {LONGEST} tokens or more, nor blocks so far apart"
     return None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Launch:
-    """One kernel, its grid and all its arguments."""
-
-    kernel: Any
-    grid: tuple[int, int, int]
-    arguments: dict[str, Any]
-    tiles: Tiles
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return {"num_warps": self.tiles.warps, "num_stages": self.tiles.stages, "enable_fp_fusion": True}
-
-    def run(self) -> None:
-        if 0 not in self.grid:
-            self.kernel[self.grid](**self.arguments, **self.options)
 
 
 def _word(x: int) -> int:
@@ -173,7 +143,7 @@ def forward_launch(call: AttentionCall, tiles: Tiles, q, k, v, sink_logits, out,
         "SPECIALS": _specials(call), "BLOCK_Q": tiles.block_q, "BLOCK_K": tiles.block_k,
     } | _key_boxes(call, tiles, k, v)
     grid = (_grid(call.queries, tiles.block_q, call), call.heads, call.batch)
-    return Launch(kernel=attention_forward, grid=grid, arguments=arguments, tiles=tiles)
+    return Launch(kernel=attention_forward, grid=grid, arguments=arguments, warps=tiles.warps, stages=tiles.stages)
 
 
 def _backward_arguments(call: AttentionCall, tiles: Tiles, q, k, v, dout, lse_BHT, delta_BHT) -> dict[str, Any]:
@@ -189,7 +159,7 @@ def dq_launch(call: AttentionCall, tiles: Tiles, q, k, v, dout, lse_BHT, delta_B
     arguments = _backward_arguments(call, tiles, q, k, v, dout, lse_BHT, delta_BHT) | {"dq": dq, "SPECIALS": _specials(call)}
     arguments |= _key_boxes(call, tiles, k, v)
     grid = (_grid(call.queries, tiles.block_q, call), call.heads, call.batch)
-    return Launch(kernel=attention_dq, grid=grid, arguments=arguments, tiles=tiles)
+    return Launch(kernel=attention_dq, grid=grid, arguments=arguments, warps=tiles.warps, stages=tiles.stages)
 
 
 def dk_dv_launches(call: AttentionCall, tiles: Tiles, q, k, v, dout, lse_BHT, delta_BHT, dk, dv) -> Iterator[Launch]:
@@ -202,7 +172,7 @@ def dk_dv_launches(call: AttentionCall, tiles: Tiles, q, k, v, dout, lse_BHT, de
         "q_box": _box(q, tiles.block_q, _padded(call.head_dim), tiles.boxes),
         "dout_box": _box(dout, tiles.block_q, _padded(call.value_dim), tiles.boxes),
     }
-    options = {"kernel": attention_dk_dv, "tiles": tiles}
+    options = {"kernel": attention_dk_dv, "warps": tiles.warps, "stages": tiles.stages}
     grid = (_grid(call.keys, tiles.block_k, call), call.kv_heads, call.batch)
     yield Launch(grid=grid, arguments=arguments | {"SPECIALS": False}, **options)
     if _specials(call):
@@ -286,7 +256,7 @@ def row_delta(call: AttentionCall, dout, out, dlse):
     }
     grid = (-(-call.queries // 64), call.heads, call.batch)
     with torch.cuda.device_of(dout):
-        Launch(kernel=attention_delta, grid=grid, arguments=arguments, tiles=Tiles(64, 0, 4, 1)).run()
+        Launch(kernel=attention_delta, grid=grid, arguments=arguments, warps=4, stages=1).run()
     return delta_BHT.transpose(1, 2)
 
 

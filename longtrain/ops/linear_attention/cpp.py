@@ -1,8 +1,8 @@
-"""The C++ kernels in `csrc/linear_attention*`: chunks of 64 tokens in cache, one head after the other, heads over the cores.
+"""The C++ kernels in `csrc/linear_attention*`: chunks of 64 tokens in cache, heads over the cores; of a head that is left, every core.
 
 The formulas, the pieces and what is kept from forward to backward are those of `chunked.py`; `chunk_size` only rounds differently and is
-not looked at. A thread's workspace is some tiles, and the states (and U) of one piece. Results are bitwise the same for any number of
-threads.
+not looked at. A thread's workspace is some tiles, and the states (and U) of one piece; of heads that threads share it is some tiles of the
+chunks of two pieces. Results are bitwise the same for any number of threads.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from longtrain._extension import MISSING
 from .call import Call
 from .chunked import PIECE_TOKENS, pieces_of
 
-CHUNK, WIDEST = 64, 128
-"""Of `csrc/linear_attention_args.h`."""
+CHUNK, WIDEST, SHARED_TOKENS = 64, 128, 256
+"""Of `csrc/linear_attention_args.h` and `csrc/linear_attention.cpp`."""
 
 
 def refuse(call: Call) -> str | None:
@@ -41,12 +41,17 @@ def refuse_shape(device: str, key_dim: int, value_dim: int) -> str | None:
 
 
 def footprint_bytes(tokens: int, heads: int, key_dim: int, value_dim: int, *, itemsize: int) -> int:
-    """As `chunked.footprint_bytes`: the tiles of each thread, and the states and U of a piece (`csrc/linear_attention_chunk.h`)."""
-    piece = min(tokens, PIECE_TOKENS["cpu"])
+    """As `chunked.footprint_bytes`: the tiles of each thread, and of a piece the states and U, or of two the chunks of
+    shared heads (`csrc/linear_attention_shared.h`)."""
+    piece, threads = PIECE_TOKENS["cpu"], torch.get_num_threads()
+    chunks = -(-min(tokens, piece) // CHUNK)
+    held = chunks * min(2, -(-tokens // piece))
     wide = 64 if max(key_dim, value_dim) <= 64 else WIDEST
-    tiles = 25 * CHUNK * wide + 7 * CHUNK**2 + 4 * wide**2
-    states = -(-piece // CHUNK) * wide * (wide + CHUNK)
-    return min(torch.get_num_threads(), heads) * (tiles + states) * itemsize
+    shared = heads % threads if tokens >= SHARED_TOKENS else 0
+    kept = 5 * CHUNK * wide + 2 * CHUNK**2 + 2 * wide**2 + CHUNK + wide
+    tiles = kept + 20 * CHUNK * wide + 5 * CHUNK**2 + 2 * wide**2 + 2 * CHUNK + 2 * wide
+    states = chunks * wide * (wide + CHUNK) if heads > shared else 0
+    return ((threads if shared else min(threads, heads)) * (tiles + states) + shared * held * kept) * itemsize
 
 
 def instruction_sets() -> list[str]:

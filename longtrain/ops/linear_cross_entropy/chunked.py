@@ -203,8 +203,11 @@ def run(call: Call) -> Tensor:
     """Differentiable loss: 0-d with a scale, [N] without."""
     chunk = call.chunk_tokens or default_chunk_tokens(call.weight_VE.shape[0], call.input_NE.device, call.input_NE.dtype)
     chunk = min(chunk, max(1, call.input_NE.shape[0]))
+    tensors = (call.input_NE, call.weight_VE, call.bias_V)
+    if not torch.is_grad_enabled():  # or gradients would be made for nobody: `needs_input_grad` does not know of no_grad
+        tensors = tuple(None if t is None else t.detach() for t in tensors)
     function = _PerToken if call.scale is None else _Sum
-    return function.apply(call.input_NE, call.weight_VE, call.bias_V, call.target_N, call.token_weights_N, call.scale, call.options, chunk)
+    return function.apply(*tensors, call.target_N, call.token_weights_N, call.scale, call.options, chunk)
 
 
 def _wide_zeros_like(tensor: Tensor | None, wanted: bool) -> Tensor | None:

@@ -1,7 +1,7 @@
 """Convolution along the token axis with filters as long as the sequence, gated (Hyena, M2-BERT, FlashButterfly).
 
 Read `reference.py` for what is computed, `interface.py` for the public functions, `call.py` for what a call is. The backends: `cpp.py`
-(with `csrc/long_conv*`), `fft.py`. `images.py` is the same over two axes.
+(with `csrc/long_conv*`), `triton.py` (with `monarch.py` and `kernels/long_conv_*`), `fft.py`. `images.py` is the same over two axes.
 """
 
 from math import log2

@@ -128,15 +128,8 @@ def _packed(group: _Group, x: Tensor, gate: Tensor | None, table: Tensor, which:
     from longtrain.kernels.long_conv_rows import pack_rows
 
     common = _tiles(group)
-    arguments = {
-        "x": x,
-        "gate": gate,
-        "rows": rows,
-        "pieces": table,
-        "x_strides": x.stride(),
-        "gate_strides": _strides(gate),
-        "WHICH": which,
-    }
+    arguments = {"x": x, "gate": gate, "x_strides": x.stride(), "gate_strides": _strides(gate)}
+    arguments |= {"rows": rows, "pieces": table, "WHICH": which}
     return Launch(kernel=pack_rows, grid=common["grid"], arguments=arguments | common["arguments"])
 
 
@@ -250,23 +243,9 @@ def _correlated(group: _Group, v: Tensor, g: Tensor) -> Generator[Launch, None, 
     out, count, programs = group.empty(2, H, size.total, dtype=torch.float32), H * size.total, _programs(H * size.outer, v.device)
     two_sided = count if group.work.future else None
     yield _inner(
-        group,
-        monarch_correlate,
-        programs,
-        2,
-        v=v,
-        g=g,
-        plane=plane,
-        out=out,
-        out_plane=two_sided if plane is None else count,
-        sums=group.empty(programs, 2, size.inner, dtype=torch.float32),
-        last=group.constants.last,
-        filters=H,
-        groups=groups,
-        outer=size.outer,
-        width=width,
-        share=group.share,
-        shift=group.shift,
+        group, monarch_correlate, programs, 2, v=v, g=g, plane=plane, out=out, out_plane=two_sided if plane is None else count,
+        sums=group.empty(programs, 2, size.inner, dtype=torch.float32), last=group.constants.last, filters=H, groups=groups,
+        outer=size.outer, width=width, share=group.share, shift=group.shift,
     )
     if size.outer == 1:
         return out
