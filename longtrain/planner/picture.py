@@ -39,7 +39,7 @@ def page(title: str, found: Sequence[Found], front: Sequence[Found], wanted: Wan
             "id": "front", "title": "Time against memory", "note": "Plans of which none is both smaller and faster, and the best of every way to use "
             "the devices.", "x": "GiB at the peak of a step, of one device", "y": "seconds a million tokens", "digits": 4,
             "series": [
-                *([{"name": "Pareto front", "role": "reference", "points": [point(f) for f in front]}] if len(front) > 1 else []),
+                {"name": "Pareto front", "role": "reference", "points": [point(f) for f in front]},
                 {"name": "other ways to use the devices", "role": "compared", "dots": True, "points": [point(f) for f in found[1:]]},
                 {"name": "the plan", "role": "predicted", "dots": True, "points": [point(best)]},
             ],
