@@ -1,8 +1,10 @@
 """Twenty steps, predicted and then run: peak of the ledger, resident memory, time.
 
-    python tools/predicted_measured.py --machine machine.json --path /scratch          # those that are not there yet
+    export MALLOC_MMAP_THRESHOLD_=65536 OMP_NUM_THREADS=1                               # as the cases run, so that rates are of the same process
+    longtrain calibrate --path /scratch --out f32.json; longtrain calibrate --path /scratch --dtype bfloat16 --out bf16.json
+    python tools/predicted_measured.py --machine f32.json bf16.json --path /scratch    # those that are not there yet
     python tools/predicted_measured.py --only 3 7 --redo                               # these again
-    python tools/predicted_measured.py --machine machine.json --times                  # only the times again, on a machine that does nothing else
+    python tools/predicted_measured.py --machine f32.json bf16.json --times            # only the times again, on a machine that does nothing else
     python tools/predicted_measured.py --most-tokens 4096 --out FILE                   # the memory of shorter ones, in minutes
     python tools/predicted_measured.py --table                                          # the table again
 
@@ -10,7 +12,7 @@ Shapes, lengths and plans are drawn with a fixed seed: 2 to 16 layers, 4K to 128
 minutes; every third one is a model of transformers, and those of every fourth have stored tensors on disk. Each runs in a process of its
 own, which writes what it predicts before it takes a step: bytes of the ledger (what torch's allocator gives out, parameters included),
 resident memory (that and what the process held beside the model; malloc keeps nothing back with MALLOC_MMAP_THRESHOLD_=65536), seconds
-(with --machine, a file of `longtrain calibrate`). Then AdamW steps: the first, of two chunks, makes moments, the second is timed and its
+(with --machine, files of `longtrain calibrate` for the dtypes). Then AdamW steps: the first, of two chunks, makes moments, the second is timed and its
 resident peak read (VmHWM), the third is watched by lt.profile.
 With --times three are timed, and the median counts.
 
@@ -133,7 +135,7 @@ def build(case: Case):
     return model.to(getattr(torch, case.dtype)).train()
 
 
-def child(case: Case, out: Path, machine: str | None, path: str, times: bool) -> None:
+def child(case: Case, out: Path, machines: list[str], path: str, times: bool) -> None:
     """Predicts, writes that, then measures; `times`: seconds alone."""
     import torch
     from step_process import status_bytes
@@ -159,8 +161,8 @@ def child(case: Case, out: Path, machine: str | None, path: str, times: bool) ->
     held = status_bytes("VmRSS")
     ledger = top.total - top.items["workspace"]
     predicted = {"ledger": ledger, "resident": held - footprint.parameters + ledger, "phase": top.name}
-    if machine:
-        predicted["seconds"] = step_time(footprint, plan, case.tokens, 1, find_machine(machine).rates).total
+    if (machine := next((m for m in map(find_machine, machines) if m.dtype == case.dtype), None)) is not None:
+        predicted["seconds"] = step_time(footprint, plan, case.tokens, 1, machine.rates).total
     out.write_text(json.dumps({"predicted": predicted}))
 
     report = lt.apply(model, plan)
@@ -199,12 +201,12 @@ def phases_of(phases) -> dict:
     return {phase.name: phase.items for phase in phases}
 
 
-def run_case(case: Case, machine: str | None, path: str, times: bool = False) -> dict:
+def run_case(case: Case, machines: list[str], path: str, times: bool = False) -> dict:
     """What its process wrote; only the prediction, and the error, where it died."""
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "case.json"
         command = [sys.executable, __file__, "--child", json.dumps(asdict(case)), str(out), "--path", path]
-        command += ["--machine", machine] * (machine is not None) + ["--times"] * times
+        command += ["--machine", *machines] * bool(machines) + ["--times"] * times
         done = subprocess.run(command, env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}, capture_output=True, text=True)
         found = json.loads(out.read_text()) if out.exists() else {}
     return found | ({"error": done.stderr[-2000:]} if done.returncode else {}) | {"case": str(case)}
@@ -261,7 +263,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--most-tokens", type=int, default=max(LENGTHS), help="shorten the sequences to this")
     parser.add_argument("--table", action="store_true", help="run nothing")
-    parser.add_argument("--machine", help="a file of longtrain calibrate: predicts time too")
+    parser.add_argument(
+        "--machine", nargs="+", default=[], help="files of longtrain calibrate, one for each dtype: predicts time too, of cases in that dtype"
+    )
     parser.add_argument("--path", default=".", help="a directory on a disk")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)

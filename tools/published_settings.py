@@ -96,7 +96,7 @@ def predict(s: Setting) -> dict[str, float]:
     own = on_one_device(model, axes, optimizer="device" if s.resident else "host", masters=True)
     f = own.layers[0]
     peak = (
-        own.parameters + own.gathered + own.optimizer + L * f.delivered_gradients + own.other_gradients + (1 - s.away) * L * f.x * n
+        own.parameters + 2 * f.parameters + own.optimizer + L * f.delivered_gradients + own.other_gradients // s.devices + (1 - s.away) * L * f.x * n
         + 3 * f.x * n + (f.carry + 2 * f.output) * n + min(n, s.tile or n) * f.graph + GPU_WORKSPACE
     )  # fmt: skip
     return {

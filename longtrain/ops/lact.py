@@ -32,6 +32,12 @@ def footprint_bytes(tokens: int, heads: int, dim: int, inner: int, chunk_tokens:
     return heads * itemsize * (tokens * (16 * inner + 4 * dim) + 5 * 3 * inner * dim * (tokens // chunk_tokens + 2))
 
 
+def flops(tokens: int, *, heads: int, dim: int, inner: int, backward: bool = False) -> float:
+    """Of matrix products, for a batch of one: three that read, three and their three gradients that learn, each 2 F D a token. Backward
+    runs forward again, and differentiates each product by two factors."""
+    return tokens * heads * 18 * inner * dim * (3 if backward else 1)
+
+
 def lact(
     state: Tensor | None,
     q_BTHD: Tensor,

@@ -6,16 +6,16 @@ is causal) or by head and channel group (when it sees the future).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from longtrain.ops.attention import attention, attention_backward
-from longtrain.ops.long_conv import long_conv, long_conv_backward
+from longtrain.ops.long_conv import direct_flops, long_conv, long_conv_backward, transform_flops
 from longtrain.span import Layout, Span
 
 
@@ -158,6 +158,11 @@ class LongConvMixer:
         for d, found in zip(dshared, sums, strict=True):
             if found is not d:
                 d.copy_(found)
+
+    def work(self, u_BTE: Tensor, *gates: Tensor) -> dict[str, Callable[..., float]]:
+        """FLOP of ``(tokens, backward=)`` for a batch of one, by the ways there are: the quicker one counts (`longtrain.planner`)."""
+        sizes = dict(channels=u_BTE.shape[-1], taps=self.filter.shape[-1])
+        return {"convolution, direct": partial(direct_flops, **sizes), "convolution, transformed": partial(transform_flops, **sizes)}
 
     def streams_by_span(self, chunk_tokens: int) -> bool:
         """Whether it is cheaper with the inputs before a chunk at hand than by channel group: at most a chunk of them."""

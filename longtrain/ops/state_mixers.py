@@ -15,7 +15,7 @@ from torch import Tensor
 
 from longtrain.ops import lact as test_time
 from longtrain.ops.lact import lact
-from longtrain.ops.linear_attention import footprint_bytes, linear_attention, linear_attention_backward
+from longtrain.ops.linear_attention import flops, footprint_bytes, linear_attention, linear_attention_backward
 from longtrain.span import Layout, Span
 
 Derivatives = tuple[Sequence[Tensor], Tensor, Sequence[Tensor]]
@@ -56,6 +56,12 @@ class LinearAttentionMixer:
         decays = 0 if not self.gated else 1 if rest[0].dim() == 3 else k_BTHD.shape[3]
         sizes = dict(heads=k_BTHD.shape[2], key_dim=k_BTHD.shape[3], value_dim=v_BTHV.shape[3], chunk_size=self.chunk_size)
         return partial(footprint_bytes, **sizes, decays=decays, delta=self.delta, itemsize=itemsize, device=k_BTHD.device.type)
+
+    def work(self, q_BTHD: Tensor, k_BTHD: Tensor, v_BTHV: Tensor, *rest: Tensor) -> dict[str, Callable[..., float]]:
+        """FLOP of ``(tokens, backward=)`` for a batch of one, by what there is to do: the least of them counts (`longtrain.planner`)."""
+        sizes = dict(heads=k_BTHD.shape[2], key_dim=k_BTHD.shape[3], value_dim=v_BTHV.shape[3], chunk_size=self.chunk_size)
+        decay = "" if not self.gated else ", a decay a head" if rest[0].dim() == 3 else ", a decay a feature"
+        return {("delta rule" if self.delta else "linear attention") + decay: partial(flops, **sizes, delta=self.delta)}
 
     def step(self, span: Span, state: Tensor | None, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         return linear_attention(
@@ -112,6 +118,11 @@ class LaCTMixer:
         heads, _, inner, dim = self.weights.shape
         itemsize = torch.promote_types(k_BTHD.dtype, torch.float32).itemsize
         return partial(test_time.footprint_bytes, heads=heads, dim=dim, inner=inner, chunk_tokens=self.chunk_tokens, itemsize=itemsize)
+
+    def work(self, *inputs: Tensor) -> dict[str, Callable[..., float]]:
+        """As of `LinearAttentionMixer`."""
+        heads, _, inner, dim = self.weights.shape
+        return {"test-time training": partial(test_time.flops, heads=heads, dim=dim, inner=inner)}
 
     def step(self, span: Span, state: Tensor | None, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         settings = dict(chunk_tokens=self.chunk_tokens, momentum=self.momentum, documents=self.documents)

@@ -1,7 +1,8 @@
 """A step on several devices: how sequences and parameters are spread, and what then is on one device and between them.
 
 `sequence` devices share each sequence, chunk by chunk (longtrain.parallel); `replicas` of them work on sequences of their own; parameters,
-gradients and optimizer are sharded over all (FSDP2), and gathered one segment at a time, the next one ahead.
+gradients and optimizer are sharded over all (FSDP2), and gathered one segment at a time, the next one ahead; what is in no layer is the
+root's, which is gathered in the forward pass, and whose gradients are whole until the backward pass has ended.
 """
 
 from __future__ import annotations
@@ -70,9 +71,7 @@ def on_one_device(model: ModelFootprint, axes: Axes, *, optimizer: str, masters:
     known = {id(layer): spread(layer) for layer in model.layers}
     return replace(
         model, layers=tuple(known[id(layer)] for layer in model.layers), parameters=model.parameters // shards,
-        trained=model.trained // shards, optimizer=states,
-        other_gradients=model.other_gradients // shards, head_delivered=model.head_delivered // shards,
-        gathered=2 * max(layer.parameters for layer in model.layers),
+        trained=model.trained // shards, optimizer=states, sharded=True,
     )  # fmt: skip
 
 

@@ -2,9 +2,11 @@
 
     longtrain calibrate [--out machine.json] [--path DIR] [--dtype bfloat16]
 
-Products of many rows with matrices of several sizes, attention by the backend that serves it, element-wise operations, launches, AdamW,
-copies to the host, the disk tier's own code on --path, and all-gather where several processes run it (torchrun). Each is repeated until
-`SECONDS` are over, and the median counts; half a minute in all.
+Products of many rows with matrices of several sizes, attention and other mixers by the backends that serve them, the operations that layers
+and losses are made of one by one, the time that streaming takes for an operation on next to nothing, new memory, AdamW, copies to the host,
+the disk tier's own code on --path, and all-gather where several processes run it (torchrun). Each is repeated until `measure.SECONDS` are
+over, and the median counts; half a minute in all. New memory costs what the allocator makes of it, so calibrate under the settings that
+training will have: with glibc's MALLOC_MMAP_THRESHOLD_ every larger block is fetched from the system, cleared, and given back.
 """
 
 from __future__ import annotations
@@ -15,26 +17,42 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from math import inf
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-import longtrain as lt
 from longtrain.offload import DiskSettings, Place, Stored, TieredStore
+from longtrain.planner import measure
 from longtrain.planner.machines import Machine
 from longtrain.planner.rates import Rates, Table
 from longtrain.span import Span
 from longtrain.units import format_bytes
 
-SECONDS = 0.6
-"""Of each measurement, after one call that is not counted."""
-
 SHAPES = {
-    "cpu": {"rows": 512, "sizes": (32, 128, 256, 512, 1024), "tokens": 2048, "heads": 4, "dims": (32, 64, 128), "elements": 1 << 19},
-    "cuda": {"rows": 8192, "sizes": (512, 1024, 2048, 4096), "tokens": 16384, "heads": 16, "dims": (64, 128), "elements": 1 << 26},
+    "cpu": {
+        "rows": 512,
+        "width": 256,
+        "sizes": (32, 128, 256, 512, 1024),
+        "tokens": 2048,
+        "heads": 4,
+        "dims": (32, 64, 128),
+        "elements": 1 << 19,
+    },
+    "cuda": {
+        "rows": 8192,
+        "width": 2048,
+        "sizes": (512, 1024, 2048, 4096),
+        "tokens": 16384,
+        "heads": 16,
+        "dims": (64, 128),
+        "elements": 1 << 26,
+    },
 }
 """`elements`: of an element-wise operation, as many as a chunk has of a layer's widest activation."""
+
+TIERS, CALLS = ("host_write", "host_read", "disk_write", "disk_read"), ("attention_call", "attention_backward_call")
 
 MOVED = 64 << 20
 """Bytes that go to a tier and back."""
@@ -67,23 +85,38 @@ def calibrate(device: torch.device, dtype: torch.dtype, path: Path, *, say: Call
             say(f"{what} at {size}: {rate / unit:,.3g} {of}")
         return tuple(table)
 
+    found["made"] = measured("new memory, blocks of bytes", measure.made(device), 2**30, "GiB/s")
     flop = (1e12, "TFLOP/s") if device.type == "cuda" else (1e9, "GFLOP/s")
-    found["products"] = measured("matrix products", products(device, dtype, shape), *flop)
-    found["attention"] = measured("attention, head dim", attention(device, dtype, shape, backward=False), *flop)
-    found["attention_backward"] = measured("its backward pass", attention(device, dtype, shape, backward=True), *flop)
+    found["products"] = measured("matrix products", measure.products(device, dtype, shape), *flop)
+    if dtype.itemsize < 4 and device.type == "cpu":  # where the loss, whose sums are float32, has no product of 16 bits that gives them
+        found["wide_products"] = measured("the same in float32", measure.products(device, torch.float32, shape), *flop)
+    found["attention"] = measured("attention, head dim", measure.attention(device, dtype, shape, backward=False), *flop)
+    found["attention_backward"] = measured("its backward pass", measure.attention(device, dtype, shape, backward=True), *flop)
+    for key, backward in (("attention_call", False), ("attention_backward_call", True)):
+        found[key] = tuple((dim, measure.attention_call(device, dtype, dim, backward=backward)) for dim in shape["dims"])
+        say(f"{key}: " + ", ".join(f"{seconds * 1e6:.0f} us at {dim}" for dim, seconds in found[key]))
+    found["mixers"] = measure.mixers(device, dtype, shape)
+    for name, rate in found["mixers"]:
+        say(f"{name}: {rate / flop[0]:,.3g} {flop[1]}")
     singles = {
-        "moved": lambda: elementwise(device, dtype, shape["elements"]),
-        "optimizer": lambda: adamw(device, shape["elements"]),
-        "host_optimizer": lambda: adamw(torch.device("cpu"), SHAPES["cpu"]["elements"]),
+        "moved": lambda: measure.elementwise(device, dtype, shape["elements"]),
+        "optimizer": lambda: measure.adamw(device, shape["elements"]),
+        "host_optimizer": lambda: measure.adamw(torch.device("cpu"), SHAPES["cpu"]["elements"]),
     }
-    for key, measure in singles.items():
-        found[key] = measure()
+    for key, call in singles.items():
+        found[key] = call()
         say(f"{key}: {format_bytes(found[key])}/s")
-    found["launch"] = launch(device)
+    found["operations"] = measure.operations(device, dtype, shape, Rates(flops=inf, **dict.fromkeys(TIERS, inf), made=found["made"]))
+    for name, rate in found["operations"]:
+        say(f"{name}: {format_bytes(rate)}/s")
+    found["launch"] = measure.launch(device, dtype, Rates(flops=inf, **dict.fromkeys(TIERS, inf), **{k: found[k] for k in CALLS}))
     say(f"launch: {found['launch'] * 1e6:.1f} us an operation")
     for tier in ("host", "disk"):
         found[f"{tier}_write"], found[f"{tier}_read"] = through_tier(device, tier, path)
         say(f"{tier}: {format_bytes(found[f'{tier}_write'])}/s there, {format_bytes(found[f'{tier}_read'])}/s back")
+    with tempfile.TemporaryDirectory(dir=path) as directory:
+        found["handing_over"] = measure.handing_over(device, directory)
+    say(f"handing over: {found['handing_over'] * 1e6:.0f} us an extent")
     if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
         found["link"] = gathered(device)
         say(f"all-gather: {format_bytes(found['link'])}/s received")
@@ -94,72 +127,10 @@ def calibrate(device: torch.device, dtype: torch.dtype, path: Path, *, say: Call
         else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     )
     source = f"longtrain calibrate, torch {torch.__version__}, {str(dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads"
-    return Machine(name=name, device=device.type, memory=memory, rates=Rates(flops=top, **found), peak_flops=top, source=source)
-
-
-def seconds_of(call: Callable[[], object], device: torch.device, at_least: float = SECONDS) -> float:
-    """Of one call, the median of as many as `at_least` seconds hold, three at least."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    call()
-    wait()
-    took, began = [], time.perf_counter()
-    while len(took) < 3 or time.perf_counter() - began < at_least:
-        start = time.perf_counter()
-        call()
-        wait()
-        took.append(time.perf_counter() - start)
-    return statistics.median(took)
-
-
-def products(device: torch.device, dtype: torch.dtype, shape: dict) -> Iterator[tuple[int, float]]:
-    """Rows by a matrix of which one side is the size and the other four times that, as in a layer's MLP: forward and both gradients."""
-    for size in shape["sizes"]:
-        x = torch.randn(shape["rows"], size, device=device, dtype=dtype)
-        w = torch.randn(4 * size, size, device=device, dtype=dtype)
-        dy = torch.randn(shape["rows"], 4 * size, device=device, dtype=dtype)
-        yield size, 6 * x.numel() * 4 * size / seconds_of(lambda: (x @ w.T, dy @ w, dy.T @ x), device)
-
-
-def attention(device: torch.device, dtype: torch.dtype, shape: dict, *, backward: bool) -> Iterator[tuple[int, float]]:
-    """Causal, four query heads on one of keys; FLOP of the pairs that are visible."""
-    tokens, heads = shape["tokens"], shape["heads"]
-    for dim in shape["dims"]:
-        q, dout = (torch.randn(1, tokens, heads, dim, device=device, dtype=dtype) for _ in range(2))
-        k, v = (torch.randn(1, tokens, heads // 4, dim, device=device, dtype=dtype) for _ in range(2))
-        out, lse = lt.ops.attention(q, k, v, causal=True, return_lse=True)
-        dk, dv = (torch.zeros(t.shape, device=device) for t in (k, v))
-        flops = 4 * heads * dim * tokens * (tokens + 1) / 2
-        if backward:
-            call = lambda: lt.ops.attention_backward(dout, q, k, v, out, lse, dk=dk, dv=dv, causal=True)
-            yield dim, 2.5 * flops / seconds_of(call, device)
-        else:
-            yield dim, flops / seconds_of(lambda: lt.ops.attention(q, k, v, causal=True), device)
-
-
-def elementwise(device: torch.device, dtype: torch.dtype, elements: int) -> float:
-    """Bytes/s of products and sums into new memory, as a layer has them."""
-    a, b = (torch.randn(elements, device=device, dtype=dtype) for _ in range(2))
-    return 2 * 3 * a.nbytes / seconds_of(lambda: (a * b, a + b), device)
-
-
-def launch(device: torch.device) -> float:
-    """Seconds of an operation on next to nothing, through Python and autograd."""
-    x = torch.zeros(8, device=device, requires_grad=True)
-
-    def twenty() -> None:
-        y = x
-        for _ in range(20):
-            y = y + 1
-
-    return seconds_of(twenty, device) / 20
-
-
-def adamw(device: torch.device, elements: int) -> float:
-    """Bytes/s of the fused update, 28 bytes a parameter."""
-    weight = torch.nn.Parameter(torch.randn(elements, device=device))
-    weight.grad = torch.randn_like(weight)
-    update = torch.optim.AdamW([weight], fused=True).step
-    return 28 * elements / seconds_of(update, device)
+    return Machine(
+        name=name, device=device.type, memory=memory, rates=Rates(flops=top, **found), peak_flops=top, source=source,
+        dtype=str(dtype).removeprefix("torch."),
+    )  # fmt: skip
 
 
 def through_tier(device: torch.device, tier: str, path: Path) -> tuple[float, float]:

@@ -16,9 +16,9 @@ from longtrain.plan import Plan
 from longtrain.planner.pretrained import layers_differ, probe_transformers
 from longtrain.span import Span, chunk_spans
 from longtrain.stream.footprint import LayerFootprint, gradient_bytes, probe_layer
-from longtrain.stream.loss import loss_lines
+from longtrain.stream.loss import probe_loss
 from longtrain.stream.protocol import StreamableLayer
-from longtrain.stream.work import Line, highest
+from longtrain.stream.work import Line, Work, highest
 
 CPU_WORKSPACE = 112 * 2**20
 """Resident memory of a CPU step that no tensor accounts for: kernel scratch, thread pools, freed blocks that the allocator keeps.
@@ -52,6 +52,8 @@ class ModelFootprint:
     """What `.grad` holds of it."""
     loss: tuple[Line, ...]
     """What the loss holds of a part of so many tokens beside hidden states and `head_gradients`."""
+    loss_work: Work
+    """And what it does."""
     width: int
     norm_is_layer: bool
     """Whether the last norm is streamed like a layer (transformers): its input is there too while the loss runs."""
@@ -59,8 +61,10 @@ class ModelFootprint:
     device: torch.device
     alike: bool = True
     """Whether all layers are given the same arguments, as those of one segment must be."""
-    gathered: int = 0
-    """Bytes of whole layers that parameters sharded over devices are gathered into while they are used."""
+    outside: int = 0
+    """Bytes of parameters that are in no layer, whole."""
+    sharded: bool = False
+    """Whether `parameters` are a device's shard, and those in use are gathered beside it (`gathered_bytes`)."""
 
     def at(self, chunk_tokens: int) -> tuple[LayerFootprint, ...]:
         """The layers in chunks of so many tokens."""
@@ -105,6 +109,7 @@ def measure_model(model: nn.Module, optimizer_bytes_per_parameter: int = 8) -> M
     head_trained = head is not None and head.weight.requires_grad
     embeddings = [m.weight for m in model.modules() if isinstance(m, nn.Embedding) and id(m.weight) in trainable]
     first = next(model.parameters())
+    loss, loss_work = ((), Work()) if head is None else probe_loss(norm, head)
     return ModelFootprint(
         layers=tuple(footprints),
         parameters=sum(p.nbytes for p in model.parameters()),
@@ -115,12 +120,14 @@ def measure_model(model: nn.Module, optimizer_bytes_per_parameter: int = 8) -> M
         vocab_size=head.out_features if head is not None else 0,
         head_gradients=head.weight.numel() * max(head.weight.element_size(), 4) if head_trained else 0,
         head_delivered=gradient_bytes(head.weight) if head_trained else 0,
-        loss=() if head is None else loss_lines(norm, head),
+        loss=loss,
+        loss_work=loss_work,
         width=head.in_features if head is not None else 0,
         norm_is_layer=isinstance(norm, nn.Identity),
         dtype=first.dtype,
         device=first.device,
         alike=not layers_differ(model),
+        outside=sum(p.nbytes for p in model.parameters() if id(p) not in in_layers),
     )
 
 
@@ -165,7 +172,7 @@ def step_memory(model: ModelFootprint, plan: Plan, tokens: int, batch: int = 1, 
     stored = [kept_kv[i] + states[i] + outputs[i] for i in range(len(layers))]
     slides = [f.causal and f.carry_tokens(tokens, chunk) < tokens for f in layers]
     fixed = {
-        "parameters": model.parameters + model.gathered,
+        "parameters": model.parameters,
         "optimizer": model.optimizer,
         "ids, labels, positions": (IDS + max(f.arguments for f in layers)) * n,
     }
@@ -185,8 +192,7 @@ def step_memory(model: ModelFootprint, plan: Plan, tokens: int, batch: int = 1, 
 
     streams = plan.boundaries == "stream"
     if model.vocab_size:
-        loss_chunk = plan.loss_chunk_tokens or default_chunk_tokens(model.vocab_size, model.device, model.dtype)
-        part = min(loss_chunk, n, chunk * batch if streams else n)
+        loss_chunk, part = loss_parts(model, plan, tokens, batch)
         x = layers[-1].x
         hidden = x * n * (max(stays("inputs", end), stays("gradients", end)) + model.norm_is_layer * stays("inputs", end) if streams else 2)
         logits = highest(model.loss, part) + (x * max(0, chunk * batch - part) if streams else -x * part)
@@ -194,7 +200,7 @@ def step_memory(model: ModelFootprint, plan: Plan, tokens: int, batch: int = 1, 
             logits = 3 * 4 * model.vocab_size * n
         items = {
             "layer inputs": sum(inputs), "stored outputs and K/V": sum(stored), "hidden states and gradient": hidden,
-            "logits of a chunk": logits, "gradients": model.head_gradients,
+            "logits of a chunk": logits, "gradients": model.head_gradients, "parameters": model.parameters + gathered_bytes(model),
             **staging(x * n * (1 - stays("inputs", end)), x, stays("gradients", end), stays("gradients", end) < 1),
         }  # fmt: skip
         phases.append(Phase("loss", _whole({**fixed, **items})))
@@ -226,6 +232,7 @@ def step_memory(model: ModelFootprint, plan: Plan, tokens: int, batch: int = 1, 
         )
         away += own[-1].x * n * (1 - stays("gradients", s[-1] + 1))
         items = {
+            "parameters": model.parameters + gathered_bytes(model, segments, j),
             "layer inputs": sum(inputs[: j + 1]),
             "stored outputs and K/V": keeps,
             "gradient of the hidden states": own[-1].x * n * gradient,
@@ -233,15 +240,39 @@ def step_memory(model: ModelFootprint, plan: Plan, tokens: int, batch: int = 1, 
             "graph of a chunk": chunk_graph(
                 own, chunk, batch, [len(kept_outputs[i]) + len(restored.get(i, ())) < min(2 * chunk, tokens) for i in s], several
             ),
-            "gradients": delivered + sum(f.parameter_gradients for f in own) * several,
+            "gradients": delivered + sum(f.parameter_gradients for f in own) * several + scattered_bytes(model, segments, j),
             **staging(away, own[0].x, stays("gradients", s[0]), stays("gradients", s[0]) == 0),
         }
         phases.append(Phase(f"backward of layers {s[0]} to {s[-1]}", _whole({**fixed, **items})))
     if model.embedding_sums:
         delivered = sum(f.delivered_gradients for f in layers) + model.other_gradients
-        items = {"gradient of the hidden states": layers[0].x * n * stays("gradients", 0), "gradients": delivered + model.embedding_sums}
+        items = {
+            "parameters": model.parameters + gathered_bytes(model),
+            "gradient of the hidden states": layers[0].x * n * stays("gradients", 0),
+            "gradients": delivered + model.embedding_sums + scattered_bytes(model, segments, -1),
+        }
         phases.append(Phase("backward of the embedding", _whole({**fixed, **items})))
     return phases
+
+
+def gathered_bytes(model: ModelFootprint, segments: Sequence[range] = (), j: int = 0) -> int:
+    """What FSDP2 holds whole where a model is sharded by segments of layers: from the forward pass to the end of the step its root's own
+    parameters, which are all that is in no layer; while segment j runs backward its own, and as much again for the next one, or, of the
+    last to run, for the buffer that they came in."""
+    sizes = [sum(model.layers[i].parameters for i in segment) for segment in segments]
+    return model.sharded * (model.outside + (sizes[j] + sizes[max(0, j - 1)] if sizes else 0))
+
+
+def scattered_bytes(model: ModelFootprint, segments: Sequence[range], j: int) -> int:
+    """The gradients of the segment that ran backward before segment j (-1: the embedding), whole, on their way to the devices that keep
+    them: FSDP2 lets them go when the next are sent."""
+    return model.sharded * sum(model.layers[i].parameter_gradients for segment in segments[j + 1 : j + 2] for i in segment)
+
+
+def loss_parts(model: ModelFootprint, plan: Plan, tokens: int, batch: int) -> tuple[int, int]:
+    """Tokens whose logits may exist at one time, and those that do."""
+    most, n = plan.loss_chunk_tokens or default_chunk_tokens(model.vocab_size, model.device, model.dtype), tokens * batch
+    return most, min(most, n, min(plan.chunk_tokens, tokens) * batch if plan.boundaries == "stream" else n)
 
 
 def chunk_graph(layers: Sequence[LayerFootprint], chunk: int, batch: int, mixes: Sequence[bool], several: bool) -> float:

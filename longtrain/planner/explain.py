@@ -108,7 +108,7 @@ def formulas(found: Found, wanted: Wanted) -> list[str]:
         pairs = wanted.tokens * wanted.tokens / 2 * found.batch / found.axes.sequence
         attention = 4 * dim * pairs
         at = rates.at(rates.attention, dim / (f.lse / 4)), rates.at(rates.attention_backward, dim / (f.lse / 4))
-        size = max((size for size, _ in f.forward.products), default=0)
+        size = max((size for (size, _), _ in f.forward.products), default=0)
         at_products = rates.at(rates.products, size)
         lines += [
             f"  attention, one layer   A = 4 x {dim} x T^2 / 2 = {attention:.3e} FLOP (full causal; windows less), L A / {at[0] / 1e12:.4g} T/s + "

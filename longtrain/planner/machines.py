@@ -38,6 +38,8 @@ class Machine:
     peak_flops: float
     """Dense FLOP/s in bf16 that utilisation is a share of."""
     source: str
+    dtype: str = "bfloat16"
+    """That products and attention were measured in."""
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=1) + "\n")

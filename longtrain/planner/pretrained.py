@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from longtrain.plan import Plan
 from longtrain.stream.footprint import PROBE_TOKENS, LayerFootprint, probe_layer
+
+WIDEST_WINDOW = 1 << 15
+"""Tokens of the row on which windows are looked for; a wider one counts as none, which is never too little memory."""
 
 
 def probe_transformers(model: nn.Module) -> tuple[list[nn.Module], list[LayerFootprint], nn.Linear | None]:
     """The layers of a transformers model, what each costs, and its head; nothing of a model that is none. The model stays as it was.
 
-    Layers are traced once for each probed length (`longtrain.hf.trace`); those of one kind cost the same. Raises ValueError naming a layer
-    that cannot be streamed.
+    Layers are traced once for each probed length (`longtrain.hf.trace`); those of one kind cost the same, but for their windows, which such
+    lengths do not show. Raises ValueError naming a layer that cannot be streamed.
     """
     if "transformers" not in sys.modules:
         return [], [], None
@@ -34,9 +41,55 @@ def probe_transformers(model: nn.Module) -> tuple[list[nn.Module], list[LayerFoo
             f.module.example = examples[f.module].__getitem__
             if f.adapted.kind not in costs:
                 costs[f.adapted.kind] = probe_layer(f.module)
-        footprints = [costs[f.adapted.kind] for f in found]
+        known: dict = {}
+        footprints = [
+            known.setdefault((f.adapted.kind, mixers), replace(costs[f.adapted.kind], mixers=mixers) if mixers else costs[f.adapted.kind])
+            for f, mixers in zip(found, mixers_on_long_rows(pretrained, found), strict=True)
+        ]
     head = pretrained.get_output_embeddings()
     return [f.module for f in found], footprints, head if isinstance(head, nn.Linear) else None
+
+
+def mixers_on_long_rows(pretrained: nn.Module, found: Sequence) -> list[tuple[Any, ...]]:
+    """The attention calls of each layer, as a row longer than their windows has them; () for layers that have none. The model makes its
+    masks and positions; its embedding and its layers give out zeros that take no memory, and the last of them ends the run."""
+    longest = getattr(pretrained.config.get_text_config(), "max_position_embeddings", None) or WIDEST_WINDOW
+    embedding, given = pretrained.get_input_embeddings(), {}
+
+    def embed(ids_BT: Tensor) -> Tensor:
+        return embedding.weight.new_zeros(()).expand(*ids_BT.shape, embedding.weight.shape[1])
+
+    def layer(of, *args: Any, **kwargs: Any) -> Any:
+        x, arguments = of.adapted.bind(args, kwargs)
+        given[of.module] = of.adapted.mixers(**arguments) if of.adapted.attentions else ()
+        if len(given) == len(found):
+            raise _AllSeen
+        return (x, *[None] * (of.adapted.outputs - 1)) if of.adapted.outputs else x
+
+    with ExitStack() as stack, torch.random.fork_rng(devices=[]), torch.no_grad(), suppress(_AllSeen):
+        stack.enter_context(_in_place_of(embedding, embed))
+        for f in found:
+            stack.enter_context(_in_place_of(f.module, partial(layer, f)))
+        ids_BT = torch.zeros(1, min(longest, WIDEST_WINDOW), dtype=torch.int64, device=embedding.weight.device)
+        pretrained(input_ids=ids_BT, use_cache=False)
+    return [tuple(getattr(mixer, "base", mixer) for mixer in given[f.module]) for f in found]  # a mask without padding is its `base`
+
+
+class _AllSeen(Exception):
+    """Every layer was called."""
+
+
+@contextmanager
+def _in_place_of(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    before = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
 
 
 def layers_differ(model: nn.Module) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from math import inf, log
 
@@ -10,6 +11,9 @@ import torch
 
 Table = tuple[tuple[int, float], ...]
 """(size, rate), by size."""
+
+Named = tuple[tuple[str, float], ...]
+"""(operation, rate)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,14 +42,32 @@ class Rates:
     products: Table = ()
     """FLOP/s of matrix products of many rows, by the smaller side of the matrix."""
 
+    wide_products: Table = ()
+    """The same in float32, where `products` are of 16 bits and those of the loss are not; empty: as `products`."""
+
     attention: Table = ()
     """FLOP/s of attention's forward pass, causal, by head dim; FLOP of visible pairs alone are counted."""
 
     attention_backward: Table = ()
     """The same of its backward pass."""
 
+    attention_call: Table = ()
+    """Seconds that a call of the forward kernel takes however little it is given, by head dim: its scratch memory, and Python."""
+
+    attention_backward_call: Table = ()
+    """The same of the backward kernel."""
+
+    mixers: Named = ()
+    """FLOP/s of other mixers by the names that they give their work, and with " backward" behind it; what is missing runs at `flops`."""
+
     moved: float = inf
-    """Bytes/s that operations read and write which are no products: norms, activations, sums."""
+    """Bytes/s that operations read and write which are no products, in memory that is there: sums, and what `operations` does not name."""
+
+    operations: Named = ()
+    """The same of those that were measured by themselves, as torch calls them: an exponential is no sum."""
+
+    made: Table = ()
+    """Bytes/s of new memory, by the size of a block: where the system gives and clears its pages. Empty: it costs nothing."""
 
     optimizer: float = inf
     """Bytes/s that the optimizer's update reads and writes, on the device."""
@@ -56,6 +78,9 @@ class Rates:
     launch: float = 0.0
     """Seconds that an operation takes however small it is."""
 
+    handing_over: float = 0.0
+    """Seconds of the processor that feeds the device, for each extent that it hands to a slower tier or takes back, whatever its size."""
+
     link: float = inf
     """Bytes/s that a device receives from the others, in collectives."""
 
@@ -63,7 +88,7 @@ class Rates:
         for field in fields(self):
             value = getattr(self, field.name)
             for one in [rate for _, rate in value] if isinstance(value, tuple) else [value]:
-                if not one > 0 and not (field.name == "launch" and one == 0):
+                if not one > 0 and not (field.name in ("launch", "handing_over") and one == 0):
                     raise ValueError(f"rates.{field.name} must be above 0, found {one!r}")
 
     def write(self, tier: str) -> float:
@@ -72,15 +97,38 @@ class Rates:
     def read(self, tier: str) -> float:
         return {"host": self.host_read, "disk": self.disk_read}[tier]
 
+    def new_memory(self, made: Iterable[tuple[tuple[float, float], int]], tokens: float) -> float:
+        """Seconds of the blocks of a chunk of so many tokens."""
+        sizes = [(slope * tokens + constant, count) for (slope, constant), count in made] if self.made else []
+        return sum(count * size / between(self.made, size) for size, count in sizes if size > 0)
+
+    def product(self, size: int, itemsize: int) -> float:
+        """FLOP/s of a product of elements of so many bytes."""
+        return self.at(self.wide_products if itemsize >= 4 and self.wide_products else self.products, size)
+
+    def mixer(self, name: str, backward: bool) -> float:
+        """FLOP/s of a mixer that is no attention."""
+        return dict(self.mixers).get(name + " backward" * backward, self.flops)
+
+    def of(self, operation: str) -> float:
+        """Bytes/s of an operation that is no product."""
+        return dict(self.operations).get(operation, self.moved)
+
     def at(self, table: Table, size: float) -> float:
         """FLOP/s at a size: between two measured ones on the straight line over the logarithm, beyond them the nearest."""
-        if not table:
-            return self.flops
-        place = bisect_left([s for s, _ in table], size)
-        if place in (0, len(table)):
-            return table[min(place, len(table) - 1)][1]
-        (s0, r0), (s1, r1) = table[place - 1 : place + 1]
-        return r0 + (r1 - r0) * log(size / s0) / log(s1 / s0)
+        return between(table, size) if table else self.flops
+
+    def call(self, table: Table, size: float) -> float:
+        """Seconds of a call at a head dim."""
+        return between(table, size) if table else 0.0
+
+
+def between(table: Table, size: float) -> float:
+    place = bisect_left([s for s, _ in table], size)
+    if place in (0, len(table)):
+        return table[min(place, len(table) - 1)][1]
+    (s0, r0), (s1, r1) = table[place - 1 : place + 1]
+    return r0 + (r1 - r0) * log(size / s0) / log(s1 / s0)
 
 
 def usual_rates(device: torch.device) -> Rates:

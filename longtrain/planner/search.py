@@ -19,7 +19,7 @@ from longtrain.planner.asked import FRACTIONS, Asked, candidates, held_beside_mo
 from longtrain.planner.cost import ModelFootprint, measure_model
 from longtrain.planner.placement import Option, Problem, choose, step_seconds
 from longtrain.planner.rates import Rates, usual_rates
-from longtrain.planner.seconds import layer_seconds, restored_seconds
+from longtrain.planner.seconds import layer_seconds, mixed_again, restored_seconds
 from longtrain.planner.smallest import what_to_change
 from longtrain.units import parse_bytes
 
@@ -77,7 +77,7 @@ def fastest_plan(asked: Asked, room: int) -> Plan | None:
     """Without slower tiers, and with them where they are given: their staging may cost more than they free."""
     tried = []
     for candidate in candidates(asked.model, asked.tokens):
-        at_least = float(_compute(asked, candidate, with_attention_again=False).sum())
+        at_least = float(_compute(asked, candidate, with_mixed_again=False).sum())
         tried += [(at_least, candidate, t) for t in dict.fromkeys((None, asked.tiers))]
     best = None
     for at_least, candidate, tiers in sorted(tried, key=lambda entry: entry[0]):
@@ -93,13 +93,13 @@ def _segments(model: ModelFootprint, plan: Plan) -> list[range]:
     return [range(a, min(a + plan.segment_layers, len(model.layers))) for a in range(0, len(model.layers), plan.segment_layers)]
 
 
-def _compute(asked: Asked, candidate: Plan, *, with_attention_again: bool) -> np.ndarray:
+def _compute(asked: Asked, candidate: Plan, *, with_mixed_again: bool) -> np.ndarray:
     """Seconds of each stretch of the step: forward of every segment, then backward."""
     seconds = layer_seconds(asked.model, asked.tokens, asked.batch, candidate.chunk_tokens, asked.rates, asked.devices)
     segments = _segments(asked.model, candidate)
     forward = [sum(seconds[i].forward for i in s) for s in segments]
     backward = [
-        sum(seconds[i].backward + seconds[i].attention * with_attention_again for i in s)
+        sum(seconds[i].backward + seconds[i].mixing * with_mixed_again for i in s)
         + restored_seconds(seconds, candidate, s, asked.tokens)
         for s in segments
     ]  # fmt: skip
@@ -133,7 +133,7 @@ def _problem(asked: Asked, candidate: Plan, room: int) -> Problem:
     segments = _segments(model, candidate)
     S = len(segments)  # moments: the loss, then the backward pass of each segment; stretches: forward of each, then backward of each
     seconds = layer_seconds(model, tokens, batch, chunk, rates, asked.devices)
-    compute = _compute(asked, candidate, with_attention_again=True)  # outputs that are stored take it off again
+    compute = _compute(asked, candidate, with_mixed_again=True)  # outputs that are stored take it off again
     restores = candidate.store_kv < 1
     host, disk = (0, 0) if asked.tiers is None else (asked.tiers.host_bytes, asked.tiers.disk.budget if asked.tiers.disk else 0)
     slower = [tier for tier, size in (("host", host), ("disk", disk)) if size]
@@ -168,11 +168,11 @@ def _problem(asked: Asked, candidate: Plan, room: int) -> Problem:
         until = [0, *range(j + 1, S + 1)]  # alive from the forward pass to this segment's backward pass, which comes after the later ones
         items.append(places("inputs", s[0], layers[s[0]].x * n, until, [(max(j - 1, 0), 1, 0), (j, 0, 1), (S + j, 0, 1 + restores)]))
         for i in s:
-            f, spare, moves = layers[i], seconds[i].attention, [(j, 1, 0), (S + j, 0, 1)]
+            f, spare, moves = layers[i], seconds[i].mixing, [(j, 1, 0), (S + j, 0, 1)]
             stored = [option(("outputs", i, STAY, 1.0), until, "device", f.output * n, 0, (), [(S + j, spare)])]
             full = f.causal and f.carry_tokens(tokens, chunk) >= tokens
             for share in FRACTIONS[1:-1] if f.causal else ():
-                saved = [(S + j, spare * (1 - (1 - share) ** 2 if full else share))]
+                saved = [(S + j, spare * (1 - mixed_again(f, share, tokens, chunk)))]
                 stored.append(option(("outputs", i, STAY, share), until, "device", f.output * n * share, 0, (), saved))
                 for tier in slower if share * 4 % 1 == 0 else ():
                     split = Split(host=float(tier == "host"))

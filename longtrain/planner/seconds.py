@@ -1,15 +1,18 @@
 """How long a step takes, from shapes alone: the formulas, part by part.
 
 For each layer, n = B T tokens in m chunks of C, of its `Work` (longtrain.stream.work: counted a token, F forward, M up to its mixer, G
-backward), with P(w) = sum over products of FLOP / rate at their size + moved / bytes a second, launch = calls a chunk:
+backward), with P(w) = sum over products of FLOP / rate at their size + over other operations of bytes / bytes a second of each, and
+Q(w) = calls x launch + blocks of new memory by their size, of a chunk:
 
-    forward    n P(F) + m launch(F)                    + A
-    backward   n P(F + G) + m launch(F + G) + 3 gradients m / bytes a second + 2.5 A
+    forward    n P(F) + m Q(F)                         + A
+    backward   n P(F + G) + m Q(F + G) + 3 gradients m / bytes a second + A'
     again      (1 - b)^2 A                             one document; (1 - b) A under a window; b: share of outputs stored
-    restored   (1 - s) (n P + m launch)(F of the segment's first k - 1 layers, M of its last)      s: share of K/V stored
-    A          4 H D FLOP for each visible pair / attention rate at D; 2.5 A runs at the backward rate
-    loss       3 x 2 E V FLOP a token / rate at E, 5 x 4 V bytes a token
+    restored   (1 - s) (n P + m Q)(F of the segment's first k - 1 layers, M of its last)      s: share of K/V stored
+    A          4 H D FLOP for each visible pair / attention rate at D, m calls, and what its carry copies; A' has 2.5 times the FLOP
+               other mixers: the FLOP that they say they take, the quickest way (longtrain.ops.mixers, state_mixers: `work`)
+    loss       n P + Q a part, of its own `Work`, in the parts whose logits exist at one time
     optimizer  28 bytes a parameter moved, 12 more for norm and clipping, 6 more where the model's weights are copies
+    tiers      an extent that is handed over or taken back takes its time however small it is
 
 A stretch of the step (a segment's forward or backward pass) takes the longer of its compute and its transfers; what the transfers are
 longer by is `exposed`.
@@ -20,12 +23,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 
 from longtrain.plan import STAY, Plan
-from longtrain.planner.cost import ModelFootprint
+from longtrain.planner.cost import ModelFootprint, loss_parts
 from longtrain.planner.rates import Rates
-from longtrain.span import chunk_spans
+from longtrain.span import Span, chunk_spans
 from longtrain.stream.footprint import LayerFootprint
+from longtrain.stream.sliding import capacity
 from longtrain.stream.work import Work
 
 ADAMW, NORM_AND_CLIP, COPY = 28, 12, 6
@@ -39,9 +44,12 @@ class LayerSeconds:
 
     forward: float
     backward: float
-    """Without attention that is computed again and what is restored."""
-    attention: float
-    """One forward pass of it: what stored outputs save."""
+    """Without mixing that is done again and what is restored."""
+    mixing: float
+    """One forward pass of attention, or of what is there in its place: what stored outputs save."""
+    mixing_backward: float
+    mixing_flops: float
+    """Of the forward pass."""
     whole: float
     """Token-local forward pass: what restoring costs of a segment's layers but its last."""
     to_mix: float
@@ -74,22 +82,64 @@ def _of_layer(
     layer: LayerFootprint, model: ModelFootprint, tokens: int, batch: int, chunk: int, rates: Rates, devices: int
 ) -> LayerSeconds:
     chunks, n = -(-tokens // chunk), tokens * batch
-    spent = lambda work: n * token_seconds(work, rates) + chunks * work.calls * rates.launch
+    spent = lambda work: n * token_seconds(work, rates) + chunks * chunk_seconds(work, chunk * batch, rates)
     flops = attention_flops(layer, model, tokens * devices, chunk * devices) / devices * batch
     dim = head_dim(layer, model)
-    attention = flops / rates.at(rates.attention, dim)
+    calls = chunks * len(layer.mixers) * (layer.lse > 0)
+    made = chunks * rates.new_memory([((layer.output, 0.0), 1)], chunk * batch)  # outputs; backward gradients of queries
+    mixing = flops / rates.at(rates.attention, dim) + calls * rates.call(rates.attention_call, dim) + made
+    mixing_backward = 2.5 * flops / rates.at(rates.attention_backward, dim) + calls * rates.call(rates.attention_backward_call, dim) + made
+    stretch, times = (chunk, tokens / chunk * batch) if layer.causal else (tokens, batch)
+    for ways in layer.mixing_work:
+        (way_flops, seconds), (_, seconds_backward) = (
+            min(
+                ((of(stretch, backward=b) * times, of(stretch, backward=b) * times / rates.mixer(way, b)) for way, of in ways.items()),
+                key=itemgetter(1),
+            )
+            for b in (False, True)
+        )
+        flops, mixing, mixing_backward = flops + way_flops, mixing + seconds, mixing_backward + seconds_backward
+    into, out_of = carry_seconds(layer, tokens, batch, chunk, rates)
+    mixing, mixing_backward = mixing + into, mixing_backward + out_of
     forward, sums = spent(layer.forward), 3 * layer.parameter_gradients * chunks / rates.moved
     return LayerSeconds(
-        forward=forward + attention,
-        backward=forward + spent(layer.backward) + sums + 2.5 * flops / rates.at(rates.attention_backward, dim),
-        attention=attention,
+        forward=forward + mixing,
+        backward=forward + spent(layer.backward) + sums + mixing_backward,
+        mixing=mixing,
+        mixing_backward=mixing_backward,
+        mixing_flops=flops,
         whole=forward,
         to_mix=spent(layer.to_mix),
     )
 
 
 def token_seconds(work: Work, rates: Rates) -> float:
-    return sum(flops / rates.at(rates.products, size) for size, flops in work.products) + work.moved / rates.moved
+    return sum(flops / rates.product(*of) for of, flops in work.products) + sum(slope / rates.of(name) for name, (slope, _) in work.others)
+
+
+def carry_seconds(layer: LayerFootprint, tokens: int, batch: int, chunk: int, rates: Rates) -> tuple[float, float]:
+    """What an attention layer's carry copies (`longtrain.stream.sliding`), forward and backward: everything once into its buffers, and where
+    these slide what is held once more into new memory and back whenever they are full; backward the gradient sums too, which begin as
+    zeros of a chunk."""
+    if not layer.lse:
+        return 0.0, 0.0
+    held = tokens - layer.first_key(Span(max(0, tokens - chunk), tokens), chunk)
+    room, chunks = capacity(held, tokens) - held, -(-tokens // chunk)
+    moves = 0 if held >= tokens else chunks / max(1, room // chunk)
+
+    def seconds(size: int, zeros: bool) -> float:
+        """Of two tensors, of keys and of values, which take so many bytes a token."""
+        copied = 2 * size * (tokens + 2 * moves * held) * batch / rates.moved
+        new = moves * rates.new_memory([((size / 2, 0.0), 2)], held * batch)
+        return copied + new + zeros * chunks * rates.new_memory([((size / 2, 0.0), 2)], chunk * batch)
+
+    return seconds(layer.carry, zeros=False), seconds(layer.carry, zeros=False) + seconds(layer.adjoint, zeros=moves > 0)
+
+
+def chunk_seconds(work: Work, tokens: int, rates: Rates) -> float:
+    """Of a chunk of so many tokens, beside `token_seconds`."""
+    fixed = sum(constant / rates.of(name) for name, (_, constant) in work.others)
+    return fixed + work.calls * rates.launch + rates.new_memory(work.made, tokens)
 
 
 def head_dim(layer: LayerFootprint, model: ModelFootprint) -> float:
@@ -124,7 +174,10 @@ def step_time(
     layers, k, n = model.at(plan.chunk_tokens), plan.segment_layers, tokens * batch
     chunk = min(plan.chunk_tokens, tokens)
     seconds = layer_seconds(model, tokens, batch, chunk, rates, devices)
-    parts = dict.fromkeys(("token-local", "attention", "attention again", "restored", "loss", "exposed transfers", "optimizer"), 0.0)
+    parts = dict.fromkeys(
+        ("token-local", "attention", "other mixers", "mixed again", "restored", "loss", "handing over", "exposed transfers", "optimizer"),
+        0.0,
+    )
     done = model_flops = 0.0
     compute: list[float] = []
     segments = [range(a, min(a + k, len(layers))) for a in range(0, len(layers), k)]
@@ -133,34 +186,35 @@ def step_time(
     for s in segments:
         spent = 0.0
         for i in s:
-            again = attention_again(layers[i], len(plan.stored_outputs(i, tokens)) / tokens, tokens, chunk) * seconds[i].attention
-            parts["attention again"] += again
+            again = mixed_again(layers[i], len(plan.stored_outputs(i, tokens)) / tokens, tokens, chunk) * seconds[i].mixing
+            parts["mixed again"] += again
             spent += seconds[i].backward + again
         back = restored_seconds(seconds, plan, s, tokens)
         parts["restored"] += back
         compute.append(spent + back)
     for i, layer in enumerate(layers):
-        attention = attention_flops(layer, model, tokens * devices, chunk * devices) / devices * batch
-        share = attention_again(layer, len(plan.stored_outputs(i, tokens)) / tokens, tokens, chunk)
+        share = mixed_again(layer, len(plan.stored_outputs(i, tokens)) / tokens, tokens, chunk)
         own = seconds[i]
-        backward_attention = 2.5 * attention / rates.at(rates.attention_backward, head_dim(layer, model)) if attention else 0.0
-        parts["attention"] += own.attention + backward_attention
-        parts["token-local"] += own.forward + own.backward - own.attention - backward_attention
-        model_flops += 3 * (layer.forward.flops * n + attention)
-        done += (2 * layer.forward.flops + layer.backward.flops) * n + (3.5 + share) * attention
+        parts["attention" if layer.lse else "other mixers"] += own.mixing + own.mixing_backward
+        parts["token-local"] += own.forward + own.backward - own.mixing - own.mixing_backward
+        model_flops += 3 * (layer.forward.flops * n + own.mixing_flops)
+        done += (2 * layer.forward.flops + layer.backward.flops) * n + (3.5 + share) * own.mixing_flops
     if model.vocab_size:
         head = 6 * model.width * model.vocab_size * n
-        parts["loss"] = head / rates.at(rates.products, min(model.width, model.vocab_size)) + 20 * model.vocab_size * n / rates.moved
+        part = loss_parts(model, plan, tokens, batch)[1]
+        parts["loss"] = n * token_seconds(model.loss_work, rates) + n / part * chunk_seconds(model.loss_work, part, rates)
         model_flops, done = model_flops + head, done + head
-    transfers, moved = transfer_seconds(model, plan, tokens, batch, rates, segments)
+    transfers, handed, moved = transfer_seconds(model, plan, tokens, batch, rates, segments)
+    parts["handing over"] = sum(handed)
+    compute = [c + h for c, h in zip(compute, handed, strict=True)]
     parts["exposed transfers"] = sum(max(0.0, t - c) for t, c in zip(transfers, compute, strict=True))
     parts["optimizer"] = optimizer_seconds(model, rates, optimizer)
     return StepTime(parts=parts, model_flops=model_flops, done_flops=done, moved=moved)
 
 
-def attention_again(layer: LayerFootprint, stored: float, tokens: int, chunk: int) -> float:
-    """Of attention's forward pass, the share that is computed again where the last `stored` of the outputs are kept."""
-    full = layer.carry_tokens(tokens, chunk) >= tokens
+def mixed_again(layer: LayerFootprint, stored: float, tokens: int, chunk: int) -> float:
+    """Of a mixer's forward pass, the share that is done again where the last `stored` of the outputs are kept."""
+    full = layer.lse > 0 and layer.carry_tokens(tokens, chunk) >= tokens
     return (1 - stored) ** 2 if full and layer.causal else 1 - stored
 
 
@@ -183,18 +237,21 @@ def optimizer_seconds(model: ModelFootprint, rates: Rates, where: str) -> float:
 
 def transfer_seconds(
     model: ModelFootprint, plan: Plan, tokens: int, batch: int, rates: Rates, segments: Sequence[range]
-) -> tuple[list[float], dict[str, tuple[float, float]]]:
-    """Seconds that the transfers of each stretch take (forward of every segment, then backward), and bytes (written, read) by tier."""
-    layers, S, n = model.at(plan.chunk_tokens), len(segments), tokens * batch
-    spent, moved = [0.0] * (2 * S), {"host": Counter(), "disk": Counter()}
+) -> tuple[list[float], list[float], dict[str, tuple[float, float]]]:
+    """Seconds that the transfers of each stretch take (forward of every segment, then backward), those in which compute waits while extents
+    are handed over, and bytes (written, read) by tier."""
+    layers, S, n, chunks = model.at(plan.chunk_tokens), len(segments), tokens * batch, -(-tokens // plan.chunk_tokens)
+    spent, handed, moved = [0.0] * (2 * S), [0.0] * (2 * S), {"host": Counter(), "disk": Counter()}
     if plan.offload is None:
-        return spent, {}
+        return spent, handed, {}
 
-    def move(what: str, layer: int, size: float, stretch: int, writes: int, reads: int) -> None:
+    def move(what: str, layer: int, size: float, stretch: int, writes: int, reads: int, extents: float = 1) -> None:
+        """`extents`: of a chunk."""
         split = plan.offload.split(what, layer)
         for tier, share in (("host", split.host), ("disk", split.disk)):
             if split != STAY and share > 0:
                 spent[stretch] += size * share * (writes / rates.write(tier) + reads / rates.read(tier))
+                handed[stretch] += chunks * extents * share * (writes + reads) * rates.handing_over
                 moved[tier]["written"] += size * share * writes
                 moved[tier]["read"] += size * share * reads
 
@@ -210,8 +267,9 @@ def transfer_seconds(
             kept = len(f.kept_outputs(plan.stored_outputs(i, tokens), plan.chunk_tokens)) / tokens
             slides = f.causal and f.carry_tokens(tokens, plan.chunk_tokens) < tokens
             kv = 1.0 if slides else len(plan.stored_kv(i, tokens)) / tokens
-            move("outputs", i, f.output * n * kept, j, 1, 0)
-            move("outputs", i, f.output * n * kept, S + j, 0, 1)
-            move("kv", i, f.carry * n * kv, j, 1, 0)
-            move("kv", i, f.carry * n * kv, S + j, 0, 1)
-    return spent, {tier: (of["written"], of["read"]) for tier, of in moved.items() if of}
+            with_lse = (1 + (f.lse > 0)) * kept
+            move("outputs", i, f.output * n * kept, j, 1, 0, with_lse)
+            move("outputs", i, f.output * n * kept, S + j, 0, 1, with_lse)
+            move("kv", i, f.carry * n * kv, j, 1, 0, 2 * kv)
+            move("kv", i, f.carry * n * kv, S + j, 0, 1, 2 * kv)
+    return spent, handed, {tier: (of["written"], of["read"]) for tier, of in moved.items() if of}

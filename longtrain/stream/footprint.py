@@ -64,6 +64,8 @@ class LayerFootprint:
     state: int = 0
     workspaces: tuple[Callable[[int], int], ...] = ()
     """What `mix_vjp` holds of a chunk of so many tokens, mixer by mixer."""
+    mixing_work: tuple[dict[str, Callable[..., float]], ...] = ()
+    """Of each mixer that is no attention: FLOP of ``(tokens, backward=)`` of a batch of one, by the ways to do it."""
     in_passes: LayerFootprint | None = None
     """The same in chunks that a filter reaches back further than, where that makes a difference."""
 
@@ -116,7 +118,7 @@ def _probe(layer: nn.Module, chunk_tokens: int) -> LayerFootprint:
     seen = [_observe(layer, tokens, chunk_tokens) for tokens in PROBE_TOKENS]
     counted = [observed.pop("counting") for observed in seen]
     small, large = seen
-    fixed = {key: large.pop(key) for key in ("mixers", "state", "workspaces", "causal")}
+    fixed = {key: large.pop(key) for key in ("mixers", "state", "workspaces", "mixing_work", "causal")}
     moments = ("begun", "mixed", "ended", "differentiated", "forward_operations", "at_mixers")
     moments = {key: (small.pop(key), large.pop(key)) for key in moments}
     slopes = {key: (large[key] - small[key]) // (PROBE_TOKENS[1] - PROBE_TOKENS[0]) for key in large}
@@ -158,7 +160,7 @@ def _observe(layer: nn.Module, tokens: int, chunk_tokens: int) -> dict[str, Any]
         x, arguments = layer.example(tokens)
         given = sum({id(t): t.nbytes for t in tree_leaves(arguments) if isinstance(t, Tensor)}.values())
         nothing = dict.fromkeys(("output", "lse", "carry", "adjoint", "state"), 0)
-        seen = {"x": x.nbytes // x.shape[0], "arguments": given, **nothing, "workspaces": ()}
+        seen = {"x": x.nbytes // x.shape[0], "arguments": given, **nothing, "workspaces": (), "mixing_work": ()}
         counting = seen["counting"] = Counting(tokens)
 
         def observed(mixer, *inputs: Tensor) -> Tensor:
@@ -178,6 +180,7 @@ def _observe(layer: nn.Module, tokens: int, chunk_tokens: int) -> dict[str, Any]
                 lse = out.shape[:3].numel() * 4 if out.ndim == 4 and not is_state else 0
                 seen["output"] += out.nbytes + lse
                 seen["lse"] += lse
+                seen["mixing_work"] += (mixer.work(*mixed),) if hasattr(mixer, "work") else ()
                 if carry is not None:
                     seen["state"] += carry.spec.state_bytes
                     seen["workspaces"] += (carry.spec.workspace,) if carry.spec.workspace else ()

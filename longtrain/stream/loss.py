@@ -27,7 +27,7 @@ from longtrain.stream.boundary import Boundary
 from longtrain.stream.head import StreamedHead
 from longtrain.stream.replay import delivered
 from longtrain.stream.segment import Chain
-from longtrain.stream.work import Counting, Line, lines
+from longtrain.stream.work import Counting, Line, Work, lines, work_between
 
 
 def streamed_token_loss(
@@ -100,23 +100,26 @@ class _Losses:
 PROBE_TOKENS = (24, 56)
 
 
-def loss_lines(norm: nn.Module, head: nn.Linear, options: LossOptions = LossOptions()) -> tuple[Line, ...]:
-    """What `_Losses.run` holds of a part of so many tokens at its highest, beside hidden states and the sums of the head's gradient: for
-    the planner, seen on two tiny examples (of the meta device, where the head is there)."""
-    levels = []
+def probe_loss(norm: nn.Module, head: nn.Linear, options: LossOptions = LossOptions()) -> tuple[tuple[Line, ...], Work]:
+    """What `_Losses.run` holds of a part of so many tokens at its highest, beside hidden states and the sums of the head's gradient, and
+    what it does of a part: for the planner, seen on two tiny examples (of the meta device, where the head is there)."""
     weight_VE = head.weight
     sums = weight_VE.numel() * max(weight_VE.element_size(), 4) if weight_VE.requires_grad else 0
-    for tokens in PROBE_TOKENS:
-        hidden_BTE = weight_VE.new_zeros(1, tokens, head.in_features)
-        targets_BT = torch.zeros(1, tokens, dtype=torch.int64, device=weight_VE.device)
-        streamed = StreamedHead.make(hidden_BTE, norm, head, None, tokens)
+
+    def run(part: int, parts: int) -> Counting:
+        hidden_BTE = weight_VE.new_zeros(1, part * parts, head.in_features)
+        targets_BT = torch.zeros(1, part * parts, dtype=torch.int64, device=weight_VE.device)
+        streamed = StreamedHead.make(hidden_BTE, norm, head, None, part)
         work = _Losses(head=streamed, stays=False, targets_BT=targets_BT, weights_BT=None, options=options)
         inputs = (hidden_BTE, weight_VE, head.bias, *norm.parameters())
         wanted = [True, *(p is not None and p.requires_grad for p in inputs[1:])]
-        with Counting(tokens) as counting, torch.no_grad():
+        with Counting(part) as counting, torch.no_grad():
             work.run(inputs, wanted, None, weight_VE.new_ones((), dtype=torch.promote_types(weight_VE.dtype, torch.float32)))
-        levels.append([level - sums for level in counting.levels])
-    return lines(levels, PROBE_TOKENS)
+        return counting
+
+    one, two = ([run(part, parts) for part in PROBE_TOKENS] for parts in (1, 2))  # what a second part adds is a part's
+    held = lines([[level - sums for level in counting.levels] for counting in one], PROBE_TOKENS)
+    return held, work_between([c.so_far() for c in one], [c.so_far() for c in two], PROBE_TOKENS)
 
 
 class _SummedLoss(torch.autograd.Function):

@@ -1,7 +1,8 @@
 """What runs on a token, counted operation by operation on a tiny example, or on shapes alone (tensors of the meta device).
 
-    products   FLOP of matrix products, by the smaller side of their matrix: small ones run at a lower rate
-    moved      bytes that all other operations read and write
+    products   FLOP of matrix products, by the smaller side of their matrix (small ones run at a lower rate) and the bytes of an element
+    others     bytes that all other operations read and write, by their names: some do more with a byte than others
+    made       blocks of new memory: where the system clears their pages, they cost more than what is written into them
     calls      operations: each costs its launch, however few tokens it is given
     levels     bytes alive after each operation, of what was made since counting began
 """
@@ -20,8 +21,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"}
-"""Their last two tensors are the factors."""
+PRODUCTS = {"aten::mm": 0, "aten::bmm": 0, "aten::addmm": 1, "aten::addmm_": 1, "aten::baddbmm": 1, "aten::baddbmm_": 1}
+"""Which argument is the first factor; the second one follows it."""
 
 Line = tuple[float, float]
 """Bytes a token, and bytes beside: what is alive at one moment of a chunk of any length."""
@@ -29,15 +30,23 @@ Line = tuple[float, float]
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Of one token; `calls` of a chunk, whatever its length."""
+    """Of one token; `made` and `calls` of a chunk, the latter whatever its length."""
 
-    products: tuple[tuple[int, float], ...] = ()
-    moved: float = 0.0
+    products: tuple[tuple[tuple[int, int], float], ...] = ()
+    others: tuple[tuple[str, Line], ...] = ()
+    """(operation, bytes by the chunk's tokens): weights that are cast are so many in a chunk of any length."""
+    made: tuple[tuple[Line, int], ...] = ()
+    """(bytes of a block by the chunk's tokens, how many of this size)."""
     calls: int = 0
 
     @property
     def flops(self) -> float:
         return sum(flops for _, flops in self.products)
+
+    @property
+    def moved(self) -> float:
+        """Bytes of all operations that are no products, a token."""
+        return sum(slope for _, (slope, _) in self.others)
 
 
 class Counting(TorchDispatchMode):
@@ -45,8 +54,10 @@ class Counting(TorchDispatchMode):
         """`tokens`: of the example, by which the side of a product that runs along them is known."""
         super().__init__()
         self._tokens = tokens
-        self.products: Counter[int] = Counter()
-        self.moved = self.calls = self.now = 0
+        self.products: Counter[tuple[int, int]] = Counter()
+        self.others: Counter[str] = Counter()
+        self.made: list[int] = []
+        self.calls = self.now = 0
         self.levels: list[int] = []
         self.noted: list[int] = []
         """Levels at moments that somebody else wants to know of."""
@@ -72,15 +83,16 @@ class Counting(TorchDispatchMode):
         fresh = [t for t in made if t.untyped_storage()._cdata not in storages]
         for tensor in fresh:
             self._count(tensor)
+            self.made.append(tensor.untyped_storage().nbytes())
         self.levels.append(self.now)
-        if func._schema.name in PRODUCTS:
-            a, b = given[-2:]
+        if (first := PRODUCTS.get(func._schema.name)) is not None:
+            a, b = args[first : first + 2]
             sides = [a.shape[-2], a.shape[-1], b.shape[-1]]
             flops = 2 * a.shape[:-2].numel() * prod(sides)
             sides.remove(self._tokens if self._tokens in sides else min(sides))
-            self.products[min(sides)] += flops
+            self.products[min(sides), a.element_size()] += flops
         elif fresh or func._schema.is_mutable:
-            self.moved += sum(map(_bytes, (*given, *fresh)))
+            self.others[func._schema.name] += sum(map(_bytes, (*given, *fresh)))
         else:  # a view
             return out
         self.calls += 1
@@ -98,8 +110,8 @@ class Counting(TorchDispatchMode):
         self._alive.discard(key)
         self.now -= size
 
-    def so_far(self) -> tuple[Counter[int], int, int]:
-        return self.products.copy(), self.moved, self.calls
+    def so_far(self) -> Snapshot:
+        return self.products.copy(), self.others.copy(), tuple(self.made), self.calls
 
 
 def _bytes(tensor: Tensor) -> int:
@@ -107,14 +119,20 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.element_size() * torch.Size(n for n, step in zip(tensor.shape, tensor.stride(), strict=True) if step).numel()
 
 
-Snapshot = tuple[Counter[int], int, int]
+Snapshot = tuple[Counter[tuple[int, int]], Counter[str], tuple[int, ...], int]
 
 
 def work_between(first: Sequence[Snapshot], last: Sequence[Snapshot], tokens: Sequence[int]) -> Work:
     """A token's share of what was done between two moments, seen with `tokens` of two lengths."""
-    (small, large), more = ((b[0] - a[0], b[1] - a[1], b[2] - a[2]) for a, b in zip(first, last, strict=True)), tokens[1] - tokens[0]
-    products = tuple(sorted((size, (large[0][size] - small[0][size]) / more) for size in large[0]))
-    return Work(products, (large[1] - small[1]) / more, large[2])
+    small, large = ((b[0] - a[0], b[1] - a[1], b[2][len(a[2]) :], b[3] - a[3]) for a, b in zip(first, last, strict=True))
+    more = tokens[1] - tokens[0]
+    products = tuple(sorted((key, (large[0][key] - small[0][key]) / more) for key in large[0]))
+    slopes = {name: (large[1][name] - small[1][name]) / more for name in large[1]}
+    others = tuple(sorted((name, (slope, max(0.0, large[1][name] - slope * tokens[1]))) for name, slope in slopes.items()))
+    alike = len(small[2]) == len(large[2])  # where operations differ (experts that no token went to) every block is taken to grow
+    slopes = [(b - a) / more for a, b in zip(small[2], large[2], strict=True)] if alike else [b / tokens[1] for b in large[2]]
+    made = Counter((slope, size - slope * tokens[1]) for slope, size in zip(slopes, large[2], strict=True))
+    return Work(products, others, tuple(sorted(made.items())), large[3])
 
 
 def lines(levels: Sequence[Sequence[int]], tokens: Sequence[int]) -> tuple[Line, ...]:

@@ -45,8 +45,7 @@ def of_several(model: nn.Module, config: Config, where: Locations, work: Work) -
     """For the share of one of them, the same for all. `model` is whole, on the CPU, in float32 (frozen weights in the training dtype).
     Raises ValueError.
 
-    A process holds its part of the parameters as they are, AdamW's moments of them, a segment of layers gathered and the next one on its
-    way, and what is in no layer (embeddings, head, last norm) whole, both in the training dtype.
+    A process holds its part of the parameters as they are, AdamW's moments of them, and in the training dtype what is gathered.
     """
     from longtrain.planner.command import footprint_of  # which reads configurations as this package does
 
@@ -58,8 +57,7 @@ def of_several(model: nn.Module, config: Config, where: Locations, work: Work) -
     beside = held_beside_model(replace(whole, parameters=held if device.type == "cpu" else 0))
     taken = int(work.processes.greatest([beside])[0])
     axes = Axes(sequence=work.context, replicas=work.kept // work.context)
-    in_no_layer = whole.parameters - sum(layer.parameters for layer in whole.layers)
-    share = replace(on_one_device(whole, axes, optimizer="device", masters=False), parameters=held // work.kept + in_no_layer)
+    share = replace(on_one_device(whole, axes, optimizer="device", masters=False), parameters=held // work.kept)
     asked = Asked(
         share, -(-config.data.seq_len // work.context), 1, config.memory.tiers(), usual_rates(device), step_count(config), work.context
     )

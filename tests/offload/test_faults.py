@@ -6,10 +6,12 @@ import random
 import warnings
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 
 from longtrain.offload import DiskSettings, Place, TieredStore, check_disk
+from longtrain.offload.checksum import ChecksumError, check, checksum
 from longtrain.offload.extent import State
 from longtrain.offload.system import System
 from longtrain.span import Span
@@ -333,3 +335,24 @@ def test_an_expanded_tensor_takes_the_room_of_what_it_repeats():
     assert store.regions["disk"].used <= 2 * 4096  # a page; two where its 256 bytes lie across the end of one
     assert torch.equal(store.get("x", Span(3, 77)), x[:, 3:77])
     store.close()
+
+
+def test_conjugates_and_negatives_are_stored_as_what_they_stand_for():
+    store = open_store(stepped())
+    x = torch.complex(torch.randn(1, 16, 4), torch.randn(1, 16, 4)).conj()
+    assert x.is_conj() and x.imag.is_neg()  # views whose bytes are not yet what they stand for
+    for name, tensor in {"conjugate": x, "negative": x.imag}.items():
+        store.put(name, Span(0, 16), tensor, DISK)
+        store.settle()
+        assert torch.equal(store.get(name, Span(0, 16)), tensor)
+    store.close()
+
+
+def test_a_checksum_is_of_the_bytes_of_their_extent_and_of_their_place():
+    data = np.arange(43, dtype=np.uint8)
+    found = {checksum(data, 1, 4096), checksum(data, 2, 4096), checksum(data, 1, 8192), checksum(data[:42], 1, 4096)}
+    assert len(found) == 4
+    check(data, 1, 4096, checksum(data, 1, 4096))
+    for other in (checksum(data, 1, 8192), None):
+        with pytest.raises(ChecksumError):
+            check(data, 1, 4096, other)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from longtrain._extension import MISSING
-from longtrain.ops.attention import attention, attention_backward, explain, merge_attention
+from longtrain.ops.attention import attention, attention_backward, explain, merge_attention, tiled
 from tests.ops.attention_cases import IMPOSSIBLE, OPTIONS, PAIRS, assert_close, drawn_case, drawn_options, forward_backward
 
 needs_extension = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
@@ -35,13 +35,13 @@ def test_the_drawn_cases_hold_every_pair_of_options():
     assert {frozenset(p) for p in PAIRS} <= seen
 
 
-def check_against_reference(numbers, **limits):
+def check_against_reference(numbers, among=FAST, **limits):
     for number in numbers:
         dtype, tolerance = (torch.float64, 1e-12) if number % 3 else (torch.float32, 3e-6)
         drawn, options = drawn_case(number, dtype, **limits)
         wide = {name: None if x is None else x.double() for name, x in drawn.items()}
         expected = forward_backward(wide, options, "reference")
-        backends = [name for name in FAST if name not in explain_drawn(drawn, options).refusals]
+        backends = [name for name in among if name not in explain_drawn(drawn, options).refusals]
         for backend in backends:
             try:
                 assert_close(forward_backward(drawn, options, backend), expected, tolerance)
@@ -61,6 +61,11 @@ def explain_drawn(drawn, options):
 def test_drawn_cases_equal_the_reference(poisoned, part):
     for _, backends in check_against_reference(range(part, CASES, 10), longest=210):
         assert "tiled" in backends and ("cpp" in backends) == (MISSING is None)
+
+
+def test_many_tiles_of_plain_torch_equal_the_reference(poisoned, monkeypatch):
+    monkeypatch.setattr(tiled, "TILE_ELEMENTS", 1)  # tiles of 16 tokens, the least; as a rule they have a thousand, more than a case
+    assert len(list(check_against_reference(range(100), among=("tiled",), longest=210))) == 100
 
 
 def test_drawn_cases_that_sdpa_does_not_refuse(poisoned):

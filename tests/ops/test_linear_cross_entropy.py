@@ -181,6 +181,20 @@ def test_weights_of_ignored_tokens_may_be_anything():
             assert_same(ours, loss_and_grads(x, w, None, t, token_weights=weights, reduction=reduction, backend="reference"))
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("backend", ["chunked", "reference"])
+def test_an_entry_that_is_never_to_be_drawn_may_stand_at_an_ignored_token(backend, reduction):
+    x, w, b, t = make(bias=True)
+    t = t.where(t != 0, 1)
+    with torch.no_grad():
+        b[0] = float("-inf")  # a loss of entry 0, which an ignored target is read as, is infinite; 0 of it is not 0
+    ours = loss_and_grads(x, w, b, t, reduction=reduction, backend=backend)
+    theirs = F.cross_entropy(F.linear(x, w, b), t, reduction=reduction)
+    assert (t == -100).any() and theirs.isfinite().all() and relative(ours[0], theirs) < 1e-14
+    assert all(g.isfinite().all() for g in ours[1:])
+    assert_same(ours, loss_and_grads(x, w, b.detach().clone().index_fill_(0, torch.tensor([0]), -1e4).requires_grad_(), t, reduction=reduction))
+
+
 @pytest.mark.parametrize("scale", [1e3, 1e4])
 def test_large_logits_do_not_overflow(scale):
     x, w, _, t = make(dtype=torch.float32)

@@ -9,7 +9,7 @@ import torch
 
 import longtrain as lt
 from longtrain.nn import LanguageModel, ModelConfig
-from longtrain.planner import calibrate, measure_model
+from longtrain.planner import calibrate, measure, measure_model
 from longtrain.planner.machines import MACHINES, find_machine
 from longtrain.planner.rates import Rates
 from longtrain.planner.seconds import step_time
@@ -54,7 +54,43 @@ def test_small_chunks_cost_launches_and_sums_of_gradients(footprint):
     few, many = (step_time(footprint, lt.Plan(chunk_tokens=c), TOKENS, 1, rates).total for c in (1024, 128))
     layer = footprint.layers[0]
     calls = layer.to_mix.calls + 2 * layer.forward.calls + layer.backward.calls
-    assert many - few == pytest.approx(28 * L * (calls * 1e-5 + 3 * layer.parameter_gradients / 1e9), rel=1e-6)
+    fixed = sum(c for work in (layer.to_mix, layer.forward, layer.forward, layer.backward) for _, (_, c) in work.others)
+    loss = footprint.loss_work.calls * 1e-5 + sum(c for _, (_, c) in footprint.loss_work.others) / 1e9
+    of_a_layer = calls * 1e-5 + (3 * layer.parameter_gradients + fixed) / 1e9
+    assert many - few == pytest.approx(28 * (L * of_a_layer + loss), rel=1e-6)
+
+
+def mixing(kind: str, chunk: int, **changes) -> float:
+    """FLOP of what is there in attention's place, at 1 FLOP/s, of a step that stores no output."""
+    config = ModelConfig(
+        vocab_size=V, num_layers=2, hidden_size=E, intermediate_size=F, num_heads=H, num_kv_heads=K, layers=(kind,), **changes
+    )
+    plan = lt.Plan(chunk_tokens=chunk, store_outputs=0.0)
+    parts = step_time(measure_model(LanguageModel(config)), plan, TOKENS, 1, replace(ONLY_FLOPS, flops=1.0), optimizer="none").parts
+    assert parts["attention"] == 0
+    return (parts["other mixers"] + parts["mixed again"]) / 2
+
+
+def test_other_mixers_cost_what_they_say():
+    """Forward, again, backward: linear attention 1 + 1 + 3, test-time training likewise, convolutions 1 + 1 + 2 or by transforms."""
+    forward = 64 * 2 * D + 4 * D * D
+    assert mixing("linear", 512) == pytest.approx(5 * TOKENS * H * forward)
+    delta, short = 2 * 64 * 2 * D + 6 * D * D, 2 * 3 * H * D * 4
+    assert mixing("delta", 512) == pytest.approx(TOKENS * (5 * H * delta + 4 * short))
+    assert mixing("lact", 512, lact_chunk=256) == pytest.approx(5 * TOKENS * H * 18 * D * D)
+    assert mixing("conv", 512, conv_taps=4) == pytest.approx(4 * TOKENS * E * 2 * 4)
+    one, pieces = 5 * 1024 * 11, TOKENS // 1024  # 1,024 taps reach back further than a chunk: the whole sequence, by transforms
+    assert mixing("conv", 512, conv_taps=1024) == pytest.approx(E * one * (2 * (2 * pieces + 1) + 3 * pieces + 2))
+
+
+def test_new_memory_costs_by_the_size_of_its_blocks(footprint):
+    free = replace(ONLY_FLOPS, made=((1, 1e30),))
+    dear = replace(ONLY_FLOPS, made=((1 << 14, 1e30), (1 << 14 | 1, 1e6)))
+    of = lambda chunk, rates: step_time(footprint, lt.Plan(chunk_tokens=chunk), TOKENS, 1, rates).total
+    spent = {chunk: of(chunk, dear) - of(chunk, free) for chunk in (16, 512)}
+    work = footprint.layers[0].forward
+    assert sum(count for _, count in work.made) > 10 and all(slope >= 0 for (slope, _), _ in work.made)
+    assert spent[16] < spent[512]  # blocks of 16 tokens are small ones, but for the gradients of the weights
 
 
 def test_transfers_cost_what_compute_does_not_hide(footprint, tmp_path):
@@ -82,10 +118,10 @@ def test_machines_name_their_sources_and_rates():
 
 
 def test_what_calibration_writes_is_what_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(calibrate, "SECONDS", 0.0)
+    monkeypatch.setattr(measure, "SECONDS", 0.0)
     monkeypatch.setattr(calibrate, "MOVED", 1 << 22)
     monkeypatch.setitem(
-        calibrate.SHAPES, "cpu", {"rows": 64, "sizes": (16, 32), "tokens": 64, "heads": 4, "dims": (16,), "elements": 1 << 12}
+        calibrate.SHAPES, "cpu", {"rows": 64, "width": 64, "sizes": (16, 32), "tokens": 64, "heads": 4, "dims": (16,), "elements": 1 << 12}
     )
     said = []
     machine = calibrate.calibrate(torch.device("cpu"), torch.float32, tmp_path, say=said.append, name="here")

@@ -11,7 +11,7 @@ from longtrain.nn import LanguageModel, ModelConfig
 from longtrain.planner import measure_model
 from longtrain.planner.shapes import on_meta
 from longtrain.stream.footprint import probe_layer
-from longtrain.stream.loss import loss_lines, streamed_token_loss
+from longtrain.stream.loss import probe_loss, streamed_token_loss
 from longtrain.stream.work import highest, lines
 from tests.held import most_held
 
@@ -30,7 +30,7 @@ def test_a_decoder_layer_computes_two_flops_a_weight_and_token_and_four_backward
     assert found.backward.flops == 4 * weights
     projections = sum(getattr(layer.self_attn, f"{name}_proj").weight.numel() for name in "qkv")
     assert found.to_mix.flops == 2 * projections
-    assert dict(found.forward.products).keys() == {32, 64}  # K/V projections are 64 x 32
+    assert dict(found.forward.products).keys() == {(32, 4), (64, 4)}  # K/V projections are 64 x 32
     assert found.forward.moved > 0 and found.forward.calls > 10
 
 
@@ -79,7 +79,7 @@ def test_what_the_loss_holds_is_what_was_said():
     norm, head = nn.RMSNorm(64), nn.Linear(64, 2048, bias=False)
     hidden, targets = torch.randn(1, 256, 64, requires_grad=True), torch.randint(2048, (1, 256))
     measured = most_held(lambda: streamed_token_loss(hidden, norm, head, targets, chunk_tokens=256))
-    assert highest(loss_lines(norm, head), 256) + head.weight.nbytes == pytest.approx(measured, rel=0.03)
+    assert highest(probe_loss(norm, head)[0], 256) + head.weight.nbytes == pytest.approx(measured, rel=0.03)
 
 
 def test_lines_decide_by_length():

@@ -13,7 +13,7 @@ from torch import Tensor
 from . import chunked, cpp, reference, triton
 from .call import Call, checked
 
-__all__ = ["explain", "footprint_bytes", "linear_attention", "linear_attention_backward"]
+__all__ = ["explain", "flops", "footprint_bytes", "linear_attention", "linear_attention_backward"]
 
 # In order of preference of backend="auto".
 BACKENDS = {"triton": triton, "cpp": cpp, "chunked": chunked, "reference": reference}
@@ -110,6 +110,16 @@ def footprint_bytes(
         return cpp.footprint_bytes(tokens, heads, key_dim, value_dim, itemsize=itemsize)
     options = dict(decays=decays, delta=delta, chunk_size=chunk_size, itemsize=itemsize, device=device)
     return chunked.footprint_bytes(tokens, heads, key_dim, value_dim, **options)
+
+
+def flops(
+    tokens: int, *, heads: int, key_dim: int, value_dim: int, delta: bool = False, chunk_size: int = 64, backward: bool = False
+) -> float:
+    """Of matrix products, in chunks of c tokens, for a batch of one: c (D + Dv) a token among the tokens of a chunk, which see half of
+    them, 4 D Dv with the state; the delta rule solves a system and meets the state once more. Backward makes the states again, and of each
+    product two."""
+    one = chunk_size * (key_dim + value_dim) * (1 + delta) + (4 + 2 * delta) * key_dim * value_dim
+    return tokens * heads * one * (3 if backward else 1)
 
 
 def _choose(call: Call, backend: str) -> Any:
