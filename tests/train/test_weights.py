@@ -10,6 +10,7 @@ from longtrain import cli
 from longtrain.config import load_config
 from longtrain.nn import LanguageModel
 from longtrain.train.output import read_metrics
+from longtrain.train.state import sum_of
 from longtrain.train.weights import cast, load_weights
 
 pytestmark = pytest.mark.usefixtures("no_picture")
@@ -123,3 +124,9 @@ def test_the_training_dtype_is_not_that_of_buffers_and_of_8_bits():
     assert {name: tensor.dtype for name, tensor in model.state_dict().items()} == {
         "weight": torch.bfloat16, "bias": torch.bfloat16, "frequencies": torch.float64, "whole": torch.int8, "narrow": torch.float8_e4m3fn,
     }  # fmt: skip
+
+
+def test_a_checksum_of_weights_knows_which_is_which_and_how_they_are_kept():
+    one, other = torch.randn(3), torch.randn(3)
+    assert sum_of([one, other]) == sum_of([one.clone(), other.clone()]) != sum_of([other, one])
+    assert sum_of([one], torch.bfloat16) == sum_of([one.bfloat16()]) != sum_of([one])
