@@ -93,7 +93,10 @@ class TurnShape:
 
     def choose(self, shards: Shards) -> Choice:
         handed, ranks = hand_overs(shards) / shards.ranks * self.state, shards.ranks
-        why = f"only the layer knows how its states change, so {ranks} ranks take turns; each waits {1 - 4 / (3 * ranks):.0%} of its time"
+        why = f"only the layer knows how its states change, so {ranks} ranks take turns"
+        if len(shards.chunks) > 1:
+            waits = f"each waits {1 - 4 / (3 * ranks):.0%} of its time"
+            why += f", chunk after chunk: {waits}; with one chunk the next layer's turns begin meanwhile"
         return Choice("turns", {"turns": Received(forward=handed, backward=handed)}, {"all at once": why})
 
 

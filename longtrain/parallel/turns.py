@@ -8,7 +8,8 @@ states behind the tokens before, and hands on those behind its own; in the backw
 
 A replay begins with the states that the forward pass kept, on all ranks at the same time; only derivatives are taken in turns. Where a
 forward pass takes F and its derivative 2 F, of which nothing is done at the same time, the 4 F / P that is a rank's part takes 3 F: a rank
-waits for 1 - 4 / (3 P) of it.
+waits for 1 - 4 / (3 P) of it, where a sequence goes in several chunks. In one chunk a rank that has had its turn goes on to the next layer
+while others have theirs, and only those that a layer with attention, or the loss, holds up wait.
 
 A rank receives all states once for each of its runs of tokens, forward, and their gradients, backward, whatever the runs' length.
 """

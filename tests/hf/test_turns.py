@@ -85,8 +85,10 @@ def bytes_are_the_formula(rank: int, world: int) -> None:
     cost = next(choice.costs["turns"] for choice in choices if choice.way == "turns")
     assert counted.tolist() == pytest.approx([2 * world * cost.forward, 2 * world * cost.backward])
     waits = {2: "33%", 3: "56%", 4: "67%"}[world]
-    why = f"only the layer knows how its states change, so {world} ranks take turns; each waits {waits} of its time"
-    assert f"layers 0, 2: turns (turns 0.0 + 0.0 MiB); not all at once: {why}" in sharing.explain(TOKENS)
+    turns = "turns (turns 0.0 + 0.0 MiB); not all at once: only the layer knows how its states change"
+    why = f"layers 0, 2: {turns}, so {world} ranks take turns"
+    assert f"{why}, chunk after chunk: each waits {waits} of its time" in sharing.explain(TOKENS)
+    assert f"{why}\n" in sharing.explain(16) + "\n", "one chunk"
     with torch.no_grad():
         forward, backward = received["states"], received["dstates"]
         model(**CALLS["one row"](), use_cache=False)

@@ -6,6 +6,7 @@ import torch
 from longtrain.ops.attention import attention
 from longtrain.ops.attention.interface import checked_call
 from longtrain.ops.attention.mask import dropout_keep
+from longtrain.ops.mixers import AttentionMixer
 
 
 def keep(B=1, H=1, T=512, S=512, q_start=0, k_start=0, seed=3, p=0.5, head_offset=0):
@@ -52,6 +53,14 @@ def test_neighbours_are_independent():
 
 def test_heads_of_a_process_are_the_models_heads():
     assert torch.equal(keep(H=4)[:, 2:], keep(H=2, head_offset=2))
+
+
+def test_groups_of_a_process_s_heads_are_dropped_as_the_whole_is():
+    mixer = AttentionMixer(dropout_p=0.5, dropout_seed=3, head_offset=2)
+    qkv = [torch.randn(1, 9, heads, 4, dtype=torch.float64) for heads in (4, 2, 2)]
+    whole = mixer(*qkv)
+    for heads, part, inputs in mixer.by_group(*qkv):
+        torch.testing.assert_close(part(*inputs), whole[:, :, heads], rtol=1e-13, atol=1e-13)
 
 
 def test_positions_are_global():
