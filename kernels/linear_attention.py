@@ -246,7 +246,7 @@ def linear_grads(
         _store(_at(dv, dv_strides, batch, head), dv_strides, rows, valid, first, dv_tile, VALUE_DIM, BLOCK_VALUE)
     dq_to, dk_to, dk_behind = tl.trans(dq_to), tl.trans(dk_to), tl.trans(dk_behind)
     if beta is not None:
-        # dbeta = rows of dX (V - (K A) S - M U): the products with S and U are those of -dV
+        # dbeta: sums of rows of dX times V - (K A) S - M U, of which dX S^T and dX U^T are there
         k_to = to_tokens(k_tile, sums, FEATURES)
         met = tl.where(i > j, scores(k_tile, k_tile, g_tile, CHUNK, LEVELS, FEATURES, PRECISION), 0.0)
         db -= tl.sum(dk_to * k_to, 1) + tl.sum(dm * met, 1)
