@@ -49,7 +49,7 @@ def account(
     held, counts = ledger.alive(device, peak), ledger.counts(device, peak)
     largest = top_items(ledger, held, counts, streamed)
     by_category = totals(ledger, held)
-    measured, process = measured_phases(ledger, level, device, first, last), of_process(watch)
+    measured, process = measured_phases(ledger, level, first, last), of_process(watch)
     result = {
         "version": VERSION,
         **facts,
@@ -154,7 +154,7 @@ def kind_of(item: Item) -> str:
     return re.sub(r"\blayer \d+", "layers", item.name)
 
 
-def measured_phases(ledger: Ledger, level: np.ndarray, device: int, first: int, last: int) -> list[dict[str, Any]]:
+def measured_phases(ledger: Ledger, level: np.ndarray, first: int, last: int) -> list[dict[str, Any]]:
     """The most that was held in each phase of a step, in order: forward, what is between the last layer and the backward pass, the backward
     pass by visible part, the optimizer."""
     found: dict[tuple[str, int], dict[str, Any]] = {}

@@ -1,12 +1,10 @@
-"""Attention over several ranks as one differentiable function, whatever the way the ranks go about it."""
+"""What every way of attending over several ranks can be asked."""
 
 from __future__ import annotations
 
 from typing import Protocol
 
-import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 class Way(Protocol):
@@ -24,27 +22,3 @@ class Way(Protocol):
 def delta_of(dout: Tensor, out: Tensor, lse: Tensor) -> Tensor:
     """``sum_d dout * out``, ``[B, T, H]``, in the LSE's wide dtype: all that the backward pass needs of the output."""
     return (dout.to(lse.dtype) * out).sum(-1)
-
-
-def attend_over_ranks(way: Way, mixer, q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor) -> Tensor:
-    """Softmax attention of this rank's queries on the keys of all ranks, ``[B, n, H, Dv]``, differentiable in q, k, v.
-
-    `mixer`: `longtrain.ops.mixers.AttentionMixer` (or one with its methods), in positions of the whole sequence.
-    """
-    return _OverRanks.apply(way, mixer, q_BTHD, k_BTKD, v_BTKD)
-
-
-class _OverRanks(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, way: Way, mixer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out, lse = way.attend(mixer, q, k, v)
-        ctx.way, ctx.mixer = way, mixer
-        ctx.save_for_backward(q, k, v, out, lse)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dout: Tensor):
-        q, k, v, out, lse = ctx.saved_tensors
-        grads = ctx.way.attend_vjp(ctx.mixer, dout, q, k, v, lse, delta_of(dout, out, lse))
-        return None, None, *(grad.to(dout.dtype) for grad in grads)

@@ -64,9 +64,10 @@ def read_run(directory: Path) -> Run:
         elif line.strip():
             broken.append(number)
     config_text = (directory / CONFIG).read_text(encoding="utf-8") if (directory / CONFIG).is_file() else ""
-    evaluation = None
-    if (directory / EVALUATION).is_file():
+    try:
         evaluation = json.loads((directory / EVALUATION).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):  # nobody asked for one, or it is damaged: the last validation stands in
+        evaluation = None
     validations = by_step(records, "validation")
     return Run(
         name=directory.resolve().name,

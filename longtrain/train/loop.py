@@ -144,6 +144,8 @@ class Trainer:
             resumed |= dropped
             if dropped["dropped_steps"]:
                 say("resume", ["updates {} to {} are done again, their metrics were dropped".format(*dropped["dropped_steps"])])
+        if self.done < config.train.steps:
+            (self.directory / output.EVALUATION).unlink(missing_ok=True)  # of weights that are about to change
         write_whole(self.directory / output.CONFIG, lambda path: path.write_text(self.config_text, encoding="utf-8"))
         self.metrics = Metrics(open_sinks(config, self.directory, self.done, append=goes_on))
         environment = {

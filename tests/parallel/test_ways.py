@@ -17,7 +17,7 @@ from longtrain.parallel.layout import ARRANGEMENTS, Shards, spread
 from longtrain.parallel.ranks import Ranks, Traffic
 from longtrain.parallel.ring import Ring
 from longtrain.parallel.travelling import TravellingQueries
-from longtrain.parallel.way import attend_over_ranks, delta_of
+from longtrain.parallel.way import Way, delta_of
 from longtrain.span import Layout, Span
 from tests.processes import run_ranks
 
@@ -52,13 +52,19 @@ def outcome(attention, q, k, v, dout) -> list[torch.Tensor]:
     return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
 
 
+def over_ranks(way: Way, mixer: AttentionMixer, q, k, v, dout) -> list[torch.Tensor]:
+    """The same of this rank's part of each."""
+    out, lse = way.attend(mixer, q, k, v)
+    return [out, *(grad.to(dout.dtype) for grad in way.attend_vjp(mixer, dout, q, k, v, lse, delta_of(dout, out, lse)))]
+
+
 def error_of(way, mixer: AttentionMixer, shards: Shards, heads, tokens: int = TOKENS, batch: int = 2) -> float:
     """The largest error of this rank's output and gradients, relative to the norm of the whole. A gradient that is exactly zero, as of a
     softmax over one key, is a difference of terms of the order of dout: its norm counts as a thousandth of dout's at least.
     """
     rank, whole = torch.distributed.get_rank(), tensors(heads, tokens, batch)
     expected = outcome(replace(mixer, backend="reference"), *whole)
-    found = outcome(lambda *qkv: attend_over_ranks(way, mixer, *qkv), *(shards.take(x, rank) for x in whole))
+    found = over_ranks(way, mixer, *(shards.take(x, rank) for x in whole))
     least = 1e-3 * whole[3].norm()
     return max(float((a - shards.take(b, rank)).norm() / b.norm().clamp_min(least)) for a, b in zip(found, expected, strict=True))
 
@@ -246,7 +252,7 @@ def same_bits_every_time(rank: int, world: int) -> None:
     shards = spread(TOKENS, world, inside="zigzag")
     for name, way in ways(Ranks.of(), shards, (6, 2)).items():
         whole = [shards.take(x, rank).float() for x in tensors((6, 2))]
-        first, second = (outcome(lambda *qkv: attend_over_ranks(way, AttentionMixer(), *qkv), *whole) for _ in range(2))
+        first, second = (over_ranks(way, AttentionMixer(), *whole) for _ in range(2))
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), name
 
 
