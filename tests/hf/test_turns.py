@@ -12,7 +12,7 @@ from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 
 import longtrain as lt
-from tests.hf.test_shared import PACKED, batch, gradients
+from tests.hf.test_shared import batch, gradients
 from tests.processes import run_ranks
 
 EXACT = 1e-12

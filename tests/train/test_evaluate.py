@@ -121,10 +121,10 @@ def test_eval_reads_the_newest_checkpoint_where_a_run_has_not_ended(config_file,
 
 
 def test_an_evaluation_ends_with_the_weights_it_is_of(config_file, out):
-    """It stays when the command is only given again, and goes when updates are done."""
+    """It stays where the finished run is only refused, and goes when updates are done."""
     steps = "train.steps={}".format
     assert cli.main(["train", str(config_file), steps(2)]) == cli.main(["train", "--eval", str(out)]) == 0
-    assert cli.main(["train", str(config_file), steps(2)]) == 0 and (out / "evaluation.json").exists()
+    assert cli.main(["train", str(config_file), steps(2)]) == 2 and (out / "evaluation.json").exists()
     assert cli.main(["train", str(config_file), steps(3)]) == 0 and not (out / "evaluation.json").exists()
 
 
