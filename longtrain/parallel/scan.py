@@ -29,7 +29,7 @@ from longtrain.ops.state_mixers import LinearAttentionMixer
 from longtrain.parallel.relay import Known, Relay, Stage
 from longtrain.span import Span
 
-BLOCKS = 8
+BLOCKS = 4
 """In which a state of linear attention travels: so many groups of heads, or where there are fewer, parts of their value features."""
 
 
@@ -137,7 +137,7 @@ def affine_forward(relay: Relay | Known, stage: Stage, mixer, inputs: Each) -> t
     def done(i: int, b: int) -> None:
         if blocks[b].last:
             out, _, affine = made.pop((i, blocks[b].work.start))
-            outs[i][:, :, blocks[b].work] = out + affine.read(entries[i][:, blocks[b].work])
+            torch.add(out, affine.read(entries[i][:, blocks[b].work]), out=outs[i][:, :, blocks[b].work])
 
     relay.run(stage, [block.index for block in blocks], entries[0], step, ready=ready, done=done)
     return outs, entries
