@@ -29,7 +29,7 @@ from longtrain.ops.state_mixers import LinearAttentionMixer
 from longtrain.parallel.relay import Known, Relay, Stage
 from longtrain.span import Span
 
-BLOCKS = 4
+BLOCKS = 8
 """In which a state of linear attention travels: so many groups of heads, or where there are fewer, parts of their value features."""
 
 
