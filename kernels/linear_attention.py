@@ -215,9 +215,10 @@ def linear_grads(
     q_tile = scale * _load(_at(q, q_strides, batch, head), q_strides, rows, valid, 0, DIM, BLOCK_DIM)
     k_tile = _load(_at(k, k_strides, batch, head), k_strides, rows, valid, 0, DIM, BLOCK_DIM)
     sums = sums_to(g_tile, FEATURES)
-    dq_to = tl.zeros((CHUNK, BLOCK_DIM), tl.float32)
-    dk_to = tl.zeros((CHUNK, BLOCK_DIM), tl.float32)
-    dk_behind = tl.zeros((CHUNK, BLOCK_DIM), tl.float32)
+    # Transposed, so that warps lie along D: along C there is too little for them, and each would hold all columns.
+    dq_to = tl.zeros((BLOCK_DIM, CHUNK), tl.float32)
+    dk_to = tl.zeros((BLOCK_DIM, CHUNK), tl.float32)
+    dk_behind = tl.zeros((BLOCK_DIM, CHUNK), tl.float32)
     dp = tl.zeros((CHUNK, CHUNK), tl.float32)
     dm = tl.zeros((CHUNK, CHUNK), tl.float32)
     dthrough = tl.zeros((BLOCK_DIM,), tl.float32)
@@ -226,28 +227,31 @@ def linear_grads(
         b = tl.load(_at(beta, beta_strides, batch, head) + rows * beta_strides[1], mask=valid, other=0.0).to(tl.float32)
         own = (index.to(tl.int64) * tokens + rows)[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
         inverse = tl.load(x + own, mask=valid[:, None], other=0.0)
-        k_to = to_tokens(k_tile, sums, FEATURES)
-        met = tl.where(i > j, scores(k_tile, k_tile, g_tile, CHUNK, LEVELS, FEATURES, PRECISION), 0.0)
     for first in tl.range(0, VALUE_DIM, BLOCK_VALUE):
         at, inside = _state_at(index * chunks + chunk, first, DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE)
         s, de = tl.load(states + at, mask=inside, other=0.0), tl.load(dexits + at, mask=inside, other=0.0)
         u_tile = _load(_at(u, u_strides, batch, head), u_strides, rows, valid, first, VALUE_DIM, BLOCK_VALUE)
         dout_tile = _load(_at(dout, dout_strides, batch, head), dout_strides, rows, valid, first, VALUE_DIM, BLOCK_VALUE)
         dv_tile = _load(_at(du, du_strides, batch, head), du_strides, rows, valid, first, VALUE_DIM, BLOCK_VALUE)
-        dq_to = tl.dot(dout_tile, tl.trans(s), dq_to, input_precision=PRECISION)
+        dq_to = tl.dot(s, tl.trans(dout_tile), dq_to, input_precision=PRECISION)
         dp = tl.dot(dout_tile, tl.trans(u_tile), dp, input_precision=PRECISION)
-        dk_behind = tl.dot(u_tile, tl.trans(de), dk_behind, input_precision=PRECISION)
+        dk_behind = tl.dot(de, tl.trans(u_tile), dk_behind, input_precision=PRECISION)
         dthrough += tl.sum(s * de, 1)
         if beta is not None:
             dx = tl.dot(tl.trans(inverse), dv_tile, input_precision=PRECISION)
-            left = _load(_at(v, v_strides, batch, head), v_strides, rows, valid, first, VALUE_DIM, BLOCK_VALUE)
-            left -= tl.dot(k_to, s, input_precision=PRECISION)
-            left -= tl.dot(met, u_tile, input_precision=PRECISION)
-            db += tl.sum(dx * left, 1)
+            db += tl.sum(dx * _load(_at(v, v_strides, batch, head), v_strides, rows, valid, first, VALUE_DIM, BLOCK_VALUE), 1)
             dv_tile = b[:, None] * dx
-            dk_to = tl.dot(-dv_tile, tl.trans(s), dk_to, input_precision=PRECISION)
-            dm = tl.dot(-dv_tile, tl.trans(u_tile), dm, input_precision=PRECISION)
+            dk_to = tl.dot(s, tl.trans(dx), dk_to, input_precision=PRECISION)
+            dm = tl.dot(dx, tl.trans(u_tile), dm, input_precision=PRECISION)
         _store(_at(dv, dv_strides, batch, head), dv_strides, rows, valid, first, dv_tile, VALUE_DIM, BLOCK_VALUE)
+    dq_to, dk_to, dk_behind = tl.trans(dq_to), tl.trans(dk_to), tl.trans(dk_behind)
+    if beta is not None:
+        # dbeta: sums of rows of dX times V - (K A) S - M U, of which dX S^T and dX U^T are there
+        k_to = to_tokens(k_tile, sums, FEATURES)
+        met = tl.where(i > j, scores(k_tile, k_tile, g_tile, CHUNK, LEVELS, FEATURES, PRECISION), 0.0)
+        db -= tl.sum(dk_to * k_to, 1) + tl.sum(dm * met, 1)
+        _store_row(_at(dbeta, dbeta_strides, batch, head), dbeta_strides, rows, valid, db)
+        dk_to, dm = -b[:, None] * dk_to, tl.where(i > j, -b[:, None] * dm, 0.0)
     behind = sums_behind(g, g_strides, chunk * CHUNK, tokens, DIM, BLOCK_DIM, CHUNK, FEATURES)
     dk_tile = to_tokens(dk_behind, behind, FEATURES)
     if FEATURES == 0:
@@ -265,9 +269,7 @@ def linear_grads(
             whole = (dthrough * tl.exp(tl.sum(g_tile, 0)))[None, :]
             dg_tile = whole + tl.cumsum(past, 0, reverse=True) + tl.dot((i > j).to(tl.float32), ahead, input_precision="tf32x3")
     if beta is not None:
-        _store_row(_at(dbeta, dbeta_strides, batch, head), dbeta_strides, rows, valid, db)
         dk_tile += to_tokens(dk_to, sums, FEATURES)
-        dm = tl.where(i > j, dm, 0.0)
         drows, dk_tile, dg_tile = scores_vjp(dm, k_tile, k_tile, g_tile, dk_tile, dg_tile, CHUNK, LEVELS, FEATURES, PRECISION)
         dk_tile += drows
     dp = tl.where(i >= j, dp, 0.0)

@@ -75,11 +75,13 @@ class Layout:
         """From `cu_seqlens` ``[documents + 1]``, or one document. Raises ValueError when they do not cover the tokens."""
         if cu_seqlens is None:
             return cls(tokens, (0, tokens))
-        edges = tuple(int(e) for e in (cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens))
-        if len(edges) < 2 or edges[0] != 0 or edges[-1] != tokens or any(a > b for a, b in zip(edges, edges[1:], strict=False)):
-            shown = f"{list(edges[:6])}{'...' if len(edges) > 6 else ''} ending in {edges[-1] if edges else 'nothing'}"
+        given = tuple(cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens)
+        edges = tuple(map(int, given))
+        rises = edges == given and all(a <= b for a, b in zip(edges, edges[1:], strict=False))
+        if len(edges) < 2 or edges[0] != 0 or edges[-1] != tokens or not rises:
+            shown = f"{list(given[:6])}{'...' if len(given) > 6 else ''} ending in {given[-1] if given else 'nothing'}"
             raise ValueError(
-                f"cu_seqlens must rise from 0 to the number of tokens ({tokens}), found {shown}; "
+                f"cu_seqlens must rise from 0 to the number of tokens ({tokens}) in whole numbers, found {shown}; "
                 "give the cumulative document lengths, first entry 0"
             )
         return cls(tokens, edges)
@@ -121,6 +123,6 @@ class Layout:
         """Labels moved one place left, ignored at each document's last token: ``target[t]`` is what token t must predict."""
         targets_BT = torch.full_like(labels_BT, IGNORE_INDEX)
         targets_BT[:, :-1] = labels_BT[:, 1:]
-        ends = torch.tensor([e - 1 for a, e in zip(self.edges, self.edges[1:], strict=False) if e > a], device=labels_BT.device)
-        targets_BT[:, ends] = IGNORE_INDEX
+        ends = [e - 1 for a, e in zip(self.edges, self.edges[1:], strict=False) if e > a]
+        targets_BT[:, torch.tensor(ends, dtype=torch.int64, device=labels_BT.device)] = IGNORE_INDEX
         return targets_BT

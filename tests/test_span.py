@@ -29,7 +29,7 @@ def test_positions_and_first_visible_by_document(edges):
     assert [i - layout.first_visible(i) for i in range(10)] == expected
 
 
-@pytest.mark.parametrize("edges", [[1, 10], [0, 9], [0, 6, 4, 10], [0], []])
+@pytest.mark.parametrize("edges", [[1, 10], [0, 9], [0, 6, 4, 10], [0], [], [0, 3.5, 10], torch.tensor([0, 3.5, 10])])
 def test_cu_seqlens_that_do_not_cover_the_tokens(edges):
     with pytest.raises(ValueError, match=r"cu_seqlens must rise from 0 to the number of tokens \(10\)"):
         Layout.make(10, edges)
@@ -47,3 +47,4 @@ def test_targets_never_cross_documents():
     layout = Layout.make(7, [0, 1, 4, 4, 7])
     targets = layout.next_token_targets(torch.arange(10, 17)[None])
     assert targets.tolist() == [[-100, 12, 13, -100, 15, 16, -100]]
+    assert Layout.make(0).next_token_targets(torch.empty(1, 0, dtype=torch.int64)).shape == (1, 0)

@@ -11,7 +11,8 @@
 Shapes, lengths and plans are drawn with a fixed seed: 2 to 16 layers, 4K to 128K tokens, windows where the square of the length would take
 minutes; every third one is a model of transformers, and those of every fourth have stored tensors on disk. Each runs in a process of its
 own, which writes what it predicts before it takes a step: bytes of the ledger (what torch's allocator gives out, parameters included),
-resident memory (that and what the process held beside the model; malloc keeps nothing back with MALLOC_MMAP_THRESHOLD_=65536), seconds
+resident memory (that, what the process held beside the model, and what extents take beside their tensors; malloc keeps nothing back with
+MALLOC_MMAP_THRESHOLD_=65536), seconds
 (with --machine, files of `longtrain calibrate` for the dtypes). Then AdamW steps: the first, of two chunks, makes moments, the second is timed and its
 resident peak read (VmHWM), the third is watched by lt.profile.
 With --times three are timed, and the median counts.
@@ -143,6 +144,7 @@ def child(case: Case, out: Path, machines: list[str], path: str, times: bool) ->
     import longtrain as lt
     from longtrain.offload import check_disk
     from longtrain.planner import measure_model, peak, step_memory
+    from longtrain.planner.cost import extents_bytes
     from longtrain.planner.machines import find_machine
     from longtrain.planner.seconds import step_time
     from longtrain.train.peak_memory import read_peak, reset_peak
@@ -160,7 +162,8 @@ def child(case: Case, out: Path, machines: list[str], path: str, times: bool) ->
     top = peak(phases)
     held = status_bytes("VmRSS")
     ledger = top.total - top.items["workspace"]
-    predicted = {"ledger": ledger, "resident": held - footprint.parameters + ledger, "phase": top.name}
+    beside = extents_bytes(footprint, plan, case.tokens)
+    predicted = {"ledger": ledger, "resident": held - footprint.parameters + ledger + beside, "phase": top.name}
     if (machine := next((m for m in map(find_machine, machines) if m.dtype == case.dtype), None)) is not None:
         predicted["seconds"] = step_time(footprint, plan, case.tokens, 1, machine.rates).total
     out.write_text(json.dumps({"predicted": predicted}))

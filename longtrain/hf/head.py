@@ -102,7 +102,7 @@ class LazyLogits(Promise):
 
     @property
     def edited(self) -> bool:
-        """Whether somebody has read the logits and changed them in place (masked entries of the vocabulary): the recipe is no longer true."""
+        """Whether somebody has read the logits and changed them in place (masked entries of the vocabulary): the recipe is not theirs."""
         return self.computed is not None and version_of(self.computed) != self.version
 
     @property

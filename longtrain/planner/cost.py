@@ -12,7 +12,7 @@ from longtrain.nn.ends import TokenLoss
 from longtrain.offload.system import System
 from longtrain.offload.traffic import staging_rooms
 from longtrain.ops.linear_cross_entropy import default_chunk_tokens
-from longtrain.plan import Plan
+from longtrain.plan import STAY, Plan
 from longtrain.planner.pretrained import layers_differ, probe_transformers
 from longtrain.span import Span, chunk_spans
 from longtrain.stream.footprint import LayerFootprint, gradient_bytes, probe_layer
@@ -21,8 +21,14 @@ from longtrain.stream.protocol import StreamableLayer
 from longtrain.stream.work import Line, Work, highest
 
 CPU_WORKSPACE = 112 * 2**20
-"""Resident memory of a CPU step that no tensor accounts for: kernel scratch, thread pools, freed blocks that the allocator keeps.
-Measured: configs/quickstart.yaml peaked at 595 to 603 MiB where the tensors and what was held before add up to 486."""
+"""Resident memory of a CPU step that no tensor accounts for: kernel scratch, thread pools, freed blocks that the allocator keeps. Nearly all
+of it is the last: where malloc keeps nothing back (MALLOC_MMAP_THRESHOLD_=65536) twenty steps took 1 to 12 MiB beside their tensors and
+`extents_bytes` (tools/predicted_measured.py); as it is, configs/quickstart.yaml peaked at 595 to 603 MiB where the tensors and what was held
+before add up to 486."""
+
+EXTENT, TIERED_EXTENT, PAGE, MAPPED = 460, 1600, 4096, 1 << 16
+"""Resident bytes of an extent of the token store beside its tensor, without tiers and with them (measured: 4,096 extents of a few bytes), and
+the page that malloc adds to a block that it maps by itself, of so many bytes and more (MALLOC_MMAP_THRESHOLD_=65536)."""
 
 GPU_WORKSPACE = 2 * 10**9
 """Of a GPU: the CUDA context, libraries' workspaces, and what the caching allocator cannot use (the design's "context" of 3 GB with
@@ -179,7 +185,8 @@ def step_memory(model: ModelFootprint, plan: Plan, tokens: int, batch: int = 1, 
     slab, half = (
         (0, 0) if plan.offload is None else staging_rooms(plan.offload.staging_bytes, plan.offload.disk is not None, System().threads)[1:]
     )
-    fixed["workspace"] = CPU_WORKSPACE + slab if model.device.type == "cpu" else GPU_WORKSPACE  # a GPU's slab is the host's memory
+    on_cpu = CPU_WORKSPACE + slab + extents_bytes(model, plan, tokens, batch)
+    fixed["workspace"] = on_cpu if model.device.type == "cpu" else GPU_WORKSPACE  # a GPU's slab is the host's memory
     segments = [range(a, min(a + k, len(layers))) for a in range(0, len(layers), k)]
     inputs = [layers[s[0]].x * n * stays("inputs", s[0]) for s in segments]
     end, phases, several = len(layers), [], tokens > chunk
@@ -253,6 +260,25 @@ def step_memory(model: ModelFootprint, plan: Plan, tokens: int, batch: int = 1, 
         }
         phases.append(Phase("backward of the embedding", _whole({**fixed, **items})))
     return phases
+
+
+def extents_bytes(model: ModelFootprint, plan: Plan, tokens: int, batch: int = 1) -> int:
+    """What the extents of the token store take of a CPU's resident memory beside their tensors, when the backward pass begins."""
+    layers, chunk, k = model.at(plan.chunk_tokens), min(plan.chunk_tokens, tokens), plan.segment_layers
+    chunks, of_an_extent = -(-tokens // chunk), EXTENT if plan.offload is None else TIERED_EXTENT
+
+    def of(what: str, layer: int, bytes_a_token: float, count: float) -> float:
+        stays = 1.0 if plan.offload is None else plan.offload.split(what, layer).device
+        return count * (of_an_extent + stays * PAGE * (bytes_a_token * chunk * batch >= MAPPED))
+
+    total = sum(of("inputs", i, layers[i].x, chunks) for i in range(0, len(layers), k))
+    for i, f in enumerate(layers):
+        outputs = len(f.kept_outputs(plan.stored_outputs(i, tokens), chunk)) / chunk
+        total += of("outputs", i, f.output - f.lse, outputs) + (of("outputs", i, f.lse, outputs) if f.lse else 0)
+        slides = f.causal and f.carry_tokens(tokens, chunk) < tokens
+        in_chunks = slides or in_blocks(f, plan, tokens) or (plan.offload is not None and plan.offload.split("kv", i) != STAY)
+        total += of("kv", i, f.carry / 2, 2 * len(plan.stored_kv(i, tokens)) / chunk) if in_chunks and f.carry else 0
+    return round(total)
 
 
 def gathered_bytes(model: ModelFootprint, segments: Sequence[range] = (), j: int = 0) -> int:

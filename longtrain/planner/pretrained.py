@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from longtrain.plan import Plan
 from longtrain.stream.footprint import PROBE_TOKENS, LayerFootprint, probe_layer
@@ -41,6 +42,8 @@ def probe_transformers(model: nn.Module) -> tuple[list[nn.Module], list[LayerFoo
             f.module.example = examples[f.module].__getitem__
             if f.adapted.kind not in costs:
                 costs[f.adapted.kind] = probe_layer(f.module)
+        small, large = (sum(_tensors([examples[f.module][n][1] for f in found]).values()) for n in PROBE_TOKENS)
+        costs = {kind: replace(cost, arguments=(large - small) // (longer - shorter)) for kind, cost in costs.items()}  # of all layers
         known: dict = {}
         footprints = [
             known.setdefault((f.adapted.kind, mixers), replace(costs[f.adapted.kind], mixers=mixers) if mixers else costs[f.adapted.kind])
@@ -48,6 +51,11 @@ def probe_transformers(model: nn.Module) -> tuple[list[nn.Module], list[LayerFoo
         ]
     head = pretrained.get_output_embeddings()
     return [f.module for f in found], footprints, head if isinstance(head, nn.Linear) else None
+
+
+def _tensors(arguments: Any) -> dict[int, int]:
+    """Bytes of each tensor, once."""
+    return {id(t): t.nbytes for t in tree_leaves(arguments) if isinstance(t, Tensor)}
 
 
 def mixers_on_long_rows(pretrained: nn.Module, found: Sequence) -> list[tuple[Any, ...]]:

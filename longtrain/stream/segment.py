@@ -83,6 +83,8 @@ class Segment:
             raise ValueError("a streamed layer mixes by its carry: call it without mix")
         if x.ndim != 3:
             raise ValueError(f"a streamed layer takes hidden states [B, T, E], found shape {list(x.shape)}")
+        if not x.numel():  # nor has its stand-in a place in memory to be known by
+            raise ValueError(f"a streamed layer takes at least one token, found hidden states {list(x.shape)}; leave empty batches out")
         chain = self.chain
         if not self.first and chain.unfinished is not None:
             raise chain.unfinished.skipped()

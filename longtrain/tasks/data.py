@@ -81,11 +81,10 @@ def _expression(depth: int, random: np.random.Generator) -> tuple[list[str], int
     return [*written, "]"], OPERATIONS[name](values)
 
 
-# Pathfinder (Linsley et al. 2018, arXiv:1805.08315; in the Long Range Arena as a sequence of pixels): two winding paths and two dots among
-# clutter. Are both dots on the same path?  Pixels: 1 empty, 2 path or clutter, 3 dot.
+# Pathfinder (Linsley et al. 2018, arXiv:1805.08315; in the Long Range Arena as a sequence of pixels): two winding paths and two dots. Are
+# both dots on the same path?  Pixels: 1 empty, 2 path, 3 dot.
 EMPTY, PATH, DOT = 1, 2, 3
-PATH_PIXELS, CLUTTER = 6, 0.15
-"""How long a path is; the share of the pixels away from both paths that are clutter."""
+PATH_PIXELS = 6
 
 
 def pathfinder(tokens: int, examples: int, random: np.random.Generator) -> Examples:
@@ -106,25 +105,17 @@ def _paths(side: int, same: bool, random: np.random.Generator) -> np.ndarray:
         if first is None or second is None:
             continue
         near, own, other = first[0], first[-1], second[0]
-        if abs(math.dist(near, own) - math.dist(near, other)) <= 0.5 and not _around(second, side)[tuple(zip(*first, strict=True))].any():
+        if abs(math.dist(near, own) - math.dist(near, other)) > 0.5:
+            continue
+        if all(max(abs(r - x), abs(c - y)) > 2 for r, c in first for x, y in second):  # since a gap between dashes is one pixel
             break
     image = np.full((side, side), EMPTY, np.uint8)
     for path in paths:
-        for number, (r, c) in enumerate(path):
+        for number, pixel in enumerate(path):
             if number % 4 != 3:  # dashed
-                image[r, c] = PATH
-    free = ~(_around(first, side) | _around(second, side))
-    image[free & (random.random((side, side)) < CLUTTER)] = PATH
+                image[pixel] = PATH
     image[near] = image[own if same else other] = DOT
     return image
-
-
-def _around(path: list[tuple[int, int]], side: int) -> np.ndarray:
-    """``[side, side]`` bool: two pixels or less from the path, where nothing else may be, since a gap between dashes is one."""
-    around = np.zeros((side, side), bool)
-    for r, c in path:
-        around[max(0, r - 2) : r + 3, max(0, c - 2) : c + 3] = True
-    return around
 
 
 def _walk(side: int, random: np.random.Generator) -> list[tuple[int, int]] | None:

@@ -9,21 +9,24 @@ from longtrain.nn import LongConv, RMSNorm
 
 
 class ConvLayer(nn.Module):
-    """``x + dropout(GLU(linear(gelu(conv(n - mean(n))))))``, ``n = norm(x)``, ``[B, T, E] -> [B, T, E]``.
+    """``x + dropout(GLU(linear(gelu(conv(n)))))``, ``n = norm(x)``, ``[B, T, E] -> [B, T, E]``; with `center` less n's mean over the sequence.
 
-    The mean is that of the sequence. If it stayed, what all tokens have in common (an image's background) would come out of each filter as the
-    sum of its taps, many times what a few tokens that differ come to, and training stays at chance for long.
+    What all tokens have in common (an image's background) comes out of each filter as the sum of its taps, many times what a few tokens that
+    differ come to, and training stays at chance for long.
     """
 
-    def __init__(self, width: int, tokens: int, *, dropout: float, layer_index: int, **filter_settings) -> None:
+    def __init__(self, width: int, tokens: int, *, center: bool, dropout: float, layer_index: int, **filter_settings) -> None:
         super().__init__()
+        self.center = center
         self.norm = RMSNorm(width)
         self.conv = LongConv(width, 2 * tokens - 1, causal=False, layer_index=layer_index, **filter_settings)
         self.linear, self.dropout = nn.Linear(width, 2 * width), nn.Dropout(dropout)
 
     def forward(self, x_BTE: Tensor, real_BT1: Tensor) -> Tensor:
         n_BTE = self.norm(x_BTE)
-        mixed_BTE = self.conv((n_BTE - real_mean(n_BTE, real_BT1)[:, None]) * real_BT1)
+        if self.center:
+            n_BTE = n_BTE - real_mean(n_BTE, real_BT1)[:, None]
+        mixed_BTE = self.conv(n_BTE * real_BT1)
         return x_BTE + self.dropout(F.glu(self.linear(F.gelu(mixed_BTE))))
 
 
@@ -31,11 +34,14 @@ class SequenceClassifier(nn.Module):
     """Token ids ``[B, T]`` (0 is padding) to logits ``[B, classes]``: embedding, layers, mean over the real tokens, linear."""
 
     def __init__(
-        self, vocab_size: int, classes: int, width: int, layers: int, tokens: int, *, dropout: float = 0.0, **filter_settings
-    ) -> None:
+        self, vocab_size: int, classes: int, width: int, layers: int, tokens: int, *, center: bool = True, dropout: float = 0.0,
+        **filter_settings,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.embed = nn.Embedding(vocab_size, width)
-        self.layers = nn.ModuleList(ConvLayer(width, tokens, dropout=dropout, layer_index=i, **filter_settings) for i in range(layers))
+        self.layers = nn.ModuleList(
+            ConvLayer(width, tokens, center=center, dropout=dropout, layer_index=i, **filter_settings) for i in range(layers)
+        )
         self.norm, self.head = RMSNorm(width), nn.Linear(width, classes)
 
     def forward(self, ids_BT: Tensor) -> Tensor:

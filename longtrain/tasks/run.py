@@ -75,7 +75,7 @@ def train(task: Task, config: TaskConfig, squash: float, seed: int) -> Iterator[
     torch.manual_seed(seed)
     model = SequenceClassifier(
         task.vocab_size, task.classes, config.width, config.layers, config.tokens,
-        dropout=config.dropout, squash=squash, smooth=config.smooth, init=config.init, init_std=config.init_std,
+        center=config.center, dropout=config.dropout, squash=squash, smooth=config.smooth, init=config.init, init_std=config.init_std,
     )  # fmt: skip
     groups = parameter_groups(model, lr=config.lr, weight_decay=config.weight_decay, filter_lr=config.filter_lr)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))

@@ -56,12 +56,11 @@ class JsonLines:
 
     def write(self, record: dict) -> None:
         line = (json.dumps(record) + "\n").encode()
-        start = self.file.tell()
+        start, written = self.file.tell(), 0
         with said_plainly(self.path):
             try:
-                written = self.file.write(line)
-                if written < len(line):
-                    self.file.write(line[written:])  # a full disk takes a part first, then says why
+                while written < len(line):  # a full disk takes a part first, then says why
+                    written += self.file.write(line[written:])
             except OSError:
                 self.file.truncate(start)
                 raise

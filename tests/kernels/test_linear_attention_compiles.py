@@ -1,7 +1,8 @@
 """Linear attention by Triton kernels without a GPU: every variant compiles to a cubin and fits.
 
-In bf16, heads of 64 features spill at most two registers a thread, but for the gradients of the delta rule without decays by feature (48
-to 256 bytes); these, float32 (tf32 in three parts: up to 9,200 bytes in the delta rule's gradients on sm_80) and wider heads are printed.
+In bf16, heads of 64 features spill at most two registers a thread, but for the gradients of the delta rule: at most 66 (264 bytes, on
+sm_80 with decays by feature). What float32 (tf32 in three parts) and wider heads spill is printed, and bounded where it is most, in those
+gradients. Where much is missing, ptxas falls back to 32 registers and spills nearly everything, so that registers have a bound as well.
 """
 
 import pytest
@@ -34,9 +35,11 @@ def check(launch, capability: int) -> None:
         f"sm_{capability} {launch.kernel.__name__} {what}: {found.registers} registers, {found.shared} bytes shared, {found.spilled} spilled"
     )
     assert found.shared <= SHARED[capability], (launch.kernel.__name__, found.shared)
-    narrow, by_feature = launch.arguments["k"].dtype != torch.float32, launch.arguments["FEATURES"] == 2
-    if launch.arguments["DIM"] <= 64 and narrow and (by_feature or launch.arguments.get("beta") is None):
-        assert found.spilled <= 8, (launch.kernel.__name__, found.spilled)
+    delta_grads = launch.kernel.__name__ == "linear_grads" and launch.arguments["beta"] is not None
+    if launch.arguments["DIM"] <= 64 and launch.arguments["k"].dtype != torch.float32:
+        assert found.spilled <= (264 if delta_grads else 8), (launch.kernel.__name__, found.spilled)
+    elif delta_grads:
+        assert found.spilled <= 2304 and found.registers >= 128, (launch.kernel.__name__, found.spilled)
 
 
 def test_the_pass_along_the_chunks_compiles():

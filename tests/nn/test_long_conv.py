@@ -58,6 +58,8 @@ def test_a_butterfly_refuses_what_it_cannot():
     conv = LongConv(4, 8, causal=False, butterfly=10)
     with pytest.raises(ValueError, match="takes documents of 12 tokens, found 13"):
         conv(torch.randn(1, 13, 4))
+    x = torch.randn(1, 24, 4)  # two of 12 are not too long
+    assert_close([conv(x, documents=Layout.make(24, [0, 12, 24]))], [torch.cat([conv(x[:, :12]), conv(x[:, 12:])], dim=1)])
 
 
 @pytest.mark.parametrize("causal", [True, False])

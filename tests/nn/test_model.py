@@ -76,6 +76,12 @@ def test_rotary_depends_on_distance_alone(fraction):
             torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("head_dim, fraction", [(6, 0.5), (8, 1.25), (8, -0.25)])
+def test_rotary_turns_pairs_of_a_head_s_features(head_dim, fraction):
+    with pytest.raises(ValueError, match="need an even number"):
+        RotaryEmbedding(head_dim, fraction=fraction)
+
+
 def test_rotary_at_a_million_tokens_is_as_exact_as_at_the_start():
     rotary = RotaryEmbedding(16)
     position = torch.tensor([[2**20 + 7]])

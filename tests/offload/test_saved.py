@@ -122,6 +122,16 @@ def test_what_is_excluded_and_what_is_small_stays():
     assert saved_bytes(lambda: F.linear(x, weight), min_bytes=x.nbytes)[0] == x.nbytes
 
 
+def test_what_the_backward_pass_needs_next_is_fetched_ahead():
+    x, store = torch.randn(5, 64, requires_grad=True), make_store()
+    with saved_tensors(store, min_bytes=0):
+        y = x.exp().exp().exp().sum()
+    store.settle()
+    y.backward()
+    assert store.stats.most_fetched > x.nbytes
+    store.close()
+
+
 def test_bytes_that_are_saved_twice_are_written_once():
     x, weight = torch.randn(5, 64), nn.Parameter(torch.randn(64, 64))
     written, store = saved_bytes(lambda: [F.linear(x, weight), F.linear(x.view(1, 5, 64), weight)], min_bytes=0)

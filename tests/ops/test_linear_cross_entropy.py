@@ -4,7 +4,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from longtrain.ops.linear_cross_entropy import LossOptions, chunk_loss_and_grad, chunked, explain, linear_cross_entropy, torch_core, workspace
+from longtrain.ops.linear_cross_entropy import (
+    LossOptions,
+    chunk_loss_and_grad,
+    chunked,
+    explain,
+    linear_cross_entropy,
+    torch_core,
+    workspace,
+)
 
 F64 = torch.float64
 needs_torch_core = pytest.mark.skipif(

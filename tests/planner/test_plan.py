@@ -11,6 +11,7 @@ import longtrain as lt
 from longtrain.nn import LanguageModel, ModelConfig
 from longtrain.planner import measure_model, peak, step_memory
 from longtrain.planner.asked import candidates
+from longtrain.planner.cost import EXTENT, PAGE, extents_bytes
 from longtrain.stream.footprint import probe_layer
 from longtrain.verify import two_passes
 
@@ -118,3 +119,13 @@ def test_a_convolution_is_counted_as_it_streams_in_chunks_of_the_plan(taps, chun
     held = conv.carry_tokens(tokens, chunk)
     assert (held < tokens) == by_span and items["K/V and their gradients"] >= conv.carry_bytes() * held
     assert {p.segment_layers for p in candidates(footprint, tokens) if p.chunk_tokens == chunk} <= ({1, 2} if by_span else {1})
+
+
+def test_extents_take_memory_beside_their_tensors():
+    """One of 4 KiB its records alone, one of 64 KiB a page too; windows keep keys and values chunk by chunk."""
+    config = ModelConfig(vocab_size=64, num_layers=2, hidden_size=64, intermediate_size=64, num_heads=1, num_kv_heads=1, window=(64,))
+    footprint = measure_model(LanguageModel(config))
+    for chunk, inputs, kv in ((16, 0, 0), (256, PAGE, PAGE)):
+        chunks = 1024 // chunk
+        plan = lt.Plan(chunk_tokens=chunk, store_outputs=0.0, store_kv=1.0)
+        assert extents_bytes(footprint, plan, 1024) == 2 * chunks * (EXTENT + inputs) + 2 * 2 * chunks * (EXTENT + kv)

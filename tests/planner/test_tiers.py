@@ -16,7 +16,7 @@ from longtrain.offload.system import System
 from longtrain.offload.traffic import staging_rooms
 from longtrain.planner import measure_model, peak, step_memory
 from longtrain.planner.asked import Asked, held_beside_model
-from longtrain.planner.cost import CPU_WORKSPACE, GPU_WORKSPACE
+from longtrain.planner.cost import CPU_WORKSPACE, GPU_WORKSPACE, extents_bytes
 from longtrain.planner.rates import usual_rates
 from longtrain.planner.search import fastest_plan
 from longtrain.planner.smallest import smallest_plan, what_to_change
@@ -92,7 +92,7 @@ def test_of_staging_counts_what_is_on_its_way(device, tiers):
     fast, slow = ({p.name: p.items for p in step_memory(footprint, plan, TOKENS, slow_tiers=slow)} for slow in (False, True))
     last, budget = (phases["backward of layers 2 to 2"] for phases in (fast, slow))
     assert last["staging"] == half + (0 if device else 128 * footprint.layers[0].x) and budget["staging"] == 2 * half
-    assert last["workspace"] == CPU_WORKSPACE + slab
+    assert last["workspace"] == CPU_WORKSPACE + slab + extents_bytes(footprint, plan, TOKENS)
     on_gpu = step_memory(replace(footprint, device=torch.device("cuda")), plan, TOKENS)
     assert all(p.items["workspace"] == GPU_WORKSPACE for p in on_gpu)
     report = lt.apply(model(), plan)

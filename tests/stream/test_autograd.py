@@ -94,6 +94,19 @@ def test_no_grad_streams_and_saves_nothing(ids, plan):
         torch.testing.assert_close(model(ids, labels=ids).loss, expected)
 
 
+def test_an_empty_batch_is_refused_and_the_next_is_exact(float64, ids, plan):
+    model = make_model()
+    loss, grads = loss_and_grads(model, dict(input_ids=ids, labels=ids))
+    grads = {name: grad.clone() for name, grad in grads.items()}
+    lt.apply(model, plan)
+    for empty in (ids[:, :0], ids[:0]):
+        with pytest.raises(ValueError, match="at least one token"):
+            model(empty, labels=empty)
+    streamed_loss, streamed = loss_and_grads(model, dict(input_ids=ids, labels=ids))
+    torch.testing.assert_close(streamed_loss, loss)
+    assert_same(streamed, grads)
+
+
 def test_no_grad_holds_one_boundary(ids):
     model = make_model(layers=3)
     report = lt.apply(model, lt.Plan(chunk_tokens=16))

@@ -440,6 +440,8 @@ def test_a_model_without_layers_is_refused():
     "x, arguments, message",
     [
         (torch.zeros(3, WIDTH), {}, "hidden states"),
+        (torch.zeros(1, 0, WIDTH), {"bias": torch.zeros(0, WIDTH), "scale": torch.zeros(WIDTH)}, "at least one token"),
+        (torch.zeros(0, 9, WIDTH), {"bias": torch.zeros(9, WIDTH), "scale": torch.zeros(WIDTH)}, "leave empty batches out"),
         (torch.zeros(1, 9, WIDTH), {"bias": torch.zeros(8, WIDTH), "scale": torch.zeros(WIDTH)}, "9 tokens"),
         (torch.zeros(1, 9, WIDTH), {"mix": lambda *x: x}, "without mix"),
     ],

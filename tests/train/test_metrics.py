@@ -12,7 +12,7 @@ from longtrain.config import dump_config, load_config
 from longtrain.data.packing import Batch
 from longtrain.nn import LanguageModel, ModelConfig
 from longtrain.train.flops import costs_of, measure_rate, update_flops, visible_pairs
-from longtrain.train.metrics import TensorBoard
+from longtrain.train.metrics import JsonLines, TensorBoard
 from longtrain.train.output import read_metrics
 from longtrain.train.provenance import git_commit
 
@@ -29,6 +29,25 @@ def test_the_record_of_a_run_says_where_it_came_from(config_file, out, capsys):
     assert (out / "config.yaml").read_text() == dump_config(config)
     printed = capsys.readouterr().out
     assert "mfu     share of 1 TFLOP/s (metrics.peak_tflops) in 6 x matrix parameters" in printed and "  mfu 0." in printed
+
+
+def test_a_record_is_whole_however_little_the_system_takes_at_a_time(tmp_path):
+    class ThreeBytes:
+        def __init__(self, file):
+            self.file = file
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def write(self, data):
+            return self.file.write(data[:3])
+
+    lines = JsonLines(tmp_path / "metrics.jsonl")
+    lines.file = ThreeBytes(lines.file)
+    for step in (1, 2):
+        lines.write({"kind": "step", "step": step})
+    lines.close()
+    assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
 
 
 def test_the_commit_is_that_of_the_checkout_or_none(tmp_path, monkeypatch):

@@ -10,7 +10,8 @@ from longtrain import cli
 from longtrain.config import load_config
 from longtrain.nn import LanguageModel
 from longtrain.train.output import read_metrics
-from longtrain.train.weights import load_weights
+from longtrain.train.state import sum_of
+from longtrain.train.weights import cast, load_weights
 
 pytestmark = pytest.mark.usefixtures("no_picture")
 
@@ -112,3 +113,20 @@ def test_transformers_computes_the_same_loss(config_file, out, tmp_path, capsys)
     ids = torch.randint(0, 256, (1, 40))
     with torch.no_grad():
         torch.testing.assert_close(theirs(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_the_training_dtype_is_not_that_of_buffers_and_of_8_bits():
+    model = torch.nn.Linear(2, 2)
+    model.register_buffer("frequencies", torch.ones(2, dtype=torch.float64))
+    for name, kind in {"whole": torch.int8, "narrow": torch.float8_e4m3fn}.items():
+        model.register_parameter(name, torch.nn.Parameter(torch.ones(2).to(kind), requires_grad=False))
+    cast(model, torch.bfloat16)
+    assert {name: tensor.dtype for name, tensor in model.state_dict().items()} == {
+        "weight": torch.bfloat16, "bias": torch.bfloat16, "frequencies": torch.float64, "whole": torch.int8, "narrow": torch.float8_e4m3fn,
+    }  # fmt: skip
+
+
+def test_a_checksum_of_weights_knows_which_is_which_and_how_they_are_kept():
+    one, other = torch.randn(3), torch.randn(3)
+    assert sum_of([one, other]) == sum_of([one.clone(), other.clone()]) != sum_of([other, one])
+    assert sum_of([one], torch.bfloat16) == sum_of([one.bfloat16()]) != sum_of([one])

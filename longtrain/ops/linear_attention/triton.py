@@ -126,7 +126,8 @@ def backward_launches(
         yield piece.launch(kernels.linear_out, piece.chunks * piece.value_tiles, u=dout, out=du, TRANSPOSED=True)
         yield piece.launch(kernels.linear_d_states, piece.value_tiles, dout=dout, du=du, dstate=dstate_BHDV, dexits=dexits)
         named = {name: None if x is None else x[:, tokens] for name, x in zip(("dq", "dk", "dv", "dg", "dbeta"), grads, strict=True)}
-        yield piece.launch(kernels.linear_grads, piece.chunks, warps=8, dout=dout, du=du, dexits=dexits, **named)
+        # Few values at a time: products in three parts of wider tiles do not fit into registers.
+        yield piece.launch(kernels.linear_grads, piece.chunks, warps=8, BLOCK_VALUE=16, dout=dout, du=du, dexits=dexits, **named)
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
