@@ -137,7 +137,7 @@ def affine_forward(relay: Relay | Known, stage: Stage, mixer, inputs: Each) -> t
     def done(i: int, b: int) -> None:
         if blocks[b].last:
             out, _, affine = made.pop((i, blocks[b].work.start))
-            outs[i][:, :, blocks[b].work] = out + affine.read(entries[i][:, blocks[b].work])
+            torch.add(out, affine.read(entries[i][:, blocks[b].work]), out=outs[i][:, :, blocks[b].work])
 
     relay.run(stage, [block.index for block in blocks], entries[0], step, ready=ready, done=done)
     return outs, entries

@@ -111,7 +111,7 @@ class ScanCarry(StateCarry):
         with torch.no_grad():
             outs, entries = self._forward(relay, stage, self.mixer, inputs)
         self.entry = torch.stack(entries, dim=2)
-        return torch.cat(outs, dim=1), None
+        return _joined(outs), None
 
     def mix_vjp(self, span: Span, q: Tensor, out: Tensor, lse: None, dout: Tensor) -> Tensor:
         chunk = self._chunk_of[span.stop]
@@ -123,7 +123,7 @@ class ScanCarry(StateCarry):
             )
         for total, part in zip(self._dshared, dshared, strict=True):
             total += part
-        dq, *self._dwritten = (torch.cat(parts, dim=1) for parts in zip(*grads[::-1], strict=True))
+        dq, *self._dwritten = map(_joined, zip(*grads[::-1], strict=True))
         return dq
 
 
@@ -233,3 +233,7 @@ class StatesByHeads:
 
     def _finish(self, span: Span, coming: Sequence[list[Arrived]], work, what: str, outputs: int) -> list[Tensor]:
         return self._rounds(span).finish(coming, work, what, [(self._dealt.of, self._dealt.size)] * outputs)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
