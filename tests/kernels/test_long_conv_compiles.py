@@ -1,6 +1,8 @@
 """Long convolutions by Triton kernels without a GPU: every kernel compiles to a cubin, fits, spills nothing, and multiplies on tensor
 cores."""
 
+from importlib.metadata import version
+
 import pytest
 import torch
 
@@ -8,10 +10,11 @@ pytest.importorskip("triton", reason="triton is not installed: pip install longt
 from longtrain.ops.long_conv import triton
 from longtrain.ops.long_conv.call import Call, Gradients
 from tests.kernels.compiled import compiled
+from tests.kernels.interpreter import number_of
 
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-COPIES = ("pack_rows", "skip_sums")
-"""No products: here the assembler of Triton 3.6 spills six registers (of 72 in pack_rows), that of 3.9 none."""
+SPILLED = 0 if number_of(version("triton")) >= (3, 7) else 24
+"""Bytes: the assembler of Triton 3.6 keeps small kernels (64 and 72 registers) small by spilling up to six, that of 3.9 spills none."""
 PRODUCTS = ("monarch_spectrum", "monarch_convolve", "monarch_correlate", "monarch_outer")
 
 
@@ -50,7 +53,7 @@ def check(launch: triton.Launch, capability: int):
     what = {n: v for n, v in launch.arguments.items() if n.isupper()}
     print(f"sm_{capability} {name} {what}: {found.registers} registers, {found.shared} bytes shared, {found.spilled} spilled")
     assert found.shared <= SHARED[capability], (name, found.shared)
-    assert found.spilled <= (24 if name in COPIES else 0), (name, found.spilled)
+    assert found.spilled <= SPILLED, (name, found.spilled)
     if name in PRODUCTS:
         assert ("mma" in found.ptx) and "fma.rn.f64" not in found.ptx
     return found
