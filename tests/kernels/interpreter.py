@@ -5,19 +5,18 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
-import numpy
 import pytest
 import torch
-import triton
 
 ROOT = Path(__file__).parents[2]
 
 
 def interpreted(name: str, *arguments: object) -> None:
     """`tests/kernels/NAME.py` with drawn cases by number and its functions by name."""
-    if number_of(triton.__version__) < (3, 7) and number_of(numpy.__version__) >= (2, 4):
+    if number_of(version("triton")) < (3, 7) and number_of(version("numpy")) >= (2, 4):
         pytest.skip("Triton 3.6's interpreter reads numbers out of arrays of one element, which NumPy 2.4 refuses; numpy<2.4 serves")
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", f"tests.kernels.{name}", *map(str, arguments)]

@@ -13,8 +13,8 @@ from tests.kernels.compiled import compiled
 from tests.kernels.interpreter import number_of
 
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-SPILLED = 0 if number_of(version("triton")) >= (3, 7) else 24
-"""Bytes: the assembler of Triton 3.6 keeps small kernels (64 and 72 registers) small by spilling up to six, that of 3.9 spills none."""
+SPILLED = 0 if number_of(version("triton")) >= (3, 7) else 32
+"""Bytes: the assembler of Triton 3.6 keeps small kernels (64 to 80 registers) small by spilling up to eight, that of 3.9 spills none."""
 PRODUCTS = ("monarch_spectrum", "monarch_convolve", "monarch_correlate", "monarch_outer")
 
 
