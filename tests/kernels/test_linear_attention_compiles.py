@@ -1,8 +1,9 @@
 """Linear attention by Triton kernels without a GPU: every variant compiles to a cubin and fits.
 
 In bf16, heads of 64 features spill at most two registers a thread, but for the gradients of the delta rule: at most 66 (264 bytes, on
-sm_80 with decays by feature). What float32 (tf32 in three parts) and wider heads spill is printed, and bounded where it is most, in those
-gradients. Where much is missing, ptxas falls back to 32 registers and spills nearly everything, so that registers have a bound as well.
+sm_80 with decays by feature). What float32 (tf32 in three parts) and wider heads spill is printed, and bounded in those gradients;
+the most is 7,552 bytes, of linear_out with 128 features in float32 on sm_80. Where much is missing, ptxas falls back to 32 registers and
+spills nearly everything, so that registers have a bound as well.
 """
 
 import pytest
