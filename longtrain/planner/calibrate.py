@@ -109,9 +109,8 @@ def calibrate(device: torch.device, dtype: torch.dtype, path: Path, *, say: Call
     found["operations"] = measure.operations(device, dtype, shape, Rates(flops=inf, **dict.fromkeys(TIERS, inf), made=found["made"]))
     for name, rate in found["operations"]:
         say(f"{name}: {format_bytes(rate)}/s")
-    known = Rates(flops=inf, **dict.fromkeys(TIERS, inf), **{k: found[k] for k in CALLS})
-    found["launch"], found["turn"] = measure.launch_and_turn(device, dtype, known)
-    say(f"launch: {found['launch'] * 1e6:.1f} us an operation, {found['turn'] * 1e6:.0f} us a chunk in a segment")
+    found["launch"] = measure.launch(device, dtype, Rates(flops=inf, **dict.fromkeys(TIERS, inf), **{k: found[k] for k in CALLS}))
+    say(f"launch: {found['launch'] * 1e6:.1f} us an operation")
     for tier in ("host", "disk"):
         found[f"{tier}_write"], found[f"{tier}_read"] = through_tier(device, tier, path)
         say(f"{tier}: {format_bytes(found[f'{tier}_write'])}/s there, {format_bytes(found[f'{tier}_read'])}/s back")

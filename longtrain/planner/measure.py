@@ -185,26 +185,17 @@ def _as_in_transformers(x_BTE: Tensor) -> Tensor:
     return F.gelu(turned_BTE, approximate="tanh") + F.gelu(normed_BTE) + normed_BTE.sigmoid()
 
 
-def launch_and_turn(device: torch.device, dtype: torch.dtype, known: Rates) -> tuple[float, float]:
-    """Seconds of an operation on next to nothing, and of a chunk's way through a segment beside its operations: of streamed steps in chunks
-    of a few tokens, in segments of one layer and of four, without what is `known`, by the numbers of both."""
+def launch(device: torch.device, dtype: torch.dtype, known: Rates) -> float:
+    """Seconds of an operation on next to nothing: of a streamed step in chunks of a few tokens, without what is `known`, by the number of
+    its operations."""
     model = LanguageModel(ModelConfig(vocab_size=64, num_layers=4, hidden_size=32, intermediate_size=64, num_heads=2, num_kv_heads=1))
     model = model.to(device, dtype)
-    footprint, tokens = measure_model(model), 128
-    ids_BT, equations = torch.zeros(1, tokens, dtype=torch.int64, device=device), []
-    for layers in (1, 4):
-        plan = lt.Plan(chunk_tokens=8, segment_layers=layers)
-        rest, calls, turns = (
-            step_time(footprint, plan, tokens, 1, replace(known, launch=launch, turn=turn), optimizer="none").total
-            for launch, turn in ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0))
-        )
-        report = lt.apply(model, plan)
-        took = seconds_of(lambda: model(ids_BT, labels=ids_BT).loss.backward(), device)
-        report.undo()
-        equations.append((calls - rest, turns - rest, max(took - rest, took / 4)))
-    (calls, turns, one), (calls_4, turns_4, four) = equations
-    turn = max(0.0, (calls * four - calls_4 * one) / (calls * turns_4 - calls_4 * turns))
-    return max((one - turns * turn) / calls, one / calls / 4), turn
+    footprint, plan, tokens = measure_model(model), lt.Plan(chunk_tokens=8), 128
+    rest, whole = (step_time(footprint, plan, tokens, 1, replace(known, launch=each), optimizer="none").total for each in (0.0, 1.0))
+    lt.apply(model, plan)
+    ids_BT = torch.zeros(1, tokens, dtype=torch.int64, device=device)
+    took = seconds_of(lambda: model(ids_BT, labels=ids_BT).loss.backward(), device)
+    return max(took - rest, took / 4) / (whole - rest)
 
 
 def adamw(device: torch.device, elements: int) -> float:

@@ -78,9 +78,6 @@ class Rates:
     launch: float = 0.0
     """Seconds that an operation takes however small it is."""
 
-    turn: float = 0.0
-    """Seconds that a chunk's way through a segment, forward or backward, takes beside its operations."""
-
     handing_over: float = 0.0
     """Seconds of the processor that feeds the device, for each extent that it hands to a slower tier or takes back, whatever its size."""
 
@@ -91,7 +88,7 @@ class Rates:
         for field in fields(self):
             value = getattr(self, field.name)
             for one in [rate for _, rate in value] if isinstance(value, tuple) else [value]:
-                if not one > 0 and not (field.name in ("launch", "turn", "handing_over") and one == 0):
+                if not one > 0 and not (field.name in ("launch", "handing_over") and one == 0):
                     raise ValueError(f"rates.{field.name} must be above 0, found {one!r}")
 
     def write(self, tier: str) -> float:

@@ -12,7 +12,6 @@ Q(w) = calls x launch + blocks of new memory by their size, of a chunk:
                other mixers: the FLOP that they say they take, the quickest way (longtrain.ops.mixers, state_mixers: `work`)
     loss       n P + Q a part, of its own `Work`, in the parts whose logits exist at one time
     optimizer  28 bytes a parameter moved, 12 more for norm and clipping, 6 more where the model's weights are copies
-    engine     a turn for each chunk on its way through a segment, forward and backward
     tiers      an extent that is handed over or taken back takes its time however small it is
 
 A stretch of the step (a segment's forward or backward pass) takes the longer of its compute and its transfers; what the transfers are
@@ -175,15 +174,15 @@ def step_time(
     layers, k, n = model.at(plan.chunk_tokens), plan.segment_layers, tokens * batch
     chunk = min(plan.chunk_tokens, tokens)
     seconds = layer_seconds(model, tokens, batch, chunk, rates, devices)
-    parts = dict.fromkeys(("token-local", "attention", "other mixers", "mixed again", "restored", "loss", "engine"), 0.0)
-    parts |= dict.fromkeys(("handing over", "exposed transfers", "optimizer"), 0.0)
+    parts = dict.fromkeys(
+        ("token-local", "attention", "other mixers", "mixed again", "restored", "loss", "handing over", "exposed transfers", "optimizer"),
+        0.0,
+    )
     done = model_flops = 0.0
     compute: list[float] = []
     segments = [range(a, min(a + k, len(layers))) for a in range(0, len(layers), k)]
-    turns = -(-tokens // chunk) * rates.turn
-    parts["engine"] = 2 * len(segments) * turns
     for s in segments:
-        compute.append(turns + sum(seconds[i].forward for i in s))
+        compute.append(sum(seconds[i].forward for i in s))
     for s in segments:
         spent = 0.0
         for i in s:
@@ -192,7 +191,7 @@ def step_time(
             spent += seconds[i].backward + again
         back = restored_seconds(seconds, plan, s, tokens)
         parts["restored"] += back
-        compute.append(turns + spent + back)
+        compute.append(spent + back)
     for i, layer in enumerate(layers):
         share = mixed_again(layer, len(plan.stored_outputs(i, tokens)) / tokens, tokens, chunk)
         own = seconds[i]

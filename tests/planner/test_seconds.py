@@ -60,13 +60,6 @@ def test_small_chunks_cost_launches_and_sums_of_gradients(footprint):
     assert many - few == pytest.approx(28 * (L * of_a_layer + loss), rel=1e-6)
 
 
-def test_a_chunk_takes_a_turn_in_each_segment_and_way(footprint):
-    for k, chunk in ((1, 128), (2, 128), (L, 128), (2, 1000)):
-        plan = lt.Plan(chunk_tokens=chunk, segment_layers=k)
-        with_turns, without = (step_time(footprint, plan, TOKENS, 1, replace(ONLY_FLOPS, turn=turn)).total for turn in (3.0, 0.0))
-        assert with_turns - without == pytest.approx(3.0 * 2 * -(-L // k) * -(-TOKENS // chunk), rel=1e-9)
-
-
 def mixing(kind: str, chunk: int, **changes) -> float:
     """FLOP of what is there in attention's place, at 1 FLOP/s, of a step that stores no output."""
     config = ModelConfig(
