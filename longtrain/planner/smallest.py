@@ -14,6 +14,10 @@ from longtrain.units import format_bytes
 SMALL_CHUNKS = 4
 """The smallest plan has one of so many smallest chunks."""
 
+SPARE = 8 * 2**20
+"""What a process holds beside the model differs by some MiB from one run of the same program to the next, where that is resident memory: a
+change that is named must do then too."""
+
 
 def smallest_plan(asked: Asked) -> tuple[Plan, int]:
     """The plan with the lowest peak: nothing stored that can be computed, everything that the tiers hold off the device."""
@@ -44,11 +48,12 @@ def what_to_change(asked: Asked, room: int, taken: int) -> str:
     """The cheapest changes that fit `room` and the `taken` bytes beside it."""
     model, tokens, batch, tiers = asked.model, asked.tokens, asked.batch, asked.tiers
     smallest, needed = smallest_plan(asked)
+    spare = SPARE if taken and model.device.type == "cpu" else 0
     phase = peak(asked.memory(smallest))
     message = (
         f"no plan for {batch} x {tokens} tokens fits {format_bytes(room)}: the smallest needs {format_bytes(needed + taken)}, "
         f"{format_bytes(max(0, needed + taken - room))} more (of which {phase.largest} {format_bytes(phase.items[phase.largest])}, in the "
-        f"{phase.name}); set the budget to {-(-(needed + taken) // 2**20)}MiB"
+        f"{phase.name}); set the budget to {-(-(needed + taken + spare) // 2**20)}MiB"
     )
     endless = replace(Offload() if tiers is None else tiers, disk=DiskSettings(path=".", budget=2**62))
     offloaded, least = smallest_plan(replace(asked, tiers=endless, steps=1))
@@ -61,7 +66,7 @@ def what_to_change(asked: Asked, room: int, taken: int) -> str:
                 message += f", or memory.disk.budget to {-(-use.held // 2**20)}MiB ({format_bytes(use.held - tiers.disk.budget)} more)"
             if use.written > asked.may_write:
                 message += f", or memory.disk.max_written to {-(-use.written * asked.steps // 2**20)}MiB ({asked.steps} steps)"
-    fits = longest(asked, room - taken)
+    fits = longest(asked, room - taken - spare)
     return message + (f", or the sequence length to {fits}" if fits else "; no shorter sequence fits either")
 
 

@@ -80,6 +80,13 @@ def test_an_infeasible_budget_names_changes_that_work():
     lt.plan(m, seq_len=shorter, budget=held + 2**27 + 2**24)
 
 
+def test_a_budget_that_is_named_has_room_for_a_process_that_begins_with_a_little_more():
+    with pytest.raises(lt.InfeasibleBudget) as refusal:
+        lt.plan(model(), seq_len=4096, budget=1)
+    needs, named = re.search(r"needs (\d+) MiB.*set the budget to (\d+)MiB", str(refusal.value)).groups()
+    assert 7 <= int(named) - int(needs) <= 9
+
+
 @pytest.mark.parametrize("budget", ["lots", "-3GiB", "0", "GiB", "3 parsecs"])
 def test_budgets_that_are_none(budget):
     with pytest.raises(ValueError, match="budget"):
