@@ -7,11 +7,9 @@ import hf_families
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.autograd.graph import _engine_run_backward
-from torch.overrides import TorchFunctionMode
 
 import longtrain as lt
+from longtrain.double import InDouble
 from tests.hf.test_shared import batch, gradients
 from tests.processes import run_ranks
 
@@ -25,21 +23,6 @@ WAYS = {
     "ring": lt.Parallel(heads=1, way="ring"),
 }
 FAMILIES = ("lfm2", "qwen3_next", "qwen3_5_text", "olmo_hybrid", "bamba", "granitemoehybrid", "nemotron_h", "mamba2", "lfm2_moe")
-
-
-class InDouble(TorchFunctionMode):
-    """float32 is float64 here: families compute norms, rotary angles, recurrences and the loss in it whatever the model, and that rounds
-    what is compared."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is Tensor.float:
-            return args[0].double()
-        if func is Tensor.backward:
-            with self:  # a mode is off in the functions that it calls, and replays are to have it
-                seed = (torch.ones_like(args[0]),)
-                return _engine_run_backward(args[:1], seed, False, False, (), allow_unreachable=True, accumulate_grad=True)
-        wider = lambda value: torch.float64 if value is torch.float32 else value
-        return func(*map(wider, args), **{name: wider(value) for name, value in (kwargs or {}).items()})
 
 
 def check(family: str, plan: lt.Plan, parallel: lt.Parallel, call: dict, case: str, change=lambda model: None) -> None:
