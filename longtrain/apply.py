@@ -163,7 +163,10 @@ def _apply(model: nn.Module, report: Report, group, parallel: Parallel | None) -
             if refusal is None:
                 chains[-1].append((index, candidate))
             elif plan.layer_fallback == "error":
-                raise ValueError(f'{candidate.name} cannot be streamed: {refusal}; Plan(layer_fallback="unstreamed") leaves it as it is')
+                alone = "" if group is None and parallel is None else ", and each process has whole sequences: leave out group and parallel"
+                raise ValueError(
+                    f'{candidate.name} cannot be streamed: {refusal}; Plan(layer_fallback="unstreamed") leaves it as it is{alone}'
+                )
             else:
                 _leave(report, candidate, refusal)
                 chains.append([])
@@ -193,7 +196,10 @@ def _share(model: nn.Module, report: Report, layers: Sequence[tuple[int, Candida
     from longtrain.parallel.spread import Sharing, shapes_of  # with torch.distributed, which not every torch has
 
     if any(entry.became == "left as it is" for entry in report.entries):
-        raise ValueError(f"a layer that is not streamed sees the tokens of one process only; all must be streamed:\n{report}")
+        raise ValueError(
+            "a layer that is not streamed sees the tokens of one process only: give each process whole sequences (leave out group and "
+            f"parallel), or a model of which all layers are streamed:\n{report}"
+        )
     shapes = []
     for layer in (candidate.layer for _, candidate in layers if candidate.counts):
         with whole(layer, model):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from longtrain.apply import apply
 from longtrain.config import Config, Locations, load_config
 from longtrain.config.hf import HfModelConfig
+from longtrain.double import InDouble
 from longtrain.nn import LanguageModel
 from longtrain.offload import check_disk
 from longtrain.plan import SPLITS, Offload, Plan, Split
@@ -30,10 +32,9 @@ TIER_BYTES = 64 * 2**20
 """Of each slower tier, where the config has any: the small model needs less."""
 FLOAT64_BOUND = 1e-12
 """Relative norm per tensor: 1.1e-16 of rounding times the 10^4 terms, at most, of sums whose order changes."""
-TRANSFORMERS_BOUND = 1e-6
-"""Of transformers' models, which compute norms, rotation and loss in float32 whatever the dtype: its rounding, of 6e-8, a few times. What
-goes into a gradient is of the size of all gradients together, so a smaller tensor may be off by float32's rounding of that, up to LEAK."""
-LEAK = 1e-3
+ROUNDINGS = 4
+"""Or so many times what the model itself makes, one process and plain autograd, of one rounding of what each of its layers is given: recurrences
+under random weights can take that further (`noise_of`)."""
 DTYPE_BOUND = 2.0
 """In the training dtype the streamed gradient may be this many times as far from the float64 one as the plain gradient is."""
 
@@ -168,8 +169,8 @@ def _shrink_tiers(tiers: Offload, *, planned: bool) -> Offload:
 def check(model: nn.Module, plan: Plan, tokens: int, dtype: torch.dtype) -> Iterator[Row]:
     """The rows for a small float64 model, one by one."""
     own = isinstance(model, LanguageModel)
-    vocabulary, bound = (model.config.vocab_size, FLOAT64_BOUND) if own else (model.config.get_text_config().vocab_size, TRANSFORMERS_BOUND)
-    layers = model.config.num_layers if own else model.config.get_text_config().num_hidden_layers
+    shape = model.config if own else model.config.get_text_config()
+    vocabulary, layers = shape.vocab_size, shape.num_layers if own else shape.num_hidden_layers
     ids = torch.randint(vocabulary, (1, tokens))
     labels = ids.clone()
     labels[:, : tokens // 5] = -100
@@ -184,21 +185,20 @@ def check(model: nn.Module, plan: Plan, tokens: int, dtype: torch.dtype) -> Iter
         layers = 1  # such layers stand alone in their segments
     if not own and layers_differ(model):
         layers = 1
-    limits, said = limits_of(exact, own), f"<= {bound:.0e}"
+    limits, said = limits_of(model, inputs, exact), f"<= {FLOAT64_BOUND:.0e}"
     for name, variant in _variants(plan, layers):
         try:
             streamed = _streamed_step(model, variant, inputs)
         except (ValueError, RuntimeError) as refusal:  # a layer failed its proof, or a replay gave other bits
             yield Row(f"float64 gradients, {name}", str(refusal), said, False)
             return
-        error, where, good = worst(streamed, exact, limits)
-        yield Row(f"float64 gradients, {name}", f"{error:.1e} ({where})", said, good)
+        yield compared(f"float64 gradients, {name}", streamed, exact, limits)
     report = apply(model, plan)
     torch.manual_seed(1)
-    with torch.no_grad():
+    with torch.no_grad(), throughout(model):
         loss_error = float(abs(model(**inputs).loss - exact["loss"]) / exact["loss"])
     report.undo()
-    yield Row("float64 loss without gradients", f"{loss_error:.1e}", f"<= {bound:.0e}", loss_error <= bound)
+    yield Row("float64 loss without gradients", f"{loss_error:.1e}", said, loss_error <= limits["loss"])
 
     low = copy.deepcopy(model).to(dtype)
     name = str(dtype).removeprefix("torch.")
@@ -215,13 +215,35 @@ def check(model: nn.Module, plan: Plan, tokens: int, dtype: torch.dtype) -> Iter
     yield Row(f"{name} gradients against float64", f"{error:.1e}, {ratio:.2f}x plain's", f"<= {DTYPE_BOUND}x", ratio <= DTYPE_BOUND)
 
 
-def limits_of(exact: dict[str, Tensor], own: bool) -> dict[str, float]:
-    """How far each tensor of a step may be off, by norm: of a model of ours, or of transformers."""
-    if own:
+def limits_of(model: nn.Module, inputs: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
+    """How far each tensor of a float64 step, `exact` by plain autograd, may be off, by norm."""
+    if isinstance(model, LanguageModel):
         return dict.fromkeys(exact, FLOAT64_BOUND)
-    all_of_it = torch.stack([g.norm() for g in exact.values()]).norm()
-    rounding = torch.finfo(torch.float32).eps * all_of_it
-    return {name: max(TRANSFORMERS_BOUND, min(float(rounding / g.norm()), LEAK)) for name, g in exact.items()}
+    return {name: max(FLOAT64_BOUND, ROUNDINGS * noise) for name, noise in noise_of(model, inputs, exact).items()}
+
+
+def noise_of(model: nn.Module, inputs: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
+    """How far each tensor of a plain step goes when what each layer is given is rounded once more."""
+    generator = torch.Generator().manual_seed(1)
+
+    def rounded(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        x, *others = args
+        return (x * (1 + (2 * torch.rand(x.shape, generator=generator, dtype=x.dtype) - 1) * torch.finfo(x.dtype).eps / 2), *others), kwargs
+
+    layers = max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=lambda m: sum(p.numel() for p in m.parameters()))
+    handles = [layer.register_forward_pre_hook(rounded, with_kwargs=True) for layer in layers]
+    try:
+        return _errors(_step(model, inputs), exact)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def throughout(model: nn.Module) -> AbstractContextManager:
+    """Float64 also where a model of transformers in float64 asks for float32: families compute norms, rotation, recurrences and loss in it
+    whatever the dtype, which rounds what is compared."""
+    double = any(parameter.dtype == torch.float64 for parameter in model.parameters())
+    return InDouble() if double and not isinstance(model, LanguageModel) else nullcontext()
 
 
 def two_passes(layer: nn.Module, chunk_tokens: int) -> bool:
@@ -244,8 +266,9 @@ def _variants(plan: Plan, layers: int) -> Iterator[tuple[str, Plan]]:
 def _step(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     torch.manual_seed(1)  # the same dropout
     model.zero_grad()
-    loss = model(**inputs).loss
-    loss.backward()
+    with throughout(model):
+        loss = model(**inputs).loss
+        loss.backward()
     return {"loss": loss.detach(), **{name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}}
 
 
@@ -258,11 +281,11 @@ def _streamed_step(model: nn.Module, plan: Plan, inputs: dict[str, Tensor]) -> d
         report.undo()
 
 
-def worst(a: dict[str, Tensor], b: dict[str, Tensor], limits: dict[str, float]) -> tuple[float, str, bool]:
-    """The relative error of the tensor that is nearest to its limit or farthest beyond it, which it is, and whether all are within."""
+def compared(check: str, a: dict[str, Tensor], b: dict[str, Tensor], limits: dict[str, float]) -> Row:
+    """The row of the tensor whose relative error is nearest to its limit, or farthest beyond it."""
     errors = _errors(a, b)
     name = max(errors, key=lambda name: errors[name] / limits[name])
-    return errors[name], name.removeprefix("model."), errors[name] <= limits[name]
+    return Row(check, f"{errors[name]:.1e} ({name.removeprefix('model.')})", f"<= {limits[name]:.0e}", errors[name] <= limits[name])
 
 
 def _errors(a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, float]:

@@ -63,7 +63,7 @@ FAMILIES: dict[str, dict] = {
     # with layers that are no attention
     "lfm2_moe": dict(EXPERTS, layer_types=["conv", "full_attention", "conv"], num_dense_layers=1),
     "olmo_hybrid": DELTA, "qwen3_5_text": DELTA, "mamba2": dict(STATE, state_size=8, num_heads=8, head_dim=8, n_groups=2),
-    "bamba": dict(STATE, attn_layer_indices=[1]), "granitemoehybrid": dict(EXPERTS, **STATE, layer_types=["mamba", "attention", "mamba"], shared_intermediate_size=24),
+    "falcon_h1": dict(STATE, mamba_d_ssm=64), "bamba": dict(STATE, attn_layer_indices=[1]), "granitemoehybrid": dict(EXPERTS, **STATE, layer_types=["mamba", "attention", "mamba"], shared_intermediate_size=24),
     "nemotron_h": dict(layers_block_type=["mamba", "attention", "mlp"], mamba_num_heads=8, mamba_head_dim=8, n_groups=1, ssm_state_size=8, chunk_size=16),
     "lfm2": dict(layer_types=["conv", "full_attention", "conv"]),
     "qwen3_next": dict(EXPERTS, **DELTA, shared_expert_intermediate_size=24),

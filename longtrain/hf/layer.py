@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -25,7 +26,8 @@ from longtrain.hf.mask import Mask
 from longtrain.hf.router import Collected
 from longtrain.hf.state import ChunkCache, Key, States
 from longtrain.sharded import plain_copy
-from longtrain.span import Span
+from longtrain.span import Layout, Span
+from longtrain.stream.call import Enough
 from longtrain.stream.replay import Arguments
 
 CU_SEQLENS = ("cu_seq_lens_q", "cu_seq_lens_k")
@@ -34,9 +36,9 @@ CU_SEQLENS = ("cu_seq_lens_q", "cu_seq_lens_k")
 PASSED_WHOLE = {*CU_SEQLENS, *inspect.signature(ForCausalLMLoss).parameters}
 """What may reach a layer beside its own arguments: these, and the loss's, which transformers passes everywhere and no layer reads."""
 
-CUT = {"seq_idx": 1, "chunk_positions": 0}
-"""And what then runs along the tokens: the document of each, which comes with `CU_SEQLENS` for layers that are no attention, and where a
-chunk is, for the collection of router logits."""
+CUT = {"seq_idx": 1, "chunk_positions": 0, "begins": 0, "mixed": 1}
+"""And what then runs along the tokens: the document of each, which comes with `CU_SEQLENS` for layers that are no attention; where a
+chunk is, for the collection of router logits; for layers with states, where documents begin, and what attention came to beforehand."""
 
 
 class AdaptedLayer:
@@ -56,6 +58,7 @@ class AdaptedLayer:
         """The argument by which it takes the cache that its states go through, where it has states."""
         self.state_bytes = 0
         """What these come to, for one row."""
+        self.attends_alone = True
         self._over: Callable[[int], Any] | None = None
         self._routed: list[Tensor] | None = None
         self._before: dict[str, Any] = {}
@@ -96,20 +99,47 @@ class AdaptedLayer:
             with torch.no_grad(), _Watch() as watch:
                 self.original(self.x, **self._with_mix(self.arguments, note))
             self.chooses |= watch.chose
-        for module, training in modes.items():
-            module.training = training
+        self.layer.eval()
         self.attentions = [(module, {False: a, True: b}) for (module, a), (_, b) in zip(seen[False], seen[True], strict=True)]
         caches = [p.name for p in self.signature.parameters.values() if "Cache" in str(p.annotation) and self.arguments.get(p.name) is None]
-        if caches and not self.attentions:
-            cache = ChunkCache({})
+        if caches and (states := self._states_through(caches[0])):
+            self.cache, self.state_bytes = caches[0], sum(state.nbytes for state in states.values()) // self.x.shape[0]
+            of_padding = [name for name in self.signature.parameters if name.endswith("attention_mask") and self.arguments.get(name) is None]
+            self.token_args = {**dict.fromkeys(of_padding, 1), **self.token_args}  # ``[B, T]``; there was none in the traced run
+            self.attends_alone = self._attends_alone(states)
+        for module, training in modes.items():
+            module.training = training
+
+    def _states_through(self, cache: str) -> dict[Key, Tensor]:
+        """The states that the layer puts into what it is given by the name `cache`."""
+        carried = ChunkCache({})
+        try:
             with torch.no_grad():
-                self.original(self.x, **{**self.arguments, caches[0]: cache})
-            if cache.after:
-                self.cache, self.state_bytes = caches[0], sum(state.nbytes for state in cache.after.values()) // self.x.shape[0]
-                self.token_args = {"attention_mask": 1, **self.token_args}  # of padding, ``[B, T]``; there was none in the traced run
+                self.original(self.x, **{**self.arguments, cache: carried})
+        except AttributeError:  # of the cache, which is no attention's: that keeps keys there, and is given none
+            if not self.attentions:
+                raise
+        return carried.after
+
+    def _attends_alone(self, states: dict[Key, Tensor]) -> bool:
+        """Whether it attends at most once, and what attention is given does not depend on its states."""
+        given: list[tuple[Tensor, ...]] = []
+
+        def note(module: nn.Module, *call: Any) -> None:
+            given.append(call[:3])
+            raise Enough
+
+        for before in ({}, {key: torch.ones_like(state) for key, state in states.items()}):
+            with torch.no_grad(), suppress(Enough):
+                self._in_document(self.x, self._with_mix(self.arguments, note), before)
+        return len(self.attentions) < 2 and all(map(torch.equal, *given)) if given else True
 
     def take_turns(self, over: Callable[[int], Any] | None) -> None:
-        """From now on the processes of ``over(tokens)`` (`longtrain.parallel.spread.OnRank`) share sequences; None: no others do."""
+        """From now on the processes of ``over(tokens)`` (`longtrain.parallel.spread.OnRank`) share sequences; None: no others do. Raises
+        ValueError where they would have to take turns in attention."""
+        if over is not None and not self.attends_alone:
+            raise ValueError(f"{type(self.layer).__name__} attends to what its states have made, and keeps its states to itself, so processes "
+                             "cannot share its sequences: give each process whole ones (leave out group and parallel)")
         self._over = over
 
     @property
@@ -156,6 +186,8 @@ class AdaptedLayer:
                 return mix(q, k, v)
 
             arguments = self._with_mix(arguments, mix_as_expected)
+            if self.attentions and "states" in arguments and (self._over is not None or "begins" in arguments):
+                arguments["mixed"] = self._mixed(x, arguments)
         collected, states, positions = (arguments.pop(name, None) for name in ("collected", "states", "chunk_positions"))
         span = None if positions is None else Span(int(positions[0]), int(positions[-1]) + 1)
         self._routed = None if collected is None else []
@@ -168,9 +200,39 @@ class AdaptedLayer:
         finally:
             self._routed = None
 
+    def _mixed(self, x: Tensor, arguments: dict[str, Any]) -> Tensor:
+        """What its attention comes to, which takes all processes and all documents at once, before its states take their turns."""
+        mixed, mix = [], _mask_of(arguments).mix
+
+        def note(*call: Any) -> None:
+            mixed.append(mix(*call))
+            raise Enough
+
+        plain = {name: value for name, value in arguments.items() if name not in ("collected", "states", *CU_SEQLENS, *CUT)}
+        try:
+            self.original(x, **self._with_mix(plain, note))
+        except Enough:
+            if not mixed:
+                raise
+        return mixed[0]
+
     def _on_states(self, x: Tensor, arguments: dict[str, Any], before: dict[Key, Tensor]) -> tuple[Tensor, dict[Key, Tensor]]:
-        """Output and the states behind."""
-        cache = ChunkCache(before)
+        """Output and the states behind, document by document: at the first token of one there are none before."""
+        begins, cut, outs, tokens = arguments.pop("begins", None), Arguments(arguments, self.token_args), [], x.shape[1]
+        if begins is None:
+            return self._in_document(x, arguments, before)
+        edges = [0, *(begins[1:].nonzero()[:, 0] + 1).tolist(), tokens]
+        for first, behind in zip(edges, edges[1:], strict=False):
+            span = Span(first, min(tokens, max(behind, first + 2)))  # a single token would be taken for decoding: with one that is dropped
+            y, before = self._in_document(x[:, span.slice()], cut.on(span), {} if begins[first] else before)
+            outs.append(y[:, : behind - first])
+        return torch.cat(outs, dim=1), before
+
+    def _in_document(self, x: Tensor, arguments: dict[str, Any], before: dict[Key, Tensor]) -> tuple[Tensor, dict[Key, Tensor]]:
+        mixed, cache = arguments.get("mixed"), ChunkCache(before)
+        arguments = {name: value for name, value in arguments.items() if name not in ("mixed", "seq_idx", *CU_SEQLENS)}
+        if mixed is not None:
+            arguments = self._with_mix(arguments, lambda *call: mixed)
         y = _first(self.original(x, **{**arguments, self.cache: cache}))
         cache.check_unchanged()
         return y, cache.after
@@ -181,12 +243,28 @@ class AdaptedLayer:
         states = States(keep=keep) if self._over is None else self._over(tokens).turns(self._states_of_one(x, arguments), keep=keep)
         return {"states": states, "chunk_positions": torch.arange(tokens)}
 
+    def _documents(self, x: Tensor, arguments: dict[str, Any]) -> dict[str, Tensor]:
+        """At which of its tokens documents begin, where `CU_SEQLENS` say. Raises ValueError for what they cannot be given with."""
+        cu_seqlens, tokens = arguments.get(CU_SEQLENS[0]), x.shape[1]
+        if cu_seqlens is None and arguments.get("seq_idx") is not None:
+            raise ValueError(f"seq_idx ends documents inside a row: give {' and '.join(CU_SEQLENS)} with it, or each document a row of its own")
+        if cu_seqlens is None:
+            return {}
+        if not self.attends_alone:
+            raise ValueError(f"{CU_SEQLENS[0]} ends documents inside a row, and this layer attends to what its states have made: give each "
+                             "document a row of its own")
+        if self.routers and arguments.get("output_router_logits"):
+            raise ValueError("output_router_logits=True: router logits are not collected where documents share a row and layers keep "
+                             "states; leave it off, or give each document a row of its own")
+        layout = Layout.make(tokens, cu_seqlens) if self._over is None else self._over(tokens).layout
+        return {"begins": layout.positions() == 0}
+
     def _states_of_one(self, x: Tensor, arguments: dict[str, Any]) -> dict[Key, Tensor]:
         """The states behind one token: like those behind any, in the dtypes of this call."""
         devices = {x.device} if x.is_cuda else set()
         with torch.no_grad(), torch.random.fork_rng(devices=devices):
-            of_one = Arguments(arguments, self.token_args).on(Span(0, 1))
-            return self._on_states(x.new_zeros(x.shape[0], 1, x.shape[2]), of_one, {})[1]
+            of_one = self._with_mix(Arguments(arguments, self.token_args).on(Span(0, 1)), _no_attention)
+            return self._in_document(x.new_zeros(x.shape[0], 1, x.shape[2]), of_one, {})[1]
 
     def _route(self, forward: Callable[..., Any], place: int, *args: Any, **kwargs: Any) -> Any:
         """A router's `forward`; its logits are noted where they are collected."""
@@ -216,12 +294,7 @@ class AdaptedLayer:
                 raise ValueError(f"the layer was given {name}, shape {list(value.shape)}, which it was not given when it was traced: "
                                  "longtrain does not know whether it runs along the tokens; leave it out")
         if self.cache is not None:
-            if given := [name for name in (*CU_SEQLENS, "seq_idx") if arguments.get(name) is not None]:
-                raise ValueError(
-                    f"{given[0]} ends documents inside a row, and this layer's states are carried through its cache, which knows "
-                    "no documents: give each document a row of its own"
-                )
-            arguments |= self._carried(x, arguments)
+            arguments |= self._carried(x, arguments) | self._documents(x, arguments)
         if self.routers and arguments.get("output_router_logits"):
             collected = Collected(*x.shape[:2], len(self.routers))
             y = streamed(x, **arguments | dict(collected=collected, chunk_positions=torch.arange(x.shape[1])))
@@ -264,6 +337,10 @@ class AdaptedLayer:
                 config._attn_implementation = "longtrain"
         error = float((ours - theirs).norm() / theirs.norm())
         return None if error <= 1e-5 else f"under longtrain's attention it differs from its own eager attention by {error:.1e}"
+
+
+def _no_attention(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
+    return v.new_zeros(*q.shape[:3], v.shape[3])
 
 
 def _first(y: Tensor | tuple[Tensor, ...]) -> Tensor:

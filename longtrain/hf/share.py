@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from longtrain.hf.layer import CU_SEQLENS
 from longtrain.hf.mask import Mask, OfWhole
 from longtrain.span import IGNORE_INDEX
 
-CUT = ("input_ids", "inputs_embeds")
+CUT = ("input_ids", "inputs_embeds", "seq_idx")
 
 
 def share(pretrained: PreTrainedModel, layers: Sequence[nn.Module], sharing, undo: list[Callable[[], Any]]) -> None:
@@ -83,7 +84,7 @@ def _take_part(
     mask, positions, labels = given.pop("attention_mask", None), given.pop("position_ids", None), given.pop("labels", None)
     if mask is not None and (mask.ndim != 2 or not bool(mask.all())):
         raise ValueError("attention_mask with padding cannot be spread over processes: leave it out, pad at the end with labels of -100")
-    unknown = [name for name, value in given.items() if name not in CUT and isinstance(value, Tensor) and tokens in value.shape]
+    unknown = [name for name, value in given.items() if name not in (*CUT, *CU_SEQLENS) and isinstance(value, Tensor) and tokens in value.shape]
     if unknown and tokens > 1:
         raise ValueError(f"{unknown[0]} runs along the tokens, and it is not known how to cut it for several processes; leave it out")
     device = given[CUT[0] if CUT[0] in given else CUT[1]].device

@@ -43,6 +43,10 @@ class ChunkCache:
                 "backward pass: choose chunk_tokens so that no chunk, the last one too, has a single token"
             )
 
+    def update(self, k: Tensor, v: Tensor, layer_idx: int, **unused: Any) -> tuple[Tensor, Tensor]:
+        """As they are: attention beside the states has a carry of its own."""
+        return k, v
+
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
         return self.before.get(("conv", state_idx))
 

@@ -191,12 +191,17 @@ class OnRank:
     def spans(self) -> list[Span]:
         return self.shards.local_chunks(self.sharing.mesh.all.rank)
 
+    @property
+    def layout(self) -> Layout:
+        """Positions and documents of the tokens that this process holds."""
+        return self.shards.layout(self.sharing.mesh.all.rank, self.edges)
+
     def mixer(self, mixer: Any, layer: int, place: int) -> Any:
         """What mixes over the processes as `mixer`, number `place` of a layer, does alone."""
         sharing, mesh = self.sharing, self.sharing.mesh
         shape = sharing.shapes[layer][place] = _as_asked(mixer, sharing.shapes[layer][place])
         if len(self.edges) > 2:
-            if any(len(row.documents.edges) > 2 for row in (mixer.mask.rows if hasattr(mixer, "mask") else ())):
+            if any(not {*row.documents.edges} <= {*self.edges} for row in (mixer.mask.rows if hasattr(mixer, "mask") else ())):
                 raise ValueError(
                     f"layer {layer}: documents packed under a mask that itself cuts the sequence (chunked attention) cannot be spread over "
                     "processes yet, as its cuts count from each document's start; give one document a row"

@@ -103,12 +103,16 @@ class _Replay(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, turns: Turns, chunk: int, arguments: Arguments, layer: OnStates, x: Tensor, *leaves: Tensor) -> Tensor:
-        ctx.turns, ctx.chunk, ctx.runs, ctx.leaves = turns, chunk, [], leaves
+        given, count = list(arguments.leaves), len(arguments.differentiable)
+        for i in arguments.differentiable:  # what they are made of is differentiated behind this node, by all at once
+            given[i] = given[i].detach().requires_grad_()
+        ctx.turns, ctx.chunk, ctx.runs = turns, chunk, []
+        ctx.leaves = (*(given[i] for i in arguments.differentiable), *leaves[count:])
         for place, kept in zip(turns.places(chunk), turns.take_kept(chunk), strict=True):
             part = x[:, place.slice()].detach().requires_grad_(x.requires_grad)
             before = {key: state.detach().requires_grad_() for key, state in kept.items()}
             with torch.enable_grad():
-                ctx.runs.append((place, part, before, *layer(part, arguments.on(place), before)))
+                ctx.runs.append((place, part, before, *layer(part, arguments.on(place, given), before)))
         return torch.cat([out.detach() for _, _, _, out, _ in ctx.runs], dim=1)
 
     @staticmethod

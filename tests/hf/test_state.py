@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 import longtrain as lt
+from longtrain.double import InDouble
 from longtrain.hf.state import ChunkCache, States
-from longtrain.span import Span
+from longtrain.span import Layout, Span
 
 one_row = lambda: dict(hf_families.batches())["one row"]
 
@@ -58,12 +59,38 @@ def test_generation_and_evaluation_between_steps():
     assert hf_families.difference(hf_families.gradients(model, batch), own) <= 1e-6
 
 
-def test_documents_inside_a_row_are_refused():
-    model, batch = hf_families.build("lfm2"), one_row()
-    lt.apply(model, lt.Plan(chunk_tokens=8))
-    cu = torch.tensor([0, 11, 29], dtype=torch.int32)
-    with pytest.raises(ValueError, match="give each document a row of its own"):
-        model(**batch, cu_seq_lens_q=cu, cu_seq_lens_k=cu)
+EDGES = (0, 1, 9, 10, 20, 29)
+"""Documents of one token, and in chunks of 8 one whose last token a chunk begins with: a single token would be taken for decoding."""
+
+
+def in_rows(model, batch):
+    """Loss and gradients of each document in a row of its own, added up."""
+    count = int((batch["labels"] != -100).sum())
+    total = {}
+    for first, behind in zip(EDGES, EDGES[1:], strict=False):
+        alone = {name: batch[name][:, first:behind] for name in ("input_ids", "labels")}
+        part = hf_families.gradients(model, alone, use_cache=False, num_items_in_batch=count)
+        total = {name: total.get(name, 0) + value for name, value in part.items()}
+    return total
+
+
+@pytest.mark.parametrize("family", [
+    "lfm2", *(pytest.param(family, marks=pytest.mark.slow) for family in ("qwen3_next", "bamba", "mamba2", "falcon_h1")),
+])
+def test_documents_inside_a_row(family):
+    with InDouble():
+        model, batch = hf_families.build(family), one_row()
+        batch["labels"] = batch["labels"].clone()
+        batch["labels"][:, EDGES[:-1]] = -100  # nothing before them predicts them
+        own = in_rows(model, batch)
+        lt.apply(model, lt.Plan(chunk_tokens=8, loss_chunk_tokens=8)).check_replay()
+        cu = torch.tensor(EDGES, dtype=torch.int32)
+        positions = Layout(29, EDGES).positions()[None]
+        packed = dict(cu_seq_lens_q=cu, cu_seq_lens_k=cu, position_ids=positions)
+        for _ in range(2):
+            assert hf_families.difference(hf_families.gradients(model, batch, **packed), own) <= 1e-12
+        with pytest.raises(ValueError, match="give cu_seq_lens_q and cu_seq_lens_k with it"):
+            model(**batch, seq_idx=positions)
 
 
 @pytest.mark.slow
