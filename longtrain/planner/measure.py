@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from math import inf
 from typing import Any
 
 import torch
@@ -196,6 +197,24 @@ def launch(device: torch.device, dtype: torch.dtype, known: Rates) -> float:
     ids_BT = torch.zeros(1, tokens, dtype=torch.int64, device=device)
     took = seconds_of(lambda: model(ids_BT, labels=ids_BT).loss.backward(), device)
     return max(took - rest, took / 4) / (whole - rest)
+
+
+def slower_in_step(device: torch.device, dtype: torch.dtype, shape: dict, known: Rates) -> float:
+    """How many times as long everything beside products and mixers takes in a streamed step as it does by itself, again and again: in a step
+    other memory is used in between, and nothing is found in the caches."""
+    width, chunk = shape["width"] // 2, shape["rows"]
+    heads = max(1, width // 64)
+    config = ModelConfig(vocab_size=256, num_layers=4, hidden_size=width, intermediate_size=4 * width, num_heads=heads, num_kv_heads=heads)
+    model = LanguageModel(config).to(device, dtype)
+    footprint, plan, tokens = measure_model(model), lt.Plan(chunk_tokens=chunk), 4 * chunk
+    alone, whole = (
+        step_time(footprint, plan, tokens, 1, rates, optimizer="none").total
+        for rates in (replace(known, made=(), operations=(), moved=inf, launch=0.0), known)
+    )
+    lt.apply(model, plan)
+    ids_BT = torch.zeros(1, tokens, dtype=torch.int64, device=device)
+    took = seconds_of(lambda: model(ids_BT, labels=ids_BT).loss.backward(), device, 4 * SECONDS)
+    return max(1.0, (took - alone) / (whole - alone))
 
 
 def adamw(device: torch.device, elements: int) -> float:
