@@ -24,7 +24,7 @@ from longtrain.train.console import StepBar
 from longtrain.train.distribute import choose_device, make_work
 from longtrain.train.evaluate import check_probes, evaluate
 from longtrain.train.output import EVALUATION, RunError, write_whole
-from longtrain.train.prepare import build_model, share_weights, stage_at, stream
+from longtrain.train.prepare import build_model, settle_fallback, share_weights, stage_at, stream
 from longtrain.train.processes import ALONE, Processes
 from longtrain.train.resume import flat
 from longtrain.train.state import load_checkpoint_weights, sum_of
@@ -54,8 +54,10 @@ def run(run_or_config: str, overrides: Sequence[str], processes: Processes = ALO
 
     torch.manual_seed(config.train.seed)  # frozen weights may be drawn with it
     model, set_rotary, _ = build_model(config, where)
+    settle_fallback(model, device, config, where)
     cast(model, getattr(torch, config.train.dtype))
-    print(f"weights {read_weights(model, directory, is_hf=isinstance(config.model, HfModelConfig))}")
+    weights = read_weights(model, directory, is_hf=isinstance(config.model, HfModelConfig))
+    print(f"weights {weights}")
     if work.mesh is None:
         model.to(device)
         plan = make_plan(model, config, where)
@@ -63,7 +65,8 @@ def run(run_or_config: str, overrides: Sequence[str], processes: Processes = ALO
         said = {"the held out data": fingerprint(held_out, config.data), "the sum of the weights": sum_of(model.parameters())}
         processes.check_same(said, "give all of them the same files")
         plan = share_weights(model, config, where, work)
-    set_rotary(stage_at(config, config.train.steps))
+    done = on_disk.read_facts(weights)["step"] if weights.is_dir() else config.train.steps
+    set_rotary(stage_at(config, done - 1))  # as the run's own validation after as many updates
     bar = StepBar(sys.stdout)
     if plan is not None:
         report = stream(model, plan, where, work, [config.data.seq_len])
