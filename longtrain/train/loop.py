@@ -295,9 +295,9 @@ class Trainer:
         self.note_saved(self.saver.finish())
         self.metrics.write("stopped", step=self.done, reason=str(stopped))
         saved = ", saved" if self.done else ""
-        print(
-            f"stopped ({stopped}) after step {self.done}/{self.config.train.steps}{saved}; the same command goes on from there", flush=True
-        )
+        given = "" if self.config.checkpoint.resume == "auto" else " with checkpoint.resume=auto"
+        goes_on = f"the same command{given} goes on from there"
+        print(f"stopped ({stopped}) after step {self.done}/{self.config.train.steps}{saved}; {goes_on}", flush=True)
 
     def conclude(self) -> None:
         """Weights, result, picture, verdict. The first process makes them: the weights of several are those of the last checkpoint."""

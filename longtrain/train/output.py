@@ -58,6 +58,12 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The records of a metrics file. A last line that a dying process left half written is not one."""
-    lines = path.read_bytes().split(b"\n")
-    return [json.loads(line) for line in lines[:-1]]
+    """The records of a metrics file. A last line that a dying process left half written is not one. Raises RunError for another that is
+    damaged."""
+    records = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            raise RunError(f"{path}:{number} is no record of a run ({error}); remove that line") from None
+    return records

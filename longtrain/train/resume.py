@@ -39,7 +39,8 @@ def begins_anew(config: Config, where: Locations) -> bool:
         )
     if not goes_on:
         state = "a run" if ended is None else f"a finished run of {ended} steps"
-        raise where.error("output.dir", f"{directory} already holds {state}; name another, or set output.overwrite=true")
+        on = "set checkpoint.resume=auto to go on with it, " if ended is None and known else ""
+        raise where.error("output.dir", f"{directory} already holds {state}; {on}name another, or set output.overwrite=true to replace it")
     return False
 
 
