@@ -13,7 +13,12 @@ from collections.abc import Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and (not hasattr(args, "overrides") or any(one.startswith("-") for one in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # settings behind an option, which argparse takes for strangers
+        args.overrides = [*args.overrides, *rest]
     try:
         status = args.command(args)
         sys.stdout.flush()
@@ -44,6 +49,11 @@ def explain_error(error: BaseException) -> tuple[str, int] | None:
         return f"longtrain: {error}", 1
     if isinstance(error, KeyboardInterrupt):
         return "longtrain: interrupted; what was saved before stands", 130
+    from longtrain.memory.profile import out_of_memory
+
+    if out_of_memory(error):
+        said = str(error).partition("\n")[0] or type(error).__name__
+        return f"longtrain: out of memory ({said}); `longtrain profile CONFIG` shows what takes it, `longtrain plan CONFIG` what would fit", 1
     return None
 
 
