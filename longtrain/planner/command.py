@@ -21,11 +21,12 @@ from longtrain.plan import Offload, Plan
 from longtrain.planner import explain, picture
 from longtrain.planner.asked import held_beside_model
 from longtrain.planner.cost import ModelFootprint, measure_model
-from longtrain.planner.explore import Wanted, by_hand, explore, longest_tokens, pareto, refusal
-from longtrain.planner.machines import Machine, find_machine
+from longtrain.planner.explore import Wanted, by_hand, explore, lacks, longest_tokens, pareto, refusal
+from longtrain.planner.machines import Machine, find_machine, memory_of
 from longtrain.planner.rates import usual_rates
-from longtrain.planner.shapes import find_shape, on_meta, with_wide_gradients
+from longtrain.planner.shapes import SHAPES, find_shape, on_meta, with_wide_gradients
 from longtrain.train.budget import step_count
+from longtrain.train.output import said_plainly, write_whole
 from longtrain.train.prepare import build_model
 from longtrain.units import format_bytes, parse_bytes
 
@@ -54,6 +55,9 @@ def read(args: argparse.Namespace) -> tuple[Wanted, str, Plan | None]:
         raise ValueError(f"--batch: must be at least 1, found {min(args.batch)}")
     shape = find_shape(args.config)
     machine = find_machine(args.device) if args.device else None
+    if shape is None and not Path(args.config).is_file():
+        found = "holds no config.json" if Path(args.config).is_dir() else f"is no file (from {Path.cwd()})"
+        raise ValueError(f"{args.config} {found}, and no shape that is known ({', '.join(SHAPES)}); name a run's YAML file or one of these")
     if shape is None:
         return read_config(args, machine)
     if args.overrides:
@@ -79,6 +83,9 @@ def read_config(args: argparse.Namespace, machine: Machine | None) -> tuple[Want
     if machine is None:
         machine = this_machine() if here else find_machine("h100")
     model = footprint_of(config, where, torch.device(machine.device))
+    for option, given in (("--gpus", (args.gpus or 1) > 1), ("--batch", args.batch != [1])):
+        if settings and given:
+            raise ValueError(f"{option} is for plans that are looked for, and memory.chunk_tokens makes one by hand; leave one of them out")
     places = (config.memory.optimizer,) if settings or config.memory.optimizer == "host" else None
     wanted = wanted_for(
         args, machine, model, config.data.seq_len, config.memory.tiers() or Offload(), config.memory.budget, masters=config.train.dtype == "bfloat16",
@@ -124,14 +131,17 @@ def footprint_of(config: Config, where: Locations, device: torch.device) -> Mode
 def this_machine() -> Machine:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rates = usual_rates(device)
-    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 1 << 62
     top = max((rate for _, rate in rates.products), default=rates.flops)
     return Machine(
-        name="this machine", device=device.type, memory=memory, rates=rates, peak_flops=top, source="usual figures; longtrain calibrate"
-    )
+        name="this machine", device=device.type, memory=memory_of(device), rates=rates, peak_flops=top,
+        source="usual figures; longtrain calibrate",
+    )  # fmt: skip
 
 
 def show(wanted: Wanted, args: argparse.Namespace, title: str, plan: Plan | None) -> int:
+    if args.out:
+        with said_plainly(Path(args.out)):
+            Path(args.out).mkdir(parents=True, exist_ok=True)
     machine, several = wanted.machine, f"{wanted.devices} x " if wanted.devices > 1 else ""
     print(
         f"{title}: {wanted.tokens:,} tokens on {several}{machine.name}, {format_bytes(wanted.room + wanted.taken)} each ({machine.source})"
@@ -143,6 +153,9 @@ def show(wanted: Wanted, args: argparse.Namespace, title: str, plan: Plan | None
     best = found[0]
     for part in (explain.table, explain.memory, explain.time, explain.formulas):
         print("", *part(found if part is explain.table else best, wanted), sep="\n")
+    if plan and (why := lacks(wanted, best)):
+        print(f"\nthis plan does not fit: {why}; memory.budget in place of memory.chunk_tokens has one looked for that does")
+        return 1
     front = [best]
     if not (args.quick or plan):
         front = pareto(wanted, best)
@@ -150,8 +163,7 @@ def show(wanted: Wanted, args: argparse.Namespace, title: str, plan: Plan | None
         print(f"\nlongest sequence in {format_bytes(wanted.room + wanted.taken)}: {longest_tokens(wanted):,} tokens")
     if args.out:
         directory = Path(args.out)
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "plan.yaml").write_text(explain.as_yaml(best, wanted, title))
+        write_whole(directory / "plan.yaml", lambda path: path.write_text(explain.as_yaml(best, wanted, title), encoding="utf-8"))
         written = ["plan.yaml", *picture.write(directory, title, found, front, wanted)]
         print(f"{directory} holds {', '.join(written)}; longtrain train takes the settings of plan.yaml")
     return 0

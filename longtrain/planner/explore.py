@@ -88,7 +88,8 @@ def explore(wanted: Wanted, say: Callable[[str], object] = lambda text: None) ->
 
 def combinations(wanted: Wanted) -> list[tuple[Axes, str, int]]:
     """Chunks must leave a token to every device."""
-    return [(a, o, b) for a in all_axes(wanted.devices) if wanted.tokens >= 64 * a.sequence for o in wanted.places for b in wanted.batches]
+    axes = [a for a in all_axes(wanted.devices) if a.sequence == 1 or wanted.tokens >= 64 * a.sequence]
+    return [(a, o, b) for a in axes for o in wanted.places for b in wanted.batches]
 
 
 def fastest(wanted: Wanted, axes: Axes, optimizer: str, batch: int, room: int) -> Found | None:
@@ -105,6 +106,14 @@ def by_hand(wanted: Wanted, plan: Plan) -> Found:
     if asked is None:
         raise ValueError(f"memory.optimizer: host needs {format_bytes(on_host)}, of {format_bytes(wanted.host)}; give more")
     return describe_found(wanted, Axes(), wanted.places[0], 1, asked, plan, on_host)
+
+
+def lacks(wanted: Wanted, found: Found) -> str | None:
+    """Why a plan that was made by hand does not fit; None where it does."""
+    if found.peak.total > wanted.room:
+        needed, there = found.peak.total + wanted.taken, wanted.room + wanted.taken
+        return f"{format_bytes(needed)} are needed in the {found.peak.name}, of {format_bytes(there)}"
+    return None if _within_tiers(wanted, found) else "memory.host_budget or memory.disk holds less than it sends there"
 
 
 def smallest(wanted: Wanted, axes: Axes, optimizer: str, batch: int) -> Found | None:
@@ -186,5 +195,5 @@ def refusal(wanted: Wanted) -> str:
         return f"the optimizer needs {format_bytes((wanted.model.optimizer + 4 * wanted.model.trained) // wanted.devices)} of host memory a device; give more"
     _, (axes, optimizer, batch) = min(least, key=lambda entry: entry[0])
     asked, _ = of_one_device(wanted, axes, optimizer, batch)
-    text = what_to_change(asked, wanted.room, 0)
+    text = what_to_change(asked, wanted.room + wanted.taken, wanted.taken)
     return f"closest: {axes.sequence} devices a sequence, {axes.replicas} replicas, optimizer on the {optimizer}: {text}"
