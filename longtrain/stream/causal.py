@@ -21,7 +21,7 @@ import torch
 
 from longtrain.offload import Stored
 from longtrain.span import Span
-from longtrain.stream.call import Call, Enough, Replica, Sequenced, vjp
+from longtrain.stream.call import Call, Enough, Replica, Sequenced, check_leaves, vjp
 from longtrain.stream.mixer_state import MixerState, Need
 
 AHEAD = 2
@@ -59,6 +59,8 @@ def backward(call: Call, replica: Replica, x: Sequenced, dy: Sequenced, dx: Sequ
             for layer, mixer_states in enumerate(call.states):
                 steps = [state.step(state.replay, span) for state in mixer_states]
                 hidden = call.run(layer, span, hidden, steps, replica)
+        if span is call.spans[-1]:
+            check_leaves([hidden], [leaf, *replica.wanted])
         dleaf = vjp(hidden, dy.take(span), leaf, replica)
         if want_dx:
             dx.put(span, dleaf)
