@@ -56,7 +56,7 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def check_shapes(input: Tensor, weight_VE: Tensor, target: Tensor, bias_V: Tensor | None, token_weights: Tensor | None) -> None:
+def check_shapes(input: Tensor, weight_VE: Tensor, target: Tensor, bias_V: Tensor | None) -> None:
     """Raise ValueError for tensors that do not belong together."""
     name = "linear_cross_entropy"
     if input.dim() < 1 or weight_VE.dim() != 2 or input.shape[-1] != weight_VE.shape[1]:
@@ -71,6 +71,15 @@ def check_shapes(input: Tensor, weight_VE: Tensor, target: Tensor, bias_V: Tenso
                          "convert one of them, or run under torch.autocast")
     if bias_V is not None and bias_V.shape != weight_VE.shape[:1]:
         raise ValueError(f"{name}: bias must have shape [V] = {list(weight_VE.shape[:1])}, not {list(bias_V.shape)}")
+
+
+def check_settings(target: Tensor, token_weights: Tensor | None, reduction: str, normalizer: float | Tensor | None) -> None:
+    """Raise ValueError for what makes one number of the losses, where it does not fit or would have no effect."""
+    name = "linear_cross_entropy"
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"{name}: reduction must be one of {', '.join(REDUCTIONS)}, not {reduction!r}")
+    if normalizer is not None and reduction != "mean":
+        raise ValueError(f"{name}: normalizer= divides a mean; with reduction={reduction!r} it would have no effect")
     if token_weights is not None:
         if token_weights.shape != target.shape:
             raise ValueError(f"{name}: token_weights must have target's shape {list(target.shape)}, not {list(token_weights.shape)}")
