@@ -58,6 +58,13 @@ def test_generation_and_evaluation_between_steps():
     assert hf_families.difference(hf_families.gradients(model, batch), own) <= 1e-6
 
 
+def test_layers_with_states_are_no_part_of_a_segment():
+    model = hf_families.build("lfm2")
+    with pytest.raises(ValueError, match=r"layers.0 carries states from chunk to chunk.*use Plan\(segment_layers=1\)"):
+        lt.apply(model, lt.Plan(chunk_tokens=8, segment_layers=2))
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
 def test_documents_inside_a_row_are_refused():
     model, batch = hf_families.build("lfm2"), one_row()
     lt.apply(model, lt.Plan(chunk_tokens=8))
