@@ -8,7 +8,9 @@ its calls of the attention interface. Which arguments run along the tokens, and 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections import UserDict
+from collections.abc import Callable, Mapping, MutableMapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -23,7 +25,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from longtrain.hf.attention import MaskedAttention, Options, draw_seed, packed
 from longtrain.hf.mask import Mask
 from longtrain.hf.router import Collected
-from longtrain.hf.state import ChunkCache, Key, States
+from longtrain.hf.state import ChunkCache, Key, NotCarried, States, TokensBefore
 from longtrain.sharded import plain_copy
 from longtrain.span import Span
 from longtrain.stream.replay import Arguments
@@ -36,7 +38,7 @@ PASSED_WHOLE = {*CU_SEQLENS, *inspect.signature(ForCausalLMLoss).parameters}
 
 CUT = {"seq_idx": 1, "chunk_positions": 0}
 """And what then runs along the tokens: the document of each, which comes with `CU_SEQLENS` for layers that are no attention, and where a
-chunk is, for the collection of router logits."""
+chunk is, for the collection of router logits and for layers that number their tokens."""
 
 
 class AdaptedLayer:
@@ -56,6 +58,8 @@ class AdaptedLayer:
         """The argument by which it takes the cache that its states go through, where it has states."""
         self.state_bytes = 0
         """What these come to, for one row."""
+        self.counts: str | None = None
+        """The argument by which it takes the cache that it asks how many tokens came before, where its attention does."""
         self._over: Callable[[int], Any] | None = None
         self._routed: list[Tensor] | None = None
         self._before: dict[str, Any] = {}
@@ -64,7 +68,7 @@ class AdaptedLayer:
     def install(self) -> None:
         """Make the layer a streamable one, until `uninstall`."""
         protocol = ("token_args", "chooses", "mixers", "example", "copy_in_float64", "difference_from_eager", "forward")
-        for name in (*protocol, "state_bytes", "take_turns", "original"):
+        for name in (*protocol, "state_bytes", "counts", "take_turns", "original"):
             self._before[name] = self.layer.__dict__.get(name)
             setattr(self.layer, name, getattr(self, name))
         for router, place in self.routers:
@@ -93,13 +97,17 @@ class AdaptedLayer:
                 return MaskedAttention.make(self.mask, options, draw_seed(options))(q, k, v)
 
             self.layer.train(training)
-            with torch.no_grad(), _Watch() as watch:
-                self.original(self.x, **self._with_mix(self.arguments, note))
+            try:
+                with torch.no_grad(), _Watch() as watch:
+                    self.original(self.x, **_watched(self._with_mix(self.arguments, note)))
+            finally:
+                for module, before in modes.items():
+                    module.training = before
             self.chooses |= watch.chose
-        for module, training in modes.items():
-            module.training = training
         self.attentions = [(module, {False: a, True: b}) for (module, a), (_, b) in zip(seen[False], seen[True], strict=True)]
         caches = [p.name for p in self.signature.parameters.values() if "Cache" in str(p.annotation) and self.arguments.get(p.name) is None]
+        if caches and self.attentions and self._asks_for_tokens_before(caches[0]):
+            self.counts = caches[0]
         if caches and not self.attentions:
             cache = ChunkCache({})
             with torch.no_grad():
@@ -107,6 +115,14 @@ class AdaptedLayer:
             if cache.after:
                 self.cache, self.state_bytes = caches[0], sum(state.nbytes for state in cache.after.values()) // self.x.shape[0]
                 self.token_args = {"attention_mask": 1, **self.token_args}  # of padding, ``[B, T]``; there was none in the traced run
+
+    def _asks_for_tokens_before(self, cache: str) -> bool:
+        """Whether it numbers its tokens itself, from as many on as its cache says that came before."""
+        whole = lambda module, q, k, v, options: MaskedAttention.make(self.mask, options, draw_seed(options))(q, k, v)
+        before = TokensBefore(0)
+        with torch.no_grad(), suppress(NotCarried):  # one that wants more of its cache is proved without
+            self.original(self.x, **{**self._with_mix(self.arguments, whole), cache: before})
+        return before.asked
 
     def take_turns(self, over: Callable[[int], Any] | None) -> None:
         """From now on the processes of ``over(tokens)`` (`longtrain.parallel.spread.OnRank`) share sequences; None: no others do."""
@@ -141,8 +157,9 @@ class AdaptedLayer:
     def example(self, tokens: int) -> tuple[Tensor, dict[str, Any]]:
         if self.x.shape[1] != tokens:
             raise ValueError(f"the layer was traced on {self.x.shape[1]} tokens, an example of {tokens} was asked for")
-        arguments = self.arguments if self.cache is None else self.arguments | self._carried(self.x, self.arguments)
-        return self.x, arguments
+        if self.cache is not None:
+            return self.x, self.arguments | self._carried(self.x, self.arguments)
+        return self.x, self.arguments | ({} if self.counts is None else {"chunk_positions": torch.arange(tokens)})
 
     def forward(self, x: Tensor, *, mix: Callable[..., Tensor] | None = None, **arguments: Any) -> Tensor:
         if mix is not None:
@@ -158,6 +175,8 @@ class AdaptedLayer:
             arguments = self._with_mix(arguments, mix_as_expected)
         collected, states, positions = (arguments.pop(name, None) for name in ("collected", "states", "chunk_positions"))
         span = None if positions is None else Span(int(positions[0]), int(positions[-1]) + 1)
+        if self.counts is not None and span is not None:
+            arguments[self.counts] = TokensBefore(span.start)
         self._routed = None if collected is None else []
         try:
             if states is None:
@@ -211,8 +230,8 @@ class AdaptedLayer:
             raise ValueError("gradient checkpointing is on and this layer is streamed, which would recompute it twice: call "
                              "model.gradient_checkpointing_disable(), and set gradient_checkpointing=False in the trainer's arguments")
         for name, value in arguments.items():
-            unknown = isinstance(value, Tensor) and name not in {*self.arguments, *PASSED_WHOLE, *CUT}
-            if unknown and x.shape[1] in value.shape and x.shape[1] > 1:
+            known = not isinstance(value, Tensor) or self.arguments.get(name) is not None or name in {*self.token_args, *PASSED_WHOLE, *CUT}
+            if not known and (name in self.arguments or (x.shape[1] in value.shape and x.shape[1] > 1)):
                 raise ValueError(f"the layer was given {name}, shape {list(value.shape)}, which it was not given when it was traced: "
                                  "longtrain does not know whether it runs along the tokens; leave it out")
         if self.cache is not None:
@@ -222,6 +241,8 @@ class AdaptedLayer:
                     "no documents: give each document a row of its own"
                 )
             arguments |= self._carried(x, arguments)
+        if self.counts is not None:
+            arguments["chunk_positions"] = torch.arange(x.shape[1])
         if self.routers and arguments.get("output_router_logits"):
             collected = Collected(*x.shape[:2], len(self.routers))
             y = streamed(x, **arguments | dict(collected=collected, chunk_positions=torch.arange(x.shape[1])))
@@ -264,6 +285,24 @@ class AdaptedLayer:
                 config._attn_implementation = "longtrain"
         error = float((ours - theirs).norm() / theirs.norm())
         return None if error <= 1e-5 else f"under longtrain's attention it differs from its own eager attention by {error:.1e}"
+
+
+class _ReadOnly(UserDict):
+    """What layers hand each other; a write is refused."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        raise ValueError(f"it hands later layers what it made of all tokens (it sets {key!r} of a mapping that it is given), and a chunk is a "
+                         "part of them")
+
+
+def _watched(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments, with mappings that cannot be written."""
+    watched = dict(arguments)
+    for name, value in watched.items():
+        if isinstance(value, MutableMapping):
+            watched[name] = _ReadOnly()
+            watched[name].data = dict(value)
+    return watched
 
 
 def _first(y: Tensor | tuple[Tensor, ...]) -> Tensor:
