@@ -73,6 +73,16 @@ class Mixture:
     def __len__(self) -> int:
         return sum(map(len, self.packed))
 
+    @property
+    def padding(self) -> float:
+        """Share of all sequences, each read once, that is padding."""
+        return 1 - sum(int(packed.pieces.length_P.sum()) for packed in self.packed) / (len(self) * self.seq_len)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest document in a sequence, or of the longest piece of one."""
+        return max(int(packed.pieces.length_P.max()) for packed in self.packed)
+
     def batch(self, number: int, held: Sequence[Span] | None = None, into_2T: np.ndarray | None = None) -> Batch:
         """The sequence that is read as number `number`, or the part of it that a process holds."""
         if len(self.packed) == 1:

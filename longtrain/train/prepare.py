@@ -75,6 +75,11 @@ def prepare(config: Config, where: Locations, work: Work = Work()) -> Setup:
     torch.manual_seed(config.train.seed)
 
     documents, held_out = open_data(config.data)
+    if isinstance(config.model, HfModelConfig):
+        from longtrain.train.pretrained import check_tokenizer, locate
+
+        locate(config.model.hf, where)
+        check_tokenizer(config.model.hf, documents.tokenizer, where)  # before weights are read, which may take minutes
     model, set_rotary, notes = build_model(config, where)
     for corpus in (documents, held_out):
         check_vocabulary(corpus, vocabulary(model))
@@ -163,11 +168,7 @@ def build_model(
 
 
 def check_fits(model: nn.Module, corpus: Corpus, config: Config, where: Locations) -> None:
-    """Raise ConfigError for tokens that a transformers model does not read, and for documents longer than it was trained for, unless the
-    config says how positions go on."""
-    from longtrain.train.pretrained import check_tokenizer
-
-    check_tokenizer(config.model.hf, corpus.tokenizer, where)
+    """Raise ConfigError for documents longer than a transformers model was trained for, unless the config says how positions go on."""
     text = model.config.get_text_config()
     rotary, limit = getattr(text, "rope_parameters", None), getattr(text, "max_position_embeddings", None)
     longest = min(config.data.seq_len, int(corpus.length_N.max(initial=0))) if rotary and config.data.isolate else config.data.seq_len
@@ -248,9 +249,10 @@ def describe(setup: Setup) -> None:
         print(f"        {note}")
     if MISSING is not None:
         print(f"kernels pure torch, slower: {MISSING}")
+    packed = loader.mixtures[config.data.seq_len]
     print(
-        f"data    {config.data.source}: {len(loader.corpus)} training documents in {len(loader.mixtures[config.data.seq_len])} sequences of "
-        f"{config.data.seq_len} tokens, {len(setup.validation.corpus)} held out"
+        f"data    {config.data.source}: {len(loader.corpus)} training documents in {len(packed)} sequences of {config.data.seq_len} tokens "
+        f"({packed.padding:.0%} padding; the longest document has {packed.longest} in one), {len(setup.validation.corpus)} held out"
     )
     if plan is None:
         print("memory  not streamed: memory.chunk_tokens or memory.budget would")

@@ -164,6 +164,8 @@ def test_long_documents_are_read_more_often_within_their_source():
     mixture = Mixture(documents, 32, data)
     long = [int(mixture.batch(i).documents[0].split("[")[0].removeprefix("documents")) >= 300 for i in range(PERIOD)]
     assert np.mean(long) == pytest.approx(3 * 0.25 / (3 * 0.25 + 0.75), abs=1 / PERIOD)
+    assert mixture.longest == 32 and mixture.padding == 0 and Mixture(documents, 128, replace(DATA, packing="one_document")).longest == 128
+    assert Mixture(corpus(*[32] * 4), 128, replace(DATA, packing="one_document")).padding == 0.75
     with pytest.raises(DataError, match="no training document has 321 tokens \\(the longest has 320\\)"):
         Mixture(documents, 32, replace(data, long_from_tokens=321))
 
