@@ -148,6 +148,7 @@ def test_wrong_config_is_refused_with_its_place_and_remedy(name, check_refused):
         ("train.steps=", "train.steps", "write a whole number"),
         ("train.steps=[", "train.steps", "correct the syntax"),
         ("train.lr=-1", "train.lr", "positive"),
+        ("memory.budget=24", "memory.budget", "24 is not text to YAML; write text, such as 1.5GiB, or put it in quotes: '24'"),
         ("memory.segment_layers=9", "memory.segment_layers", "at most 2"),
         ("model={}", "model={}", "section.key=value"),
         ("train.length_schedule=[{from_step: 1, seq_len: 64}]", "train.length_schedule[0].from_step", "must be 0"),
