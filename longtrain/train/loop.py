@@ -304,12 +304,13 @@ class Trainer:
         setup, directory, evaluation = self.setup, self.directory, self.evaluation
         if self.processes.rank:
             return
+        of_bytes = setup.loader.corpus.tokenizer == BYTES
         weights = save_model(setup, self.where, directory, path_of(directory / output.CHECKPOINTS, self.done))
         self.metrics.write(
             "result",
             step=self.done,
             validation_loss=evaluation.loss,
-            **({"bits_per_byte": evaluation.loss / math.log(2)} if setup.loader.corpus.tokenizer == BYTES else {}),
+            **({"bits_per_byte": evaluation.loss / math.log(2)} if of_bytes else {}),
             **(dataclasses.asdict(setup.baselines) if setup.baselines else {}),
             seconds=self.seconds(),
         )
@@ -320,7 +321,7 @@ class Trainer:
         except ImportError:
             print("no plot: matplotlib is not installed; get it with: pip install longtrain[plot]")
         print(evaluation.table())
-        print(verdict(evaluation.loss, evaluation.targets, setup.baselines))
+        print(verdict(evaluation.loss, evaluation.targets, setup.baselines, "byte" if of_bytes else "token"))
         print(f"{format_time(self.seconds())} in all; {directory} holds {', '.join(written)}")
 
     def close(self) -> None:
