@@ -12,6 +12,7 @@ from torch import nn
 import longtrain as lt
 from longtrain import cli
 from longtrain.config import load_config
+from longtrain.memory.account import row_name
 from longtrain.memory.advice import changes_that_fit
 from longtrain.memory.command import predictable
 from longtrain.memory.compare import difference, items_of
@@ -20,6 +21,7 @@ from longtrain.memory.table import table
 from longtrain.nn import LanguageModel, ModelConfig
 from longtrain.offload import DeviceStore
 from longtrain.planner import measure_model, peak, step_memory
+from longtrain.planner.cost import Phase
 from longtrain.span import Span
 from tests.browser import open_page
 from tests.processes import run_ranks
@@ -220,6 +222,13 @@ def test_the_command_predicts_measures_and_draws_peak_against_length(tmp_path, c
     assert [p["tokens"] for p in result["lengths"]] == [128, 256] and all(p["predicted"] and p["measured"] for p in result["lengths"])
     assert result["peak"]["unattributed"] <= 0.02 * result["peak"]["bytes"]
     assert all(row["measured"] for row in result["phases"] if row["predicted"])
+
+
+@pytest.mark.parametrize("band", ["model.embed", "model.embed_tokens", "transformer.wte", "gpt_neox.embed_in"])
+def test_the_embedding_is_known_by_the_names_that_it_has(band):
+    predicted = [Phase("backward of the embedding", {})]
+    assert row_name({"phase": "backward", "band": band}, predicted) == predicted[0].name
+    assert row_name({"phase": "backward", "band": "model.norm"}, predicted) == "backward of model.norm"
 
 
 @pytest.mark.parametrize("settings, each", [(["train.dtype=bfloat16"], 2 + 4 + 8 + 4), (["memory.optimizer=host"], 4 + 4 + 8 + 4)])
