@@ -122,6 +122,8 @@ def footprint_of(config: Config, where: Locations, device: torch.device) -> Mode
     try:
         if not isinstance(config.model, HfModelConfig) and config.model.layers is None:
             return measure_model(on_meta(config.model, dtype))  # other mixers than attention cannot run on shapes alone
+        if isinstance(config.model, HfModelConfig):
+            print(f"  building {config.model.hf} with random weights, to see what its layers cost", file=sys.stderr, flush=True)
         model, *_ = build_model(config, where, read_weights=False)
         return measure_model(with_wide_gradients(model.to(dtype)))
     except ValueError as error:
@@ -159,7 +161,7 @@ def show(wanted: Wanted, args: argparse.Namespace, title: str, plan: Plan | None
     front = [best]
     if not (args.quick or plan):
         front = pareto(wanted, best)
-        print("", *explain.front(front), sep="\n")
+        print("", *explain.front(front, wanted), sep="\n")
         print(f"\nlongest sequence in {format_bytes(wanted.room + wanted.taken)}: {longest_tokens(wanted):,} tokens")
     if args.out:
         directory = Path(args.out)

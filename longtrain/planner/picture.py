@@ -31,7 +31,7 @@ def page(title: str, found: Sequence[Found], front: Sequence[Found], wanted: Wan
     best = found[0]
     name = f"{title}: {wanted.tokens:,} tokens on {wanted.devices} x {wanted.machine.name}"
     sentence = (
-        f"Fits: {format_bytes(best.peak.total)} of {format_bytes(wanted.room)} a device, {best.time.total:,.1f} s a step, {best.rate:,.0f} tokens a "
+        f"Fits: {format_bytes(best.peak.total + wanted.taken)} of {format_bytes(wanted.room + wanted.taken)} a device, {best.time.total:,.1f} s a step, {best.rate:,.0f} tokens a "
         f"second, {best.utilisation(wanted.machine.peak_flops):.1%} of what the device can do; {explain.binding(best, wanted)}."
     )
     drawn = [
@@ -48,7 +48,7 @@ def page(title: str, found: Sequence[Found], front: Sequence[Found], wanted: Wan
     ]  # fmt: skip
     parts = {
         "Ways to run the step": explain.table(found, wanted), "Memory": explain.memory(best, wanted), "Time": explain.time(best, wanted),
-        "By hand": explain.formulas(best, wanted), "Less memory or less time": explain.front(front),
+        "By hand": explain.formulas(best, wanted), "Less memory or less time": explain.front(front, wanted),
     }  # fmt: skip
     texts = "".join(f"<h2>{name}</h2><pre>{escape(chr(10).join(lines))}</pre>" for name, lines in parts.items())
     return document(

@@ -153,6 +153,16 @@ def test_a_budget_that_is_named_has_room_for_what_is_taken(run_file):
     assert lacks(replace(wanted, room=named - wanted.taken), small) is None
 
 
+def test_every_peak_that_is_told_holds_what_is_taken(run_file, tmp_path, capsys):
+    args = cli.build_parser().parse_args(["plan", run_file, "memory.chunk_tokens=512", "--out", str(tmp_path / "plan")])
+    wanted, title, plan = command.read(args)
+    wanted = replace(wanted, taken=5 << 40, room=1 << 30)
+    assert command.show(wanted, args, title, plan) == 0
+    said = capsys.readouterr().out + (tmp_path / "plan" / "plan.yaml").read_text() + (tmp_path / "plan" / "plan.html").read_text()
+    for place in (r"{} +512 +1 ", r"predicted {} a device", r"Fits: {} of 5121\.00 GiB", r"{}  in all, of 5121\.00 GiB"):
+        assert re.search(place.format(r"51\d\d\.\d\d GiB"), said), place
+
+
 def test_a_short_sequence_is_planned_for_one_device(shape, capsys):
     assert cli.main(["plan", shape, "--seq-len", "32", "--device", "h100", "--gpus", "2", "--quick"]) == 0
 
