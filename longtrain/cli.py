@@ -41,7 +41,7 @@ def explain_error(error: BaseException) -> tuple[str, int] | None:
     """What to say of an error, and the exit code; None of one that nobody expected."""
     from longtrain.config import ConfigError
     from longtrain.data.sources import DataError
-    from longtrain.train.output import RunError
+    from longtrain.errors import RunError
 
     if isinstance(error, ConfigError):
         return str(error), 2

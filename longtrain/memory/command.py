@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from longtrain.config import Config, Locations, load_config
+from longtrain.files import said_plainly
 from longtrain.memory.advice import changes_that_fit
 from longtrain.memory.profile import profile
 from longtrain.planner.asked import held_beside_model
@@ -19,7 +20,6 @@ from longtrain.planner.cost import ModelFootprint, measure_model, peak, step_mem
 from longtrain.planner.shapes import with_wide_gradients
 from longtrain.train.console import StepBar
 from longtrain.train.distribute import choose_device
-from longtrain.train.output import said_plainly
 from longtrain.train.prepare import Setup, build_model, prepare, stage_at
 from longtrain.train.schedule import learning_rate
 from longtrain.train.step import gradients

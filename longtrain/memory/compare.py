@@ -7,12 +7,13 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from longtrain.errors import RunError
+from longtrain.files import write_whole
 from longtrain.memory.page import HERE, ranks
 from longtrain.memory.profile import DATA
 from longtrain.memory.table import columns, gib
 from longtrain.report.page import document, figures
 from longtrain.report.page import table as html_table
-from longtrain.train.output import RunError, write_whole
 
 PAGE = "comparison.html"
 GIB = 2**30

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from longtrain.train.output import write_whole
+from longtrain.files import write_whole
 
 COLOURS = {
     "parameters": "#2f6fb0", "gradients": "#c8622c", "optimizer": "#86589e", "activations": "#3d9668", "carry": "#c9a227",

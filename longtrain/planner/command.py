@@ -16,6 +16,7 @@ import torch
 
 from longtrain.config import Config, ConfigError, Locations, load_config
 from longtrain.config.hf import HfModelConfig
+from longtrain.files import said_plainly, write_whole
 from longtrain.offload import DiskSettings
 from longtrain.plan import Offload, Plan
 from longtrain.planner import explain, picture
@@ -26,7 +27,6 @@ from longtrain.planner.machines import Machine, find_machine, memory_of
 from longtrain.planner.rates import usual_rates
 from longtrain.planner.shapes import SHAPES, find_shape, on_meta, with_wide_gradients
 from longtrain.train.budget import step_count
-from longtrain.train.output import said_plainly, write_whole
 from longtrain.train.prepare import build_model
 from longtrain.units import format_bytes, parse_bytes
 

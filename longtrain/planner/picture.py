@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from longtrain.files import write_whole
 from longtrain.planner import explain
 from longtrain.planner.explore import Found, Wanted
 from longtrain.report.page import document, figures
-from longtrain.train.output import write_whole
 from longtrain.units import format_bytes
 
 PAGE, PICTURE = "plan.html", "plan.png"

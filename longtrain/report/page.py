@@ -7,9 +7,10 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
+from longtrain.files import said_plainly, write_whole
 from longtrain.report.charts import charts
 from longtrain.report.read import Run, amount, count_parameters, number, read_run, sentence
-from longtrain.train.output import REPORT, said_plainly, write_whole
+from longtrain.train.output import REPORT
 from longtrain.units import format_bytes, format_time
 
 HERE = Path(__file__).parent

@@ -16,11 +16,13 @@ from torch import nn
 
 from longtrain.config.nodes import ConfigError
 from longtrain.config.run import TrainConfig
+from longtrain.errors import RunError
+from longtrain.files import said_plainly, write_whole
 from longtrain.nn import parameter_groups
 from longtrain.tasks.config import TaskConfig, load_task_config
 from longtrain.tasks.data import Examples, Task, make_task
 from longtrain.tasks.model import SequenceClassifier
-from longtrain.train.output import METRICS, RunError, read_metrics, said_plainly, write_whole
+from longtrain.train.output import METRICS, read_metrics
 from longtrain.train.schedule import learning_rate
 
 PLOT = "accuracy.png"

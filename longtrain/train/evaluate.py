@@ -12,11 +12,11 @@ from torch import nn
 from longtrain.config import Config, Locations
 from longtrain.config.schema import EvalConfig
 from longtrain.data.packing import PackedDocuments, check_ids
+from longtrain.errors import RunError
 from longtrain.span import IGNORE_INDEX, Layout
 from longtrain.train.calls import row_loss, vocabulary
 from longtrain.train.console import StepBar
 from longtrain.train.distribute import Work
-from longtrain.train.output import RunError
 from longtrain.train.probes import ASKED, SHORTEST, ProbeResult, check_distance, run_probe
 
 TEXT_TOKENS = 65_536

@@ -24,6 +24,8 @@ import longtrain as lt
 from longtrain.config import Config, Locations, dump_config
 from longtrain.data.corpus import BYTES
 from longtrain.data.packing import Batch
+from longtrain.errors import RunError
+from longtrain.files import write_whole
 from longtrain.train import output
 from longtrain.train.checkpoint import one_process, path_of, read_facts
 from longtrain.train.console import StepBar, step_line, verdict
@@ -32,7 +34,6 @@ from longtrain.train.evaluate import Evaluation, check_probes, evaluate
 from longtrain.train.flops import RULE, update_flops
 from longtrain.train.lock import locked
 from longtrain.train.metrics import Metrics, check_extras, open_sinks, rewind
-from longtrain.train.output import RunError, write_whole
 from longtrain.train.peak_memory import read_peak, reset_peak
 from longtrain.train.plot import plot_run
 from longtrain.train.prepare import Setup, describe, prepare, remaining_tokens, save_model, stage_at

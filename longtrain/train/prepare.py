@@ -21,6 +21,7 @@ from longtrain.data.baselines import Baselines, compute_baselines
 from longtrain.data.corpus import Corpus, check_vocabulary
 from longtrain.data.loader import Loader, fingerprint, open_data, pack, validation_rows
 from longtrain.data.packing import PackedDocuments
+from longtrain.files import write_whole
 from longtrain.nn import LanguageModel
 from longtrain.nn.attention import Attention
 from longtrain.nn.rotary import RotaryEmbedding
@@ -231,7 +232,7 @@ def save_model(setup: Setup, where: Locations, directory: Path, checkpoint: Path
         load_checkpoint_weights(model, checkpoint)
         set_rotary(config.stages()[-1])
     if not isinstance(config.model, HfModelConfig):
-        output.write_whole(directory / output.WEIGHTS, model.save_safetensors)
+        write_whole(directory / output.WEIGHTS, model.save_safetensors)
         return output.WEIGHTS
     from longtrain.train import pretrained
 

@@ -20,8 +20,8 @@ from torch import nn
 from longtrain.config import Config, Locations
 from longtrain.config.hf import HfModelConfig, LoraConfig
 from longtrain.data.corpus import say_tokenizer
+from longtrain.files import said_plainly
 from longtrain.nn.replacements.frozen import FrozenLinear, freeze_linears
-from longtrain.train.output import said_plainly
 from longtrain.train.rotary import Rope
 
 RANK, ALPHA = 16, 32.0

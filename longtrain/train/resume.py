@@ -10,9 +10,10 @@ from pathlib import Path
 import yaml
 
 from longtrain.config import Config, Locations
+from longtrain.errors import RunError
+from longtrain.files import said_plainly
 from longtrain.train import checkpoint as on_disk
 from longtrain.train import output
-from longtrain.train.output import RunError, said_plainly
 
 MAY_DIFFER = ("output", "checkpoint", "metrics", "spike", "eval")
 """Sections that say nothing of the trajectory."""

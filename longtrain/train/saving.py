@@ -12,8 +12,9 @@ from pathlib import Path
 from torch import Tensor
 
 from longtrain.config.run import CheckpointConfig
+from longtrain.errors import RunError
+from longtrain.files import said_plainly
 from longtrain.train.checkpoint import list_checkpoints, path_of, remove_all_but, write_checkpoint
-from longtrain.train.output import RunError, said_plainly
 from longtrain.train.processes import ALONE, Processes
 from longtrain.units import format_bytes
 

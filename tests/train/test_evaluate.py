@@ -13,10 +13,11 @@ from longtrain import cli
 from longtrain.config import load_config
 from longtrain.config.schema import EvalConfig
 from longtrain.data.packing import Batch
+from longtrain.errors import RunError
 from longtrain.nn import LanguageModel, ModelConfig
 from longtrain.train.console import StepBar
 from longtrain.train.evaluate import position_edges, probe_distances, validate
-from longtrain.train.output import RunError, read_metrics
+from longtrain.train.output import read_metrics
 
 TOKENS = 40
 SHAPE = ModelConfig(vocab_size=32, num_layers=2, hidden_size=16, intermediate_size=24, num_heads=2, num_kv_heads=1, window=(7, None))
