@@ -9,7 +9,7 @@ from math import gcd
 
 import yaml
 
-from longtrain.memory.table import columns
+from longtrain.columns import columns
 from longtrain.plan import SPLITS, STAY, Split
 from longtrain.planner.explore import Found, Wanted
 from longtrain.planner.tiers import describe

@@ -7,13 +7,12 @@ from html import escape
 from pathlib import Path
 
 from longtrain.files import write_whole
+from longtrain.page.document import document
 from longtrain.planner import explain
 from longtrain.planner.explore import Found, Wanted
-from longtrain.report.page import document, figures
-from longtrain.units import format_bytes
+from longtrain.units import GIB, format_bytes
 
 PAGE, PICTURE = "plan.html", "plan.png"
-GIB = 2**30
 
 
 def write(directory: Path, title: str, found: Sequence[Found], front: Sequence[Found], wanted: Wanted) -> list[str]:
@@ -52,8 +51,7 @@ def page(title: str, found: Sequence[Found], front: Sequence[Found], wanted: Wan
     }  # fmt: skip
     texts = "".join(f"<h2>{name}</h2><pre>{escape(chr(10).join(lines))}</pre>" for name, lines in parts.items())
     return document(
-        title=f"{name}: plan", header=f'<h1>{escape(name)}</h1>\n<p class="summary">{escape(sentence)}</p>', notices=[],
-        main=f'<main class="charts">{figures(drawn)}</main>\n<section class="tables">{texts}</section>', drawn=drawn,
+        title=f"{name}: plan", heading=name, summary=sentence, drawn=drawn, tables=texts,
         css=".tables h2 { margin-top: 1.5rem; } pre { overflow-x: auto; font-size: 0.8rem; line-height: 1.35; }",
     )  # fmt: skip
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from longtrain.report.read import Run, number
+from longtrain.units import GIB
 
 MOST_POINTS = 1500
-GIB = 2**30
 
 
 def charts(run: Run) -> list[dict]:
