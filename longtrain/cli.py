@@ -190,18 +190,18 @@ def export(args: argparse.Namespace) -> int:
 
 def verify(args: argparse.Namespace) -> int:
     if args.nproc != 1:
-        from longtrain import verify_processes
+        from longtrain.commands import verify_processes
 
         return verify_processes.run(args.config, args.overrides, args.nproc)
-    from longtrain import verify
+    from longtrain.commands import verify
 
     return verify.run(args.config, args.overrides)
 
 
 def plan(args: argparse.Namespace) -> int:
-    from longtrain.planner import command
+    from longtrain.commands import plan
 
-    return command.run(args)
+    return plan.run(args)
 
 
 def calibrate(args: argparse.Namespace) -> int:
@@ -211,9 +211,9 @@ def calibrate(args: argparse.Namespace) -> int:
 
 
 def profile(args: argparse.Namespace) -> int:
-    from longtrain.memory import command
+    from longtrain.commands import profile
 
-    return command.run(args.config, args.overrides, out=args.out, sampling=args.sampling, lengths=args.seq_len)
+    return profile.run(args.config, args.overrides, out=args.out, sampling=args.sampling, lengths=args.seq_len)
 
 
 def compare(args: argparse.Namespace) -> int:

@@ -13,7 +13,7 @@ from longtrain import cli
 @pytest.mark.parametrize(
     "module, function, arguments, received",
     [
-        ("verify", "run", ["verify", "a.yaml", "train.seed=1"], ("a.yaml", ["train.seed=1"])),
+        ("commands.verify", "run", ["verify", "a.yaml", "train.seed=1"], ("a.yaml", ["train.seed=1"])),
         ("planner.calibrate", "run", ["calibrate", "--path", "/scratch"], ("machine.json", "/scratch", None)),
         ("doctor", "run", ["doctor"], ()),
     ],

@@ -15,11 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import longtrain as lt
+from longtrain import ops
+from longtrain.apply import apply
 from longtrain.nn import LanguageModel, ModelConfig
 from longtrain.offload import DiskSettings, Place, Stored, TieredStore
 from longtrain.ops.mixers import LongConvMixer
 from longtrain.ops.state_mixers import LaCTMixer, LinearAttentionMixer
+from longtrain.plan import Plan
 from longtrain.planner.cost import measure_model
 from longtrain.planner.rates import Named, Rates
 from longtrain.planner.seconds import step_time
@@ -84,10 +86,10 @@ def attention_of(device: torch.device, dtype: torch.dtype, tokens: int, heads: i
     q, dout = (torch.randn(1, tokens, heads, dim, device=device, dtype=dtype) for _ in range(2))
     k, v = (torch.randn(1, tokens, heads // 4, dim, device=device, dtype=dtype) for _ in range(2))
     if not backward:
-        return lambda: lt.ops.attention(q, k, v, causal=True, return_lse=True)
-    out, lse = lt.ops.attention(q, k, v, causal=True, return_lse=True)
+        return lambda: ops.attention(q, k, v, causal=True, return_lse=True)
+    out, lse = ops.attention(q, k, v, causal=True, return_lse=True)
     dk, dv = (torch.zeros(t.shape, device=device) for t in (k, v))
-    return lambda: lt.ops.attention_backward(dout, q, k, v, out, lse, dk=dk, dv=dv, causal=True)
+    return lambda: ops.attention_backward(dout, q, k, v, out, lse, dk=dk, dv=dv, causal=True)
 
 
 def mixers(device: torch.device, dtype: torch.dtype, shape: dict) -> Named:
@@ -191,9 +193,9 @@ def launch(device: torch.device, dtype: torch.dtype, known: Rates) -> float:
     its operations."""
     model = LanguageModel(ModelConfig(vocab_size=64, num_layers=4, hidden_size=32, intermediate_size=64, num_heads=2, num_kv_heads=1))
     model = model.to(device, dtype)
-    footprint, plan, tokens = measure_model(model), lt.Plan(chunk_tokens=8), 128
+    footprint, plan, tokens = measure_model(model), Plan(chunk_tokens=8), 128
     rest, whole = (step_time(footprint, plan, tokens, 1, replace(known, launch=each), optimizer="none").total for each in (0.0, 1.0))
-    lt.apply(model, plan)
+    apply(model, plan)
     ids_BT = torch.zeros(1, tokens, dtype=torch.int64, device=device)
     took = seconds_of(lambda: model(ids_BT, labels=ids_BT).loss.backward(), device)
     return max(took - rest, took / 4) / (whole - rest)

@@ -25,10 +25,12 @@ from longtrain.train.budget import make_plan
 from longtrain.train.console import StepBar
 from longtrain.train.distribute import choose_device, make_work
 from longtrain.train.evaluate import check_probes, evaluate
+from longtrain.train.model import build_model
 from longtrain.train.output import EVALUATION
-from longtrain.train.prepare import build_model, settle_fallback, share_weights, stage_at, stream
+from longtrain.train.prepare import settle_fallback, share_weights, stream
 from longtrain.train.processes import ALONE, Processes
 from longtrain.train.resume import flat
+from longtrain.train.schedule import stage_at
 from longtrain.train.state import load_checkpoint_weights, sum_of
 from longtrain.train.weights import cast, load_weights
 

@@ -23,8 +23,9 @@ from longtrain.errors import RunError
 from longtrain.files import said_plainly
 from longtrain.nn import ModelConfig
 from longtrain.train import checkpoint as on_disk
+from longtrain.train.model import build_model
 from longtrain.train.output import CHECKPOINTS
-from longtrain.train.prepare import build_model, stage_at
+from longtrain.train.schedule import stage_at
 from longtrain.train.state import load_checkpoint_weights
 from longtrain.train.weights import INDEX, SINGLE, cast
 from longtrain.units import format_bytes

@@ -36,12 +36,12 @@ from longtrain.train.lock import locked
 from longtrain.train.metrics import Metrics, check_extras, open_sinks, rewind
 from longtrain.train.peak_memory import read_peak, reset_peak
 from longtrain.train.plot import plot_run
-from longtrain.train.prepare import Setup, describe, prepare, remaining_tokens, save_model, stage_at
+from longtrain.train.prepare import Setup, describe, prepare, save_model
 from longtrain.train.processes import ALONE, Processes
 from longtrain.train.provenance import provenance
 from longtrain.train.resume import begins_anew, changed_settings, check_facts, find_checkpoint, flat
 from longtrain.train.saving import Saved, Saver
-from longtrain.train.schedule import learning_rate
+from longtrain.train.schedule import learning_rate, remaining_tokens, stage_at
 from longtrain.train.spike import MOST_IN_A_ROW, SpikeGuard
 from longtrain.train.state import describe_tensors, random_states, restore_state, state_tensors
 from longtrain.train.step import NotFinite, gradients

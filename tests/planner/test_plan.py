@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import longtrain as lt
+from longtrain.commands.verify import two_passes
 from longtrain.nn import LanguageModel, ModelConfig
 from longtrain.planner import measure_model, peak, step_memory
 from longtrain.planner.asked import candidates
 from longtrain.planner.cost import EXTENT, PAGE, extents_bytes
 from longtrain.stream.footprint import probe_layer
-from longtrain.verify import two_passes
 
 
 def model(**changes) -> LanguageModel:

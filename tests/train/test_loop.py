@@ -11,10 +11,12 @@ from longtrain.data.corpus import corpus_in_memory
 from longtrain.data.loader import Loader, pack, validation_rows
 from longtrain.data.sources import read_text
 from longtrain.nn import LanguageModel, RotaryEmbedding, count_targets
-from longtrain.train import loop, prepare, step
+from longtrain.train import loop, step
 from longtrain.train.console import StepBar
+from longtrain.train.model import set_rotary
 from longtrain.train.optimizer import Optimizer
 from longtrain.train.peak_memory import read_peak, reset_peak
+from longtrain.train.schedule import remaining_tokens, stage_at
 from longtrain.units import format_bytes, format_time, parse_time
 
 
@@ -59,9 +61,9 @@ def test_updates_read_each_sequence_once_before_any_twice(config_file):
 def test_remaining_tokens_follow_the_length_schedule(config_file):
     schedule = "train.length_schedule=[{from_step: 0, seq_len: 16}, {from_step: 3, seq_len: 64}]"
     config, _ = load_config(config_file, ["train.steps=5", schedule])
-    assert [prepare.remaining_tokens(config, step) for step in range(6)] == [176, 160, 144, 128, 64, 0]
+    assert [remaining_tokens(config, step) for step in range(6)] == [176, 160, 144, 128, 64, 0]
     config, _ = load_config(config_file, ["train.steps=5", schedule.replace("16}", "16, tokens_per_update: 32}")])
-    assert [prepare.remaining_tokens(config, step) for step in range(6)] == [224, 192, 160, 128, 64, 0]
+    assert [remaining_tokens(config, step) for step in range(6)] == [224, 192, 160, 128, 64, 0]
 
 
 def test_validation_tokens_are_whole_sequences_and_the_same_each_time(config_file):
@@ -139,7 +141,7 @@ def test_each_stage_has_its_own_rotary(config_file):
     model = LanguageModel(config.model)
     rotaries = [m for m in model.modules() if isinstance(m, RotaryEmbedding)]
     for at, base, scaling in ((0, 10_000.0, 1.0), (1, 10_000.0, 1.0), (2, 5e5, 2.0), (3, 5e5, 2.0)):
-        prepare.set_rotary(model, prepare.stage_at(config, at))
+        set_rotary(model, stage_at(config, at))
         assert [(r.base, r.scaling) for r in rotaries] == [(base, scaling)] * config.model.num_layers
     positions = torch.arange(0, 20, 2)[None]
     stretched = rotaries[0].angles(positions, torch.float64)

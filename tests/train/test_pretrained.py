@@ -23,8 +23,10 @@ from longtrain.hf.call import packed_loss
 from longtrain.train import prepare
 from longtrain.train.checkpoint import newest_whole, read_facts
 from longtrain.train.console import StepBar
+from longtrain.train.model import build_model
 from longtrain.train.output import read_metrics
 from longtrain.train.rotary import rotary_embeddings
+from longtrain.train.schedule import stage_at
 from longtrain.train.step import gradients
 from tests.train.tiny_hf import write_run, write_shape, write_weights
 
@@ -252,22 +254,22 @@ def test_only_adapters_have_gradients_moments_and_checkpoints(run_file, out, tmp
 def test_positions_are_those_that_transformers_makes_of_the_saved_configuration(family, rope, wanted, run_file, tmp_path):
     file = run_file(write_shape(tmp_path / "shape", family))
     config, where = load_config(file, [f"model.rope={rope}", "data.seq_len=256"])
-    changed, *_ = prepare.build_model(config, where)
+    changed, *_ = build_model(config, where)
     schedule = "train.length_schedule=[{from_step: 0, seq_len: 64}, {from_step: 2, seq_len: 256, rope: ROPE}]".replace("ROPE", rope)
     config, where = load_config(file, [schedule, "data.seq_len=256"])
     torch.manual_seed(0)
-    staged, set_rotary, _ = prepare.build_model(config, where)
-    plain, *_ = prepare.build_model(load_config(file)[0], where)
+    staged, set_rotary, _ = build_model(config, where)
+    plain, *_ = build_model(load_config(file)[0], where)
     ids = torch.arange(200)[None]
     for step, same, other in ((0, plain, changed), (2, changed, plain), (1, plain, changed)):
-        set_rotary(prepare.stage_at(config, step))
+        set_rotary(stage_at(config, step))
         for (*_, mine), (*_, theirs), (*_, others) in zip(*map(rotary_embeddings, (staged, same, other)), strict=True):
             kinds = getattr(mine, "layer_types", [None])
             for kind in kinds:
                 arguments = (torch.zeros(1), ids) if kind is None else (torch.zeros(1), ids, kind)
                 for a, b, c in zip(mine(*arguments), theirs(*arguments), others(*arguments), strict=True):
                     assert torch.equal(a, b) and torch.equal(a, c) == (kind == "sliding_attention")
-    set_rotary(prepare.stage_at(config, 2))
+    set_rotary(stage_at(config, 2))
     staged.save_pretrained(tmp_path / "saved")
     described = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").config
     found = described.rope_parameters.get("full_attention", described.rope_parameters)
@@ -397,7 +399,7 @@ def test_every_attention_call_gets_the_kernel_setting(run_file, tmp_path):
     file = run_file(write_shape(tmp_path / "shape"))
     for chosen in ("error", "warn"):
         config, where = load_config(file, [f"train.kernel_fallback={chosen}"])
-        model, *_ = prepare.build_model(config, where)
+        model, *_ = build_model(config, where)
         prepare.settle_fallback(model, torch.device("cuda"), config, where)
         report = prepare.stream(model, prepare.make_plan(model, config, where), where)
         mixers = [mixer for layer in model.model.layers for mixer in layer.mixers(**layer.example(13)[1])]

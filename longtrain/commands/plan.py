@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from longtrain.config import Config, ConfigError, Locations, load_config
+from longtrain.config import ConfigError, load_config
 from longtrain.config.hf import HfModelConfig
 from longtrain.files import said_plainly, write_whole
 from longtrain.offload import DiskSettings
@@ -25,9 +25,9 @@ from longtrain.planner.cost import ModelFootprint, measure_model
 from longtrain.planner.explore import Wanted, by_hand, explore, lacks, longest_tokens, pareto, refusal
 from longtrain.planner.machines import Machine, find_machine, memory_of
 from longtrain.planner.rates import usual_rates
-from longtrain.planner.shapes import SHAPES, find_shape, on_meta, with_wide_gradients
-from longtrain.train.budget import step_count
-from longtrain.train.prepare import build_model
+from longtrain.planner.shapes import SHAPES, find_shape, on_meta
+from longtrain.train.budget import footprint_of
+from longtrain.train.schedule import step_count
 from longtrain.units import format_bytes, parse_bytes
 
 STAGING = 2 << 30
@@ -82,7 +82,9 @@ def read_config(args: argparse.Namespace, machine: Machine | None) -> tuple[Want
     here = machine is None and (config.train.device != "cuda" or torch.cuda.is_available())
     if machine is None:
         machine = this_machine() if here else find_machine("h100")
-    model = footprint_of(config, where, torch.device(machine.device))
+    if isinstance(config.model, HfModelConfig):
+        print(f"  building {config.model.hf} with random weights, to see what its layers cost", file=sys.stderr, flush=True)
+    model = footprint_of(config, where)
     for option, given in (("--gpus", (args.gpus or 1) > 1), ("--batch", args.batch != [1])):
         if settings and given:
             raise ValueError(f"{option} is for plans that are looked for, and memory.chunk_tokens makes one by hand; leave one of them out")
@@ -114,20 +116,6 @@ def wanted_for(
         model=replace(model, device=torch.device(machine.device)), tokens=tokens, batches=tuple(args.batch), machine=machine, devices=args.gpus or 1,
         room=room, taken=0, host=host, disk=disk, staging=tiers.staging_bytes, steps=steps, masters=masters, places=places,
     )  # fmt: skip
-
-
-def footprint_of(config: Config, where: Locations, device: torch.device) -> ModelFootprint:
-    """Of a config's model as it trains: longtrain's own from its shape alone, others probed."""
-    dtype = getattr(torch, config.train.dtype)
-    try:
-        if not isinstance(config.model, HfModelConfig) and config.model.layers is None:
-            return measure_model(on_meta(config.model, dtype))  # other mixers than attention cannot run on shapes alone
-        if isinstance(config.model, HfModelConfig):
-            print(f"  building {config.model.hf} with random weights, to see what its layers cost", file=sys.stderr, flush=True)
-        model, *_ = build_model(config, where, read_weights=False)
-        return measure_model(with_wide_gradients(model.to(dtype)))
-    except ValueError as error:
-        raise where.error("model", f"{error}; train it without the section memory") from None
 
 
 def this_machine() -> Machine:

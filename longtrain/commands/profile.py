@@ -20,8 +20,9 @@ from longtrain.planner.cost import ModelFootprint, measure_model, peak, step_mem
 from longtrain.planner.shapes import with_wide_gradients
 from longtrain.train.console import StepBar
 from longtrain.train.distribute import choose_device
-from longtrain.train.prepare import Setup, build_model, prepare, stage_at
-from longtrain.train.schedule import learning_rate
+from longtrain.train.model import build_model
+from longtrain.train.prepare import Setup, prepare
+from longtrain.train.schedule import learning_rate, stage_at
 from longtrain.train.step import gradients
 from longtrain.units import parse_bytes
 
