@@ -28,9 +28,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from longtrain.config.data import DataConfig, TokenSource
 from longtrain.config.run import LengthStage
-from longtrain.data.loader import Loader, open_data
 from longtrain.data.packing import best_fit, concatenate, cut
 from longtrain.data.sources import read_stdlib
+from longtrain.train.loader import Loader, open_data
 
 PIECE = 2**20
 SHORT = 2000

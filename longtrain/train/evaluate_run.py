@@ -16,7 +16,6 @@ from torch import nn
 
 from longtrain.config import load_config
 from longtrain.config.hf import HfModelConfig
-from longtrain.data.loader import fingerprint, open_data, pack, validation_rows
 from longtrain.errors import RunError
 from longtrain.files import write_whole
 from longtrain.train import checkpoint as on_disk
@@ -25,6 +24,7 @@ from longtrain.train.budget import make_plan
 from longtrain.train.console import StepBar
 from longtrain.train.distribute import choose_device, make_work
 from longtrain.train.evaluate import check_probes, evaluate
+from longtrain.train.loader import fingerprint, open_data, pack, validation_rows
 from longtrain.train.model import build_model
 from longtrain.train.output import EVALUATION
 from longtrain.train.prepare import settle_fallback, share_weights, stream

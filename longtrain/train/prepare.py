@@ -17,7 +17,6 @@ from longtrain.config.memory import MemoryConfig
 from longtrain.config.schema import LengthStage
 from longtrain.data.baselines import Baselines, compute_baselines
 from longtrain.data.corpus import Corpus, check_vocabulary
-from longtrain.data.loader import Loader, fingerprint, open_data, pack, validation_rows
 from longtrain.data.packing import PackedDocuments
 from longtrain.files import write_whole
 from longtrain.nn.attention import Attention
@@ -27,6 +26,7 @@ from longtrain.train.budget import make_plan
 from longtrain.train.calls import described, is_transformers, vocabulary
 from longtrain.train.distribute import Work, choose_device, sequence_group, shard
 from longtrain.train.flops import RULE, Costs, costs_of, measure_rate
+from longtrain.train.loader import Loader, fingerprint, open_data, pack, validation_rows
 from longtrain.train.model import build_model
 from longtrain.train.optimizer import Optimizer
 from longtrain.train.state import frozen_sum, load_checkpoint_weights, sum_of

@@ -8,11 +8,11 @@ import torch
 
 from longtrain.config import load_config
 from longtrain.data.corpus import corpus_in_memory
-from longtrain.data.loader import Loader, pack, validation_rows
 from longtrain.data.sources import read_text
 from longtrain.nn import LanguageModel, RotaryEmbedding, count_targets
 from longtrain.train import loop, step
 from longtrain.train.console import StepBar
+from longtrain.train.loader import Loader, pack, validation_rows
 from longtrain.train.model import set_rotary
 from longtrain.train.optimizer import Optimizer
 from longtrain.train.peak_memory import read_peak, reset_peak

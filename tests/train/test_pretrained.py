@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM
 
 from longtrain import cli
 from longtrain.config import load_config
-from longtrain.data.loader import open_data, pack
 from longtrain.hf.call import packed_loss
 from longtrain.train import prepare
 from longtrain.train.checkpoint import newest_whole, read_facts
 from longtrain.train.console import StepBar
+from longtrain.train.loader import open_data, pack
 from longtrain.train.model import build_model
 from longtrain.train.output import read_metrics
 from longtrain.train.rotary import rotary_embeddings

@@ -14,11 +14,11 @@ from longtrain.config.run import LengthStage
 from longtrain.data.build import Settings, build
 from longtrain.data.built import open_built
 from longtrain.data.corpus import corpus_in_memory, join
-from longtrain.data.loader import PERIOD, Loader, Mixture, fingerprint, open_data, pack, validation_rows, whole_shares
 from longtrain.data.sources import DataError, Document
 from longtrain.nn import count_targets
 from longtrain.parallel.layout import spread
 from longtrain.span import Layout
+from longtrain.train.loader import PERIOD, Loader, Mixture, fingerprint, open_data, pack, validation_rows, whole_shares
 
 DATA = DataConfig(source="text", files=("x",), seq_len=32)
 STAGES = (LengthStage(from_step=0, seq_len=16, tokens_per_update=32), LengthStage(from_step=3, seq_len=32, tokens_per_update=96))
