@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from longtrain.offload.extent import NEXT, Event, Extent, Form, State, pack
+from longtrain.offload.extent import NEXT, Event, Extent, Form, State, Tier, pack
 from longtrain.offload.place import DEVICE, DiskSettings, Place
 from longtrain.offload.store import check_put, covering, edited, join, version_of
 from longtrain.offload.system import System
-from longtrain.offload.traffic import Tier, Traffic
+from longtrain.offload.traffic import Traffic
 from longtrain.span import Span
 
 

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from longtrain.ops.launch import Launch, interpreted, refuse_device
-
-from .call import Call
-from .chunked import pieces_of
+from longtrain.ops.linear_attention.call import Call
+from longtrain.ops.linear_attention.chunked import pieces_of
 
 WIDEST = 128
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import chunked, reference, torch_core
-from .call import Call, LossOptions, check_settings, check_shapes, check_targets, wide_dtype
-from .chunked import ChunkLoss, chunk_loss_and_grad, default_chunk_tokens, footprint_bytes, workspace
+from longtrain.ops.linear_cross_entropy import chunked, reference, torch_core
+from longtrain.ops.linear_cross_entropy.call import Call, LossOptions, check_settings, check_shapes, check_targets, wide_dtype
+from longtrain.ops.linear_cross_entropy.chunked import ChunkLoss, chunk_loss_and_grad, default_chunk_tokens, footprint_bytes, workspace
 
 __all__ = ["ChunkLoss", "LossOptions", "check_settings", "check_targets", "chunk_loss_and_grad", "default_chunk_tokens", "explain",
            "footprint_bytes", "linear_cross_entropy", "loss_scale", "workspace"]

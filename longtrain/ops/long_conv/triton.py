@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 from longtrain.ops.launch import Launch, interpreted, refuse_device
-
-from .call import Call, Gradients, Wanted
-from .monarch import FUSED, INNER, OUTER, Matrices, Piece, Work, matrices, narrow, works
+from longtrain.ops.long_conv.call import Call, Gradients, Wanted
+from longtrain.ops.long_conv.monarch import FUSED, INNER, OUTER, Matrices, Piece, Work, matrices, narrow, works
 
 WORKSPACE = 256 << 20
 """Bytes that a group of channels may take, unless even LEAST channels take more."""
