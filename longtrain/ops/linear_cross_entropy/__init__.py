@@ -57,7 +57,8 @@ def linear_cross_entropy(
     """
     check_shapes(input, weight, target, bias)
     call = _call(
-        input, weight, target, bias, ignore_index, reduction, normalizer, token_weights, softcap, z_loss, label_smoothing, chunk_tokens
+        input, weight, target, bias=bias, ignore_index=ignore_index, reduction=reduction, normalizer=normalizer, token_weights=token_weights,
+        softcap=softcap, z_loss=z_loss, label_smoothing=label_smoothing, chunk_tokens=chunk_tokens,
     )
     check_targets(target, weight.shape[0], ignore_index)
     with torch.autocast(input.device.type, enabled=False):
@@ -65,25 +66,10 @@ def linear_cross_entropy(
     return loss.view(target.shape) if reduction == "none" else loss
 
 
-def explain(
-    input: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    *,
-    bias: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    normalizer: float | Tensor | None = None,
-    token_weights: Tensor | None = None,
-    softcap: float | None = None,
-    z_loss: float = 0.0,
-    label_smoothing: float = 0.0,
-    chunk_tokens: int | None = None,
-) -> dict[str, str | None]:
-    """Each backend, in order of preference, and why it does not serve this call (None: it could)."""
-    call = _call(
-        input, weight, target, bias, ignore_index, reduction, normalizer, token_weights, softcap, z_loss, label_smoothing, chunk_tokens
-    )
+def explain(input: Tensor, weight: Tensor, target: Tensor, **options) -> dict[str, str | None]:
+    """Each backend, in order of preference, and why it does not serve this call (None: it could). `options`: the others of
+    `linear_cross_entropy`."""
+    call = _call(input, weight, target, **options)
     return {name: module.refuse(call) for name, module in BACKENDS.items()}
 
 
@@ -99,7 +85,8 @@ def _choose(call: Call, backend: str) -> str:
 
 
 def _call(
-    input, weight, target, bias, ignore_index, reduction, normalizer, token_weights, softcap, z_loss, label_smoothing, chunk_tokens
+    input, weight, target, *, bias=None, ignore_index=-100, reduction="mean", normalizer=None, token_weights=None, softcap=None,
+    z_loss=0.0, label_smoothing=0.0, chunk_tokens=None,
 ) -> Call:
     check_settings(target, token_weights, reduction, normalizer)
     if chunk_tokens is not None and chunk_tokens < 1:
