@@ -240,6 +240,16 @@ def test_threads_end_with_the_store(tmp_path):
         assert not thread.is_alive()
 
 
+def test_an_interpreter_that_ends_before_its_store_says_nothing(tmp_path):
+    """`sys` goes last: by then the standard library's modules are empty."""
+    process = python("""
+        os.dup2(1, 2)
+        sys.store = TieredStore("cpu", disk=DiskSettings(path=sys.argv[1], budget=1 << 20), system=Here())
+        sys.store.put("x", Span(0, 1), torch.ones(1, 1, 8), Place(tier="disk"))
+    """, str(tmp_path))
+    assert process.communicate()[0] == "" and process.returncode == 0
+
+
 def test_regions_join_and_reuse():
     draw, regions, taken = random.Random(0), Regions(1 << 16, 64), {}
     for _ in range(3000):

@@ -50,6 +50,15 @@ def test_accumulates_into_existing_gradients(ids, plan):
         assert torch.equal(p.grad, 2 * g)
 
 
+def test_int32_labels_are_refused_streamed_or_not(ids, plan):
+    model = make_model()
+    for streamed in (False, True):
+        if streamed:
+            lt.apply(model, plan)
+        with pytest.raises(ValueError, match=r"target must be int64, not torch.int32"):
+            model(ids, labels=ids.int())
+
+
 def test_second_backward_is_refused(ids, plan):
     model = make_model()
     lt.apply(model, plan)

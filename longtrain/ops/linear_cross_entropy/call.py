@@ -64,8 +64,6 @@ def check_shapes(input: Tensor, weight_VE: Tensor, target: Tensor, bias_V: Tenso
     if target.shape != input.shape[:-1]:
         raise ValueError(f"{name}: target must have the shape of input without its last axis, {list(input.shape[:-1])}, "
                          f"not {list(target.shape)}")
-    if target.dtype != torch.int64:
-        raise ValueError(f"{name}: target must be int64, not {target.dtype}; class probabilities are not taken")
     if input.dtype != weight_VE.dtype or not input.dtype.is_floating_point:
         raise ValueError(f"{name}: input and weight must share one floating dtype, not {input.dtype} and {weight_VE.dtype}; "
                          "convert one of them, or run under torch.autocast")
@@ -89,11 +87,13 @@ def check_settings(target: Tensor, token_weights: Tensor | None, reduction: str,
 
 
 def check_targets(target: Tensor, vocab: int, ignore_index: int) -> None:
-    """Raise one ValueError that names the first target outside the vocabulary.
+    """Raise one ValueError that names the first target outside the vocabulary, or another dtype than int64.
 
     One reduction over N integers; on a GPU it waits for the device once. Skipped while a graph is captured or compiled,
     where nothing can be read back.
     """
+    if target.dtype != torch.int64:
+        raise ValueError(f"linear_cross_entropy: target must be int64, not {target.dtype}; class probabilities are not taken")
     if torch.compiler.is_compiling() or target.numel() == 0:
         return
     if target.is_cuda and torch.cuda.is_current_stream_capturing():
