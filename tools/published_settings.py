@@ -18,7 +18,8 @@ import torch
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 from longtrain.plan import Plan
 from longtrain.planner.axes import Axes, between, on_one_device
-from longtrain.planner.cost import GPU_WORKSPACE, measure_model
+from longtrain.planner.cost import GPU_WORKSPACE
+from longtrain.planner.footprint import measure_model
 from longtrain.planner.machines import MACHINES
 from longtrain.planner.seconds import attention_flops, head_dim, token_seconds
 from longtrain.planner.shapes import SHAPES, on_meta

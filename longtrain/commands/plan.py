@@ -21,8 +21,8 @@ from longtrain.offload import DiskSettings
 from longtrain.plan import Offload, Plan
 from longtrain.planner import explain, picture
 from longtrain.planner.asked import held_beside_model
-from longtrain.planner.cost import ModelFootprint, measure_model
 from longtrain.planner.explore import Wanted, by_hand, explore, lacks, longest_tokens, pareto, refusal
+from longtrain.planner.footprint import ModelFootprint, measure_model
 from longtrain.planner.machines import Machine, find_machine, memory_of
 from longtrain.planner.rates import usual_rates
 from longtrain.planner.shapes import SHAPES, find_shape, on_meta

@@ -16,7 +16,8 @@ from longtrain.memory.advice import changes_that_fit
 from longtrain.memory.profile import profile
 from longtrain.planner.asked import held_beside_model
 from longtrain.planner.axes import Axes, on_one_device
-from longtrain.planner.cost import ModelFootprint, measure_model, peak, step_memory
+from longtrain.planner.cost import peak, step_memory
+from longtrain.planner.footprint import ModelFootprint, measure_model
 from longtrain.planner.shapes import with_wide_gradients
 from longtrain.train.console import StepBar
 from longtrain.train.distribute import choose_device

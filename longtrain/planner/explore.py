@@ -9,7 +9,8 @@ from longtrain.offload import DiskSettings
 from longtrain.plan import Offload, Plan
 from longtrain.planner.asked import Asked
 from longtrain.planner.axes import Axes, all_axes, between, on_one_device
-from longtrain.planner.cost import ModelFootprint, Phase, peak
+from longtrain.planner.cost import Phase, peak
+from longtrain.planner.footprint import ModelFootprint
 from longtrain.planner.machines import Machine
 from longtrain.planner.search import fastest_plan
 from longtrain.planner.seconds import StepTime, step_time

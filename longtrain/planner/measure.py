@@ -22,7 +22,7 @@ from longtrain.offload import DiskSettings, Place, Stored, TieredStore
 from longtrain.ops.mixers import LongConvMixer
 from longtrain.ops.state_mixers import LaCTMixer, LinearAttentionMixer
 from longtrain.plan import Plan
-from longtrain.planner.cost import measure_model
+from longtrain.planner.footprint import measure_model
 from longtrain.planner.rates import Named, Rates
 from longtrain.planner.seconds import step_time
 from longtrain.span import Span
@@ -208,12 +208,12 @@ def slower_in_step(device: torch.device, dtype: torch.dtype, shape: dict, known:
     heads = max(1, width // 64)
     config = ModelConfig(vocab_size=256, num_layers=4, hidden_size=width, intermediate_size=4 * width, num_heads=heads, num_kv_heads=heads)
     model = LanguageModel(config).to(device, dtype)
-    footprint, plan, tokens = measure_model(model), lt.Plan(chunk_tokens=chunk), 4 * chunk
+    footprint, plan, tokens = measure_model(model), Plan(chunk_tokens=chunk), 4 * chunk
     alone, whole = (
         step_time(footprint, plan, tokens, 1, rates, optimizer="none").total
         for rates in (replace(known, made=(), operations=(), moved=inf, launch=0.0), known)
     )
-    lt.apply(model, plan)
+    apply(model, plan)
     ids_BT = torch.zeros(1, tokens, dtype=torch.int64, device=device)
     took = seconds_of(lambda: model(ids_BT, labels=ids_BT).loss.backward(), device, 4 * SECONDS)
     return max(1.0, (took - alone) / (whole - alone))

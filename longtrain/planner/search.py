@@ -16,7 +16,7 @@ from torch import nn
 
 from longtrain.plan import SPLITS, STAY, InfeasibleBudget, Offload, Plan, Split
 from longtrain.planner.asked import FRACTIONS, Asked, candidates, held_beside_model, state_bytes
-from longtrain.planner.cost import ModelFootprint, measure_model
+from longtrain.planner.footprint import ModelFootprint, measure_model
 from longtrain.planner.placement import Option, Problem, choose, step_seconds
 from longtrain.planner.rates import Rates, usual_rates
 from longtrain.planner.seconds import layer_seconds, mixed_again, restored_seconds

@@ -15,7 +15,7 @@ from longtrain.config import Config, Locations
 from longtrain.config.hf import HfModelConfig
 from longtrain.plan import InfeasibleBudget
 from longtrain.planner.axes import Axes, on_one_device
-from longtrain.planner.cost import ModelFootprint, measure_model
+from longtrain.planner.footprint import ModelFootprint, measure_model
 from longtrain.planner.rates import usual_rates
 from longtrain.planner.search import Asked, fastest_plan, held_beside_model, what_to_change
 from longtrain.planner.shapes import on_meta, with_wide_gradients

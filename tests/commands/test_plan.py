@@ -11,9 +11,9 @@ import pytest
 import yaml
 
 from longtrain import cli
+from longtrain.commands import plan as command
 from longtrain.config import load_config
 from longtrain.plan import Plan
-from longtrain.planner import command
 from longtrain.planner.explore import combinations, lacks, refusal, smallest
 from tests.browser import open_page
 

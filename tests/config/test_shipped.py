@@ -11,7 +11,8 @@ from longtrain import cli
 from longtrain.config import load_config
 from longtrain.plan import Plan
 from longtrain.planner.asked import Asked
-from longtrain.planner.cost import measure_model, peak, step_memory
+from longtrain.planner.cost import peak, step_memory
+from longtrain.planner.footprint import measure_model
 from longtrain.planner.rates import usual_rates
 from longtrain.planner.shapes import on_meta
 from longtrain.planner.smallest import smallest_plan

@@ -11,10 +11,10 @@ from torch import nn
 
 import longtrain as lt
 from longtrain import cli
+from longtrain.commands.profile import predictable
 from longtrain.config import load_config
 from longtrain.memory.account import row_name
 from longtrain.memory.advice import changes_that_fit
-from longtrain.memory.command import predictable
 from longtrain.memory.compare import difference, items_of
 from longtrain.memory.page import page
 from longtrain.memory.table import table

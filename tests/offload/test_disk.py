@@ -165,7 +165,7 @@ def test_an_address_that_is_used_again_is_no_duplicate(tmp_path):
 
 
 RUN = """
-import resource, sys, tempfile, time, torch, warnings
+import os, resource, sys, tempfile, time, torch, warnings
 from longtrain.offload import DiskSettings, Place, TieredStore
 from longtrain.offload.system import System
 from longtrain.span import Span
