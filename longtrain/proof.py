@@ -170,7 +170,8 @@ def _quantised(layer: nn.Module) -> str:
     """The first module in it whose weights are codes, which may be why it cannot be run on a copy, and the remedy; "" without one."""
     for name, module in layer.named_modules():
         if any(not p.is_floating_point() for p in module.parameters(recurse=False)):
-            return f" ({name}, a {type(module).__name__}, keeps its weights quantised: longtrain.nn.freeze_linears does so in a way that streams)"
+            kind = type(module).__name__
+            return f" ({name}, a {kind}, keeps its weights quantised: longtrain.nn.freeze_linears does so in a way that streams)"
     return ""
 
 

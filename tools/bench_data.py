@@ -124,7 +124,8 @@ def load_rows(built: Path, updates: int) -> None:
         seconds = time_updates(updates, read_and_step)
         loader.close()
         print(
-            f"load, {name:<21} {updates * 262_144 / seconds / 1e6:6.1f} million tokens/s; an update {seconds / updates * 1e3:.2f} ms, on tokens "
+            f"load, {name:<21} {updates * 262_144 / seconds / 1e6:6.1f} million tokens/s; an update {seconds / updates * 1e3:.2f} ms, "
+            f"on tokens "
             f"in hand {alone / updates * 1e3:.2f} ms; waited {sum(waits) / seconds:.0%} of the time, longest {max(waits) * 1e3:.1f} ms",
             flush=True,
         )

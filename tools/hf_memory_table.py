@@ -142,10 +142,11 @@ def per_token(scale: int, plan: dict) -> dict[str, float]:
 
 HEADER = f"""# Memory of a step at Qwen3-8B's shape
 
-Made by `python tools/hf_memory_table.py --write` with transformers {{version}} and torch {{torch}}, on a CPU, bfloat16, widths divided by {{scale}} and multiplied back:
-bytes a token of what grows with the sequence, all {LAYERS} layers, when the backward pass of the last segment begins. Weights, their gradients, and
-what one chunk of {CHUNK} tokens holds do not grow with it. The loss takes the last hidden states chunk by chunk from the token store; those that the
-embedding makes are whole, as the model makes them, until the layers have run. Last, how many times as much others hold.
+Made by `python tools/hf_memory_table.py --write` with transformers {{version}} and torch {{torch}}, on a CPU, bfloat16, widths divided by
+{{scale}} and multiplied back: bytes a token of what grows with the sequence, all {LAYERS} layers, when the backward pass of the last
+segment begins. Weights, their gradients, and what one chunk of {CHUNK} tokens holds do not grow with it. The loss takes the last hidden
+states chunk by chunk from the token store; those that the embedding makes are whole, as the model makes them, until the layers have run.
+Last, how many times as much others hold.
 
 """
 

@@ -90,8 +90,8 @@ def read_config(args: argparse.Namespace, machine: Machine | None) -> tuple[Want
             raise ValueError(f"{option} is for plans that are looked for, and memory.chunk_tokens makes one by hand; leave one of them out")
     places = (config.memory.optimizer,) if settings or config.memory.optimizer == "host" else None
     wanted = wanted_for(
-        args, machine, model, config.data.seq_len, config.memory.tiers() or Offload(), config.memory.budget, masters=config.train.dtype == "bfloat16",
-        steps=step_count(config), places=places,
+        args, machine, model, config.data.seq_len, config.memory.tiers() or Offload(), config.memory.budget,
+        masters=config.train.dtype == "bfloat16", steps=step_count(config), places=places,
     )  # fmt: skip
     if here:
         taken = held_beside_model(model)
@@ -113,8 +113,9 @@ def wanted_for(
         disk = replace(disk or DiskSettings(path="/scratch", budget=1), budget=parse_bytes(args.disk, "--disk"))
     places = places or (("device", "host") if machine.device == "cuda" and host else ("device",))
     return Wanted(
-        model=replace(model, device=torch.device(machine.device)), tokens=tokens, batches=tuple(args.batch), machine=machine, devices=args.gpus or 1,
-        room=room, taken=0, host=host, disk=disk, staging=tiers.staging_bytes, steps=steps, masters=masters, places=places,
+        model=replace(model, device=torch.device(machine.device)), tokens=tokens, batches=tuple(args.batch), machine=machine,
+        devices=args.gpus or 1, room=room, taken=0, host=host, disk=disk, staging=tiers.staging_bytes, steps=steps, masters=masters,
+        places=places,
     )  # fmt: skip
 
 

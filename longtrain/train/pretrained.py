@@ -121,7 +121,8 @@ def locate(given: str, where: Locations) -> tuple[Path, bool]:
     if not any(path.glob("*.safetensors")):
         raise where.error(
             "model.hf",
-            f"{path} holds no safetensors; fetch them, or save them again with save_pretrained, or write {path / CONFIG_FILE} for random weights",
+            f"{path} holds no safetensors; fetch them, or save them again with save_pretrained, or "
+            f"write {path / CONFIG_FILE} for random weights",
         )
     return path, True
 

@@ -115,6 +115,7 @@ def check_room(directory: Path, size: int, copies: int = 1) -> None:
     free, needed = shutil.disk_usage(directory).free, round(copies * (size * ROOM + ROOM_BYTES))
     if free < needed:
         raise RunError(
-            f"{directory}: {format_bytes(free)} are free and {copies} more checkpoints of {format_bytes(size)} need {format_bytes(needed)}; "
+            f"{directory}: {format_bytes(free)} are free and {copies} more checkpoints of {format_bytes(size)} need "
+            f"{format_bytes(needed)}; "
             "make room, lower checkpoint.keep, or set output.dir to another disk"
         )

@@ -324,9 +324,12 @@ WRONG = {
     "a width that is text": (changed(hidden_size="wide"), [], "model.hf", "describes no model", "hidden_size"),
     "heads that do not fit": (changed(num_key_value_heads=3), [], "model.hf", "correct its files"),
     "balanced experts": (changed(output_router_logits=True), [], "model.hf", "output_router_logits: true", "set it false"),
-    "a target that matches nothing": (None, ["model.lora={target_modules: [q_proj, zebra]}"], "model.lora.target_modules[1]", "zebra matches no layer", "q_proj, up_proj"),
-    "a target that is no linear layer": (None, ["model.lora={target_modules: [input_layernorm]}"], "model.lora.target_modules", "name linear layers"),
-    "adapters on the head": (None, ["model.lora={target_modules: [lm_head]}"], "memory", "lm_head cannot be streamed", "without the section memory"),
+    "a target that matches nothing": (None, ["model.lora={target_modules: [q_proj, zebra]}"], "model.lora.target_modules[1]",
+                                      "zebra matches no layer", "q_proj, up_proj"),
+    "a target that is no linear layer": (None, ["model.lora={target_modules: [input_layernorm]}"], "model.lora.target_modules",
+                                         "name linear layers"),
+    "adapters on the head": (None, ["model.lora={target_modules: [lm_head]}"], "memory", "lm_head cannot be streamed",
+                             "without the section memory"),
     "documents beyond the positions": (changed(max_position_embeddings=16), [], "model.rope", "is missing", "16 positions", "rope: {}"),
 }  # fmt: skip
 
@@ -362,7 +365,8 @@ def test_an_adapter_that_is_not_the_model_s_is_refused_in_one_located_line(wrong
         (adapter / "adapter_model.safetensors").unlink()
     assert train(run_file(weights), f"model.lora={{adapter: {adapter}}}") == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    words = {"another model's": "does not fit Qwen3ForCausalLM", "another method": "is not LoRA alone (IA3)", "no weights": "holds no adapter_model.safetensors",
+    words = {"another model's": "does not fit Qwen3ForCausalLM", "another method": "is not LoRA alone (IA3)",
+             "no weights": "holds no adapter_model.safetensors",
              "whole modules": "is not LoRA alone (modules_to_save: ['lm_head'])"}  # fmt: skip
     assert error.startswith("command line: model.lora.adapter: ") and words[wrong] in error and not out.exists()
 

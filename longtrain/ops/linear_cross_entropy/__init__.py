@@ -57,7 +57,8 @@ def linear_cross_entropy(
     """
     check_shapes(input, weight, target, bias)
     call = _call(
-        input, weight, target, bias=bias, ignore_index=ignore_index, reduction=reduction, normalizer=normalizer, token_weights=token_weights,
+        input, weight, target, bias=bias, ignore_index=ignore_index, reduction=reduction, normalizer=normalizer,
+        token_weights=token_weights,
         softcap=softcap, z_loss=z_loss, label_smoothing=label_smoothing, chunk_tokens=chunk_tokens,
     )
     check_targets(target, weight.shape[0], ignore_index)
