@@ -14,13 +14,14 @@ from pathlib import Path
 
 import torch
 
-from longtrain.config import ConfigError, load_config
+from longtrain.config import Config, ConfigError, load_config
 from longtrain.config.hf import HfModelConfig
 from longtrain.files import said_plainly, write_whole
 from longtrain.offload import DiskSettings
 from longtrain.plan import Offload, Plan
 from longtrain.planner import explain, picture
 from longtrain.planner.asked import held_beside_model
+from longtrain.planner.axes import Axes
 from longtrain.planner.explore import Wanted, by_hand, explore, lacks, longest_tokens, pareto, refusal
 from longtrain.planner.footprint import ModelFootprint, measure_model
 from longtrain.planner.machines import Machine, find_machine, memory_of
@@ -37,8 +38,8 @@ STAGING = 2 << 30
 def run(args: argparse.Namespace) -> int:
     """Print the plans. Exit code 0; 1 where nothing fits; 2 for a command line that is wrong. Raises ConfigError for settings that are."""
     try:
-        wanted, title, plan = read(args)
-        return show(wanted, args, title, plan)
+        wanted, title, plan, axes = read(args)
+        return show(wanted, args, title, plan, axes)
     except ConfigError:
         raise
     except ValueError as error:
@@ -46,8 +47,8 @@ def run(args: argparse.Namespace) -> int:
         return 2
 
 
-def read(args: argparse.Namespace) -> tuple[Wanted, str, Plan | None]:
-    """What is asked for, what it is called, and the plan where it is made by hand."""
+def read(args: argparse.Namespace) -> tuple[Wanted, str, Plan | None, Axes]:
+    """What is asked for, what it is called, and, where it is made by hand, the plan and the devices that it is for."""
     for name in ("seq_len", "gpus"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')}: must be at least 1, found {getattr(args, name)}")
@@ -67,10 +68,10 @@ def read(args: argparse.Namespace) -> tuple[Wanted, str, Plan | None]:
     if args.seq_len is None:
         raise ValueError("--seq-len is missing: say how many tokens a sequence has")
     machine, model = machine or find_machine("h100"), measure_model(on_meta(shape, torch.bfloat16))
-    return wanted_for(args, machine, model, args.seq_len, Offload(staging_bytes=STAGING), None, masters=True), args.config, None
+    return wanted_for(args, machine, model, args.seq_len, Offload(staging_bytes=STAGING), None, masters=True), args.config, None, Axes()
 
 
-def read_config(args: argparse.Namespace, machine: Machine | None) -> tuple[Wanted, str, Plan | None]:
+def read_config(args: argparse.Namespace, machine: Machine | None) -> tuple[Wanted, str, Plan | None, Axes]:
     overrides = list(args.overrides)
     if args.seq_len is not None:
         overrides += [f"data.seq_len={args.seq_len}", f"train.length_schedule=[{{from_step: 0, seq_len: {args.seq_len}}}]"]
@@ -93,10 +94,18 @@ def read_config(args: argparse.Namespace, machine: Machine | None) -> tuple[Want
         args, machine, model, config.data.seq_len, config.memory.tiers() or Offload(), config.memory.budget,
         masters=config.train.dtype == "bfloat16", steps=step_count(config), places=places,
     )  # fmt: skip
+    if settings:
+        wanted = replace(wanted, devices=axes_of(config).devices)
     if here:
         taken = held_beside_model(model)
         wanted = replace(wanted, room=wanted.room - taken, taken=taken)
-    return wanted, Path(args.config).stem, Plan(**settings) if settings else None
+    return wanted, Path(args.config).stem, Plan(**settings) if settings else None, axes_of(config)
+
+
+def axes_of(config: Config) -> Axes:
+    """The devices that share weights by the section `parallel`; a number that is `null` counts as 1."""
+    parallel = config.parallel
+    return Axes(sequence=(parallel.cp_ring or 1) * (parallel.cp_ulysses or 1), replicas=parallel.dp_shard or 1)
 
 
 def wanted_for(
@@ -129,7 +138,7 @@ def this_machine() -> Machine:
     )  # fmt: skip
 
 
-def show(wanted: Wanted, args: argparse.Namespace, title: str, plan: Plan | None) -> int:
+def show(wanted: Wanted, args: argparse.Namespace, title: str, plan: Plan | None, axes: Axes = Axes()) -> int:
     if args.out:
         with said_plainly(Path(args.out)):
             Path(args.out).mkdir(parents=True, exist_ok=True)
@@ -137,7 +146,8 @@ def show(wanted: Wanted, args: argparse.Namespace, title: str, plan: Plan | None
     print(
         f"{title}: {wanted.tokens:,} tokens on {several}{machine.name}, {format_bytes(wanted.room + wanted.taken)} each ({machine.source})"
     )
-    found = [by_hand(wanted, plan)] if plan else explore(wanted, say=lambda text: print(f"  looking: {text}", file=sys.stderr, flush=True))
+    say = lambda text: print(f"  looking: {text}", file=sys.stderr, flush=True)
+    found = [by_hand(wanted, plan, axes)] if plan else explore(wanted, say=say)
     if not found:
         print(f"nothing fits. {refusal(wanted)}")
         return 1

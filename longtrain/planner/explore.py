@@ -101,12 +101,14 @@ def fastest(wanted: Wanted, axes: Axes, optimizer: str, batch: int, room: int) -
     return describe_found(wanted, axes, optimizer, batch, asked, chosen, on_host)
 
 
-def by_hand(wanted: Wanted, plan: Plan) -> Found:
-    """What a plan comes to on one device. Raises ValueError where the host has no room for the optimizer."""
-    asked, on_host = of_one_device(wanted, Axes(), wanted.places[0], 1)
+def by_hand(wanted: Wanted, plan: Plan, axes: Axes = Axes()) -> Found:
+    """What a plan, with the chunk of the whole sequence, comes to on one device of `axes`. Raises ValueError where the host has no room for
+    the optimizer."""
+    asked, on_host = of_one_device(wanted, axes, wanted.places[0], 1)
     if asked is None:
         raise ValueError(f"memory.optimizer: host needs {format_bytes(on_host)}, of {format_bytes(wanted.host)}; give more")
-    return describe_found(wanted, Axes(), wanted.places[0], 1, asked, plan, on_host)
+    own = replace(plan, chunk_tokens=max(1, min(plan.chunk_tokens, wanted.tokens) // axes.sequence))
+    return describe_found(wanted, axes, wanted.places[0], 1, asked, own, on_host)
 
 
 def lacks(wanted: Wanted, found: Found) -> str | None:

@@ -139,6 +139,11 @@ def test_a_plan_by_hand_that_does_not_fit_is_said_to(run_file, tmp_path, capsys)
     tier = [f"memory.disk={{path: {tmp_path}, budget: 1MiB}}", "memory.offload={inputs: disk}", "data.seq_len=65536"]
     assert cli.main([*by_hand, *tier]) == 1
     assert "memory.disk holds less than it sends there" in capsys.readouterr().out
+    devices = ["parallel.cp_ulysses=2", "parallel.dp_shard=2"]
+    capsys.readouterr()
+    assert cli.main([*by_hand, *devices]) == 0
+    said = capsys.readouterr().out
+    assert "4 x rtx4090" in said and "2 x 2" in said and "chunks of 4096 tokens" in said
     for option in (["--gpus", "2"], ["--batch", "1", "2"]):
         assert cli.main([*by_hand, *option]) == 2
         assert f"{option[0]} is for plans that are looked for" in capsys.readouterr().err
@@ -155,7 +160,7 @@ def test_a_budget_that_is_named_has_room_for_what_is_taken(run_file):
 
 def test_every_peak_that_is_told_holds_what_is_taken(run_file, tmp_path, capsys):
     args = cli.build_parser().parse_args(["plan", run_file, "memory.chunk_tokens=512", "--out", str(tmp_path / "plan")])
-    wanted, title, plan = command.read(args)
+    wanted, title, plan, _ = command.read(args)
     wanted = replace(wanted, taken=5 << 40, room=1 << 30)
     assert command.show(wanted, args, title, plan) == 0
     said = capsys.readouterr().out + (tmp_path / "plan" / "plan.yaml").read_text() + (tmp_path / "plan" / "plan.html").read_text()
