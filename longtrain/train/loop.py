@@ -110,7 +110,7 @@ class Trainer:
         if checkpoint is not None:
             resumed |= self.restore(checkpoint)
         self.random = random_states()
-        self.saver = Saver(self.directory / output.CHECKPOINTS, self.config.checkpoint, self.processes)
+        self.saver = Saver(self.directory / output.CHECKPOINTS, self.config.checkpoint, self.processes, self.bar.clear)
         self.saver.check_room_ahead(state_tensors(self.setup.model, self.setup.optimizer))
         self.open_metrics(resumed, append=not anew)
         self.validated = self.processes.first(lambda: self.validated)  # as the metrics say, which the first process has

@@ -2,20 +2,24 @@
 
 import io
 import mmap
+import re
 
 import pytest
 import torch
 
 from longtrain.config import load_config
+from longtrain.config.run import CheckpointConfig
 from longtrain.data.corpus import corpus_in_memory
 from longtrain.data.sources import read_text
 from longtrain.nn import LanguageModel, RotaryEmbedding, count_targets
 from longtrain.train import loop, step
+from longtrain.train.checkpoint import one_process
 from longtrain.train.console import StepBar
 from longtrain.train.loader import Loader, pack, validation_rows
 from longtrain.train.model import set_rotary
 from longtrain.train.optimizer import Optimizer
 from longtrain.train.peak_memory import read_peak, reset_peak
+from longtrain.train.saving import Saver
 from longtrain.train.schedule import remaining_tokens, stage_at
 from longtrain.units import format_bytes, format_time, parse_time
 
@@ -147,3 +151,18 @@ def test_each_stage_has_its_own_rotary(config_file):
     stretched = rotaries[0].angles(positions, torch.float64)
     for ours, plain in zip(stretched, RotaryEmbedding(8, base=5e5).angles(positions // 2, torch.float64), strict=True):
         torch.testing.assert_close(ours, plain, rtol=0, atol=1e-15)
+
+
+def test_a_checkpoint_that_is_done_while_a_bar_is_drawn_gets_a_line_of_its_own(tmp_path, monkeypatch):
+    screen = Terminal()
+    bar = StepBar(screen)
+    monkeypatch.setattr("builtins.print", lambda *said, **_: screen.write(f"{said[0]}\n"))
+    saver = Saver(tmp_path / "checkpoints", CheckpointConfig(), before_print=bar.clear)
+    bar.begin("step 1/2", 64, 1)
+    bar.span_done("forward", 1, 4)
+    with one_process():
+        saver.save(1, {"a": torch.zeros(3)}, {}, "")
+        saver.finish()
+    drawn = re.split(r"\n|\r\x1b\[K", screen.getvalue())
+    assert [line for line in drawn if "checkpoint of step 1" in line] == [line for line in drawn if line.startswith("checkpoint of step 1")]
+    assert any("[" in line and "forward 1/4" in line for line in drawn)
