@@ -78,7 +78,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["longtrain", "longtrain.*"]) + KERNELS,
     package_dir={name: "kernels" for name in KERNELS},
-    package_data={"longtrain.report": ["page.css", "page.js"], "longtrain.memory": ["page.css", "page.js"]},
+    package_data={"longtrain.page": ["page.css", "page.js"], "longtrain.memory": ["page.css", "page.js"]},
     install_requires=["torch>=2.11", "numpy", "einops", "pyyaml", "safetensors"],
     extras_require={
         "flash": ["flash-attn"],

@@ -21,25 +21,11 @@ struct Extent {
   int n0, n1, k0, k1;
 };
 
-// ACol: A(m, k) lies at a[k * LDA + m], else at a[m * LDA + k].
-template <class T, int NV, bool ACol, int LDA, int LDB, int LDC>
-static inline __attribute__((always_inline)) void micro(const T* a, const T* b, T* c, int k0, int k1, bool accumulate) {
-  using V = typename Simd<T>::V;
-  constexpr int W = lanes<T>;
-  V acc[kRows][NV];
-  tile_product<T, kRows, NV, ACol, LDA, LDB>(a, b, k0, k1, acc);
-  // C is added last: a sum of short sums loses less to rounding than one long chain.
-  for (int m = 0; m < kRows; ++m)
-    for (int n = 0; n < NV; ++n) {
-      T* to = c + m * LDC + n * W;
-      store(to, accumulate ? load<V>(to) + acc[m][n] : acc[m][n]);
-    }
-}
-
-// C[rows, columns] (+)= A B, restricted per block of rows to `extents`.
+// C[rows, columns] (+)= A B, restricted per block of rows to `extents`. ACol: A(m, k) lies at a[k * LDA + m], else at a[m * LDA + k].
 template <bool ACol, int LDA, int LDB, int LDC, class T>
 static void gemm(const T* a, const T* b, T* c, int rows, int columns, const Extent* extents, bool accumulate) {
   constexpr int W = lanes<T>;
+  const Op op = accumulate ? Op::add : Op::set;
   for (int n = 0; n < columns; n += 2 * W) {
     for (int m = 0; m < rows; m += kRows) {
       const Extent& e = extents[m / kRows];
@@ -48,9 +34,9 @@ static void gemm(const T* a, const T* b, T* c, int rows, int columns, const Exte
       const T* am = ACol ? a + m : a + m * LDA;
       T* cm = c + m * LDC + n;
       if (n + W < columns)
-        micro<T, 2, ACol, LDA, LDB, LDC>(am, b + n, cm, e.k0, e.k1, accumulate);
+        tile_update<T, kRows, 2, ACol, LDA, LDB, LDC>(am, b + n, cm, e.k0, e.k1, op);
       else
-        micro<T, 1, ACol, LDA, LDB, LDC>(am, b + n, cm, e.k0, e.k1, accumulate);
+        tile_update<T, kRows, 1, ACol, LDA, LDB, LDC>(am, b + n, cm, e.k0, e.k1, op);
     }
   }
 }

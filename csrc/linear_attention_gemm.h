@@ -18,23 +18,8 @@ constexpr int kHeight = 6, kWidth = 2;
 constexpr int kHeight = 4, kWidth = 2;
 #endif
 
-enum class Op { set, add, subtract };
-
 // What is left out: columns of C right of its diagonal, zeros of A right or left of its own.
 enum class Shape { full, lower_c, lower_a, upper_a };
-
-template <class T, int R, int NV, bool ACol, int LDA, int LDB, int LDC, Op op>
-static inline __attribute__((always_inline)) void linear_block(const T* a, const T* b, T* c, int k0, int k1) {
-  using V = typename Simd<T>::V;
-  constexpr int W = lanes<T>;
-  V acc[R][NV];
-  tile_product<T, R, NV, ACol, LDA, LDB>(a, b, k0, k1, acc);
-  for (int m = 0; m < R; ++m)
-    for (int n = 0; n < NV; ++n) {
-      T* to = c + m * LDC + n * W;
-      store(to, op == Op::set ? acc[m][n] : op == Op::add ? load<V>(to) + acc[m][n] : load<V>(to) - acc[m][n]);
-    }
-}
 
 // ACol: A(m, k) lies at a[k * LDA + m], else at a[m * LDA + k].
 template <Op op, Shape shape, bool ACol, int LDA, int LDB, int LDC, class T>
@@ -49,12 +34,12 @@ static void product(const T* a, const T* b, T* c, int rows, int columns, int dep
       const int k0 = shape == Shape::upper_a ? m : 0, k1 = shape == Shape::lower_a ? std::min(depth, m + R) : depth;
       const int stop = shape == Shape::lower_c ? std::min(columns, (m + R + W - 1) / W * W) : columns;
       int n = 0;
-      for (; n + kWidth * W <= stop; n += kWidth * W) linear_block<T, R, kWidth, ACol, LDA, LDB, LDC, op>(am, b + n, cm + n, k0, k1);
+      for (; n + kWidth * W <= stop; n += kWidth * W) tile_update<T, R, kWidth, ACol, LDA, LDB, LDC>(am, b + n, cm + n, k0, k1, op);
       if (kWidth > 2 && n + 2 * W <= stop) {
-        linear_block<T, R, 2, ACol, LDA, LDB, LDC, op>(am, b + n, cm + n, k0, k1);
+        tile_update<T, R, 2, ACol, LDA, LDB, LDC>(am, b + n, cm + n, k0, k1, op);
         n += 2 * W;
       }
-      if (n + W <= stop) linear_block<T, R, 1, ACol, LDA, LDB, LDC, op>(am, b + n, cm + n, k0, k1);
+      if (n + W <= stop) tile_update<T, R, 1, ACol, LDA, LDB, LDC>(am, b + n, cm + n, k0, k1, op);
     }
   };
   bands(std::integral_constant<int, kHeight>());

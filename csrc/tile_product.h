@@ -24,5 +24,20 @@ static inline __attribute__((always_inline)) void tile_product(const T* a, const
   }
 }
 
+enum class Op { set, add, subtract };
+
+// C[R, NV vectors] = A B, += A B or -= A B. C is added last: a sum of short sums loses less to rounding than one long chain.
+template <class T, int R, int NV, bool ACol, int LDA, int LDB, int LDC>
+static inline __attribute__((always_inline)) void tile_update(const T* a, const T* b, T* c, int k0, int k1, Op op) {
+  using V = typename Simd<T>::V;
+  V acc[R][NV];
+  tile_product<T, R, NV, ACol, LDA, LDB>(a, b, k0, k1, acc);
+  for (int m = 0; m < R; ++m)
+    for (int n = 0; n < NV; ++n) {
+      T* to = c + m * LDC + n * lanes<T>;
+      store(to, op == Op::set ? acc[m][n] : op == Op::add ? load<V>(to) + acc[m][n] : load<V>(to) - acc[m][n]);
+    }
+}
+
 }  // namespace LT_ISA
 }  // namespace longtrain

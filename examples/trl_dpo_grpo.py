@@ -20,8 +20,8 @@ import longtrain as lt
 
 PLAN = lt.Plan(chunk_tokens=128, loss_chunk_tokens=128)
 COMMON = dict(
-    per_device_train_batch_size=2, learning_rate=1e-2, logging_steps=1, report_to=[], save_strategy="no", gradient_checkpointing=False, bf16=False,
-    disable_tqdm=True,
+    per_device_train_batch_size=2, learning_rate=1e-2, logging_steps=1, report_to=[], save_strategy="no", gradient_checkpointing=False,
+    bf16=False, disable_tqdm=True,
 )  # fmt: skip
 
 

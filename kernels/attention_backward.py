@@ -14,6 +14,7 @@ import triton.language as tl
 
 from longtrain.kernels.attention_tiles import (
     LOG2E,
+    VARYING,
     count_specials,
     find_document,
     head_of,
@@ -92,10 +93,7 @@ def _key_tile(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=[
-    "documents_count", "queries", "keys", "low", "high", "diagonal", "sink_start", "sink_stop", "phase", "q_shift",
-    "seed_low", "seed_high", "head_offset", "k_offset", "threshold",
-])
+@triton.jit(do_not_specialize=VARYING)
 def attention_dk_dv(
     q, k, v, dout, lse, delta, dk, dv, q_box, dout_box, q_strides, k_strides, v_strides, dout_strides, dk_strides, dv_strides,
     documents, documents_count, queries, keys, low, high, diagonal, sink_start, sink_stop, phase, q_shift, rate, cap,
@@ -224,10 +222,7 @@ def _query_tile(
     return tl.dot(ds.to(k_tile.dtype), k_clean, dq, input_precision=PRECISION)
 
 
-@triton.jit(do_not_specialize=[
-    "documents_count", "queries", "keys", "low", "high", "diagonal", "sink_start", "sink_stop", "phase", "q_shift",
-    "seed_low", "seed_high", "head_offset", "k_offset", "threshold",
-])
+@triton.jit(do_not_specialize=VARYING)
 def attention_dq(
     q, k, v, dout, lse, delta, dq, k_box, v_box, q_strides, k_strides, v_strides, dout_strides, documents, documents_count,
     queries, keys, low, high, diagonal, sink_start, sink_stop, phase, q_shift, rate, cap, seed_low, seed_high,

@@ -12,6 +12,7 @@ import triton.language as tl
 from longtrain.kernels.attention_tiles import (
     LN2,
     LOG2E,
+    VARYING,
     count_specials,
     find_document,
     head_of,
@@ -55,10 +56,7 @@ def _forward_tile(
     return acc, m_new, l
 
 
-@triton.jit(do_not_specialize=[
-    "documents_count", "queries", "keys", "low", "high", "diagonal", "sink_start", "sink_stop", "phase", "q_shift",
-    "seed_low", "seed_high", "head_offset", "k_offset", "threshold",
-])
+@triton.jit(do_not_specialize=VARYING)
 def attention_forward(
     q, k, v, out, lse, sink_logits, k_box, v_box, q_strides, k_strides, v_strides, documents, documents_count, queries,
     keys, low, high, diagonal, sink_start, sink_stop, phase, q_shift, rate, cap, seed_low, seed_high, head_offset,

@@ -20,6 +20,11 @@ DOCUMENT = (
 (j + phase) mod period < block; and the shift from query index to position, modulo 2^32 (for dropout)."""
 FAR = 2**30
 """Stands for unbounded. Indices are below 2^29, so that sums of an index and a bound stay in 32 bits."""
+VARYING = [
+    "documents_count", "queries", "keys", "low", "high", "diagonal", "sink_start", "sink_stop", "phase", "q_shift",
+    "seed_low", "seed_high", "head_offset", "k_offset", "threshold",
+]
+"""Numbers of a call that kernels are not compiled anew for."""
 
 _COLUMNS = tl.constexpr(len(DOCUMENT))
 _CHAIN_A, _CHAIN_B = tl.constexpr(0x9E3779B9), tl.constexpr(0x85EBCA6B)  # as in longtrain/ops/attention/mask.py

@@ -247,6 +247,11 @@ def _stream_chain(report: Report, candidates: Sequence[tuple[int, Candidate]]) -
     layers = [entry for entry in candidates if entry[1].counts]
     groups = [layers[at : at + k] for at in range(0, len(layers), k)] + [[entry] for entry in candidates if not entry[1].counts]
     for members in groups:
+        if len(members) > 1 and (carrying := [c.name for _, c in members if getattr(c.layer, "state_bytes", 0)]):
+            raise ValueError(
+                f"{carrying[0]} carries states from chunk to chunk through its own cache, and the layers of a segment are given the same "
+                "arguments; use Plan(segment_layers=1)"
+            )
         segment = Segment(
             chain, [c.layer for _, c in members], [i for i, _ in members], first=members is groups[0], last=members is groups[-1]
         )

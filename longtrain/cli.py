@@ -13,7 +13,12 @@ from collections.abc import Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and (not hasattr(args, "overrides") or any(one.startswith("-") for one in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # settings behind an option, which argparse takes for strangers
+        args.overrides = [*args.overrides, *rest]
     try:
         status = args.command(args)
         sys.stdout.flush()
@@ -36,7 +41,7 @@ def explain_error(error: BaseException) -> tuple[str, int] | None:
     """What to say of an error, and the exit code; None of one that nobody expected."""
     from longtrain.config import ConfigError
     from longtrain.data.sources import DataError
-    from longtrain.train.output import RunError
+    from longtrain.errors import RunError
 
     if isinstance(error, ConfigError):
         return str(error), 2
@@ -44,6 +49,11 @@ def explain_error(error: BaseException) -> tuple[str, int] | None:
         return f"longtrain: {error}", 1
     if isinstance(error, KeyboardInterrupt):
         return "longtrain: interrupted; what was saved before stands", 130
+    from longtrain.memory.profile import out_of_memory
+
+    if out_of_memory(error):
+        said = str(error).partition("\n")[0] or type(error).__name__
+        return f"longtrain: out of memory ({said}); `longtrain profile CONFIG` shows what takes it, `longtrain plan CONFIG` what would fit", 1
     return None
 
 
@@ -180,18 +190,18 @@ def export(args: argparse.Namespace) -> int:
 
 def verify(args: argparse.Namespace) -> int:
     if args.nproc != 1:
-        from longtrain import verify_processes
+        from longtrain.commands import verify_processes
 
         return verify_processes.run(args.config, args.overrides, args.nproc)
-    from longtrain import verify
+    from longtrain.commands import verify
 
     return verify.run(args.config, args.overrides)
 
 
 def plan(args: argparse.Namespace) -> int:
-    from longtrain.planner import command
+    from longtrain.commands import plan
 
-    return command.run(args)
+    return plan.run(args)
 
 
 def calibrate(args: argparse.Namespace) -> int:
@@ -201,9 +211,9 @@ def calibrate(args: argparse.Namespace) -> int:
 
 
 def profile(args: argparse.Namespace) -> int:
-    from longtrain.memory import command
+    from longtrain.commands import profile
 
-    return command.run(args.config, args.overrides, out=args.out, sampling=args.sampling, lengths=args.seq_len)
+    return profile.run(args.config, args.overrides, out=args.out, sampling=args.sampling, lengths=args.seq_len)
 
 
 def compare(args: argparse.Namespace) -> int:

@@ -56,7 +56,8 @@ def machine() -> Iterator[str]:
     for index in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(index)
         yield (
-            f"{'GPU ' + str(index):<12}{p.name}, {p.total_memory / 2**30:.1f} GiB, sm_{p.major}{p.minor}, {p.multi_processor_count} multiprocessors, "
+            f"{'GPU ' + str(index):<12}{p.name}, {p.total_memory / 2**30:.1f} GiB, sm_{p.major}{p.minor}, "
+            f"{p.multi_processor_count} multiprocessors, "
             f"CUDA {torch.version.cuda}"
         )
 

@@ -8,7 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from longtrain.offload import DeviceStore
@@ -21,6 +23,7 @@ PROOF_CHUNK = 5
 PROOF_BOUND = 1e-5
 """Relative norm in float64. Layers that upcast to float32 inside stop at 1e-7; one that leaks between tokens is off by far more."""
 
+CHANGES = "it changes its buffers in forward, and a streamed layer runs several times"
 ROW_WISE = "use row-wise scaling, one scale a token, with weight gradients in high precision (longtrain.nn.FP8Linear)"
 
 
@@ -37,29 +40,58 @@ def prove(layer: nn.Module, model: nn.Module | None = None) -> str | None:
             with whole(layer, layer if model is None else model):
                 copied = layer.copy_in_float64() if hasattr(layer, "copy_in_float64") else plain_copy(layer).double().eval()
             own = copied.difference_from_eager() if hasattr(copied, "difference_from_eager") else None
-            return own or _difference_in_chunks(copied)
+            example = lambda: tree_map(_as_double, copied.example(PROOF_TOKENS))
+            return own or _difference_in_chunks(copied, *example()) or _difference_in_training(copied, *example())
         except Exception as error:  # whatever it is, it is the reason: reported by name, never dropped
             return f"{type(error).__name__}: {error}{_quantised(layer)}"
 
 
-def _difference_in_chunks(layer: nn.Module) -> str | None:
-    x, arguments = layer.example(PROOF_TOKENS)
-    x, arguments = tree_map(lambda t: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t, (x, arguments))
+def _as_double(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _difference_in_chunks(layer: nn.Module, x: Tensor, arguments: dict[str, Any]) -> str | None:
     buffers = {name: buffer.clone() for name, buffer in layer.named_buffers()}
     whole = _outcome(layer, layer.forward, x, arguments)
     if changed := _what_changed(layer, buffers):
-        return f"it changes its buffers in forward, and a streamed layer runs several times: {changed}"
+        return f"{CHANGES}: {changed}"
     if whole[0].shape != x.shape:
         return f"it turns {list(x.shape)} into {list(whole[0].shape)}, and hidden states must keep their shape"
+    what, error = _difference(whole, _outcome(layer, _in_chunks(layer), x, arguments))
+    return f"{_differs(what, error)}{_part_that_looks_across(layer, x, arguments)}" if what else None
+
+
+def _difference_in_training(layer: nn.Module, x: Tensor, arguments: dict[str, Any]) -> str | None:
+    """Of a layer in evaluation: the same while it trains, where it does something else then (a batch norm), and nothing random but
+    dropout. Of outputs alone: no mode reaches into a backward pass."""
+    buffers = {name: buffer.clone() for name, buffer in layer.named_buffers()}
+    with torch.no_grad(), _WithoutDropout():
+        evaluated = layer.forward(x, **arguments)
+        trained, again = (layer.train().forward(x, **arguments) for _ in range(2))
+        if changed := _what_changed(layer, buffers):
+            return f"{CHANGES} while it trains: {changed}"
+        if torch.equal(evaluated, trained) or not torch.equal(trained, again):
+            return None
+        what, error = _difference([trained], [_in_chunks(layer)(x, **arguments)])
+        return f"while it trains {_differs(what, error)}{_part_that_looks_across(layer, x, arguments)}" if what else None
+
+
+class _WithoutDropout(TorchFunctionMode):
+    """Dropout drops nothing."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.dropout:
+            return args[0] if args else kwargs["input"]
+        return func(*args, **(kwargs or {}))
+
+
+def _in_chunks(layer: nn.Module) -> Callable[..., Tensor]:
     plan = Plan(chunk_tokens=PROOF_CHUNK, store_outputs=0.5, boundaries="tensor")
-    segment = Segment(Chain(plan, DeviceStore()), [layer], [0], first=True, last=True)
-    what, error = _difference(whole, _outcome(layer, segment.forward, x, arguments))
-    if what:
-        part = _part_that_looks_across(layer, x, arguments)
-        return (
-            f"its {what} in chunks of {PROOF_CHUNK} differs from the whole by {error:.1e}: something besides mix looks across tokens{part}"
-        )
-    return None
+    return Segment(Chain(plan, DeviceStore()), [layer], [0], first=True, last=True).forward
+
+
+def _differs(what: str, error: float) -> str:
+    return f"its {what} in chunks of {PROOF_CHUNK} differs from the whole by {error:.1e}: something besides mix looks across tokens"
 
 
 def _differs_in_chunks(module: nn.Module, x: Tensor) -> str:
@@ -70,7 +102,7 @@ def _differs_in_chunks(module: nn.Module, x: Tensor) -> str:
 
 def _difference(whole: Sequence[Tensor], chunked: Sequence[Tensor]) -> tuple[str, float]:
     """Which of two outcomes' parts differ, first of all, and by how much; "" where none does."""
-    for name, a, b in zip(("output", "input gradient", "parameter gradients"), whole, chunked, strict=True):
+    for name, a, b in zip(("output", "input gradient", "parameter gradients"), whole, chunked, strict=False):
         error = float((a - b).norm() / a.norm().clamp_min(torch.finfo(a.dtype).tiny))
         if not error <= PROOF_BOUND:
             return name, error
@@ -138,7 +170,8 @@ def _quantised(layer: nn.Module) -> str:
     """The first module in it whose weights are codes, which may be why it cannot be run on a copy, and the remedy; "" without one."""
     for name, module in layer.named_modules():
         if any(not p.is_floating_point() for p in module.parameters(recurse=False)):
-            return f" ({name}, a {type(module).__name__}, keeps its weights quantised: longtrain.nn.freeze_linears does so in a way that streams)"
+            kind = type(module).__name__
+            return f" ({name}, a {kind}, keeps its weights quantised: longtrain.nn.freeze_linears does so in a way that streams)"
     return ""
 
 

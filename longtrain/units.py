@@ -5,21 +5,23 @@ from __future__ import annotations
 import math
 import re
 
+GIB = 2**30
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 def parse_bytes(text: str | int, setting: str = "budget") -> int:
     """`1.5GiB`, `72 GB`, `800MiB`, or a number of bytes. Raises ValueError naming `setting`."""
-    if isinstance(text, int):
+    given = text
+    if not isinstance(text, str):
         text = f"{text}B"
     number = text.strip().rstrip("BKMGTIbkmgti").strip()
     unit = text.strip()[len(number) :].strip().upper()
     try:
         size = float(number) * _UNITS[unit]
     except (ValueError, KeyError):
-        raise ValueError(f"{setting}: {text!r} is not an amount of memory; write one such as 1.5GiB or 800MiB") from None
+        raise ValueError(f"{setting}: {given!r} is not an amount of memory; write one such as 1.5GiB or 800MiB") from None
     if not math.isfinite(size) or size < 1:
-        raise ValueError(f"{setting}: {text!r} is no memory at all; write an amount such as 1.5GiB")
+        raise ValueError(f"{setting}: {given!r} is no memory at all; write an amount such as 1.5GiB")
     return int(size)
 
 

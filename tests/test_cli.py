@@ -5,6 +5,7 @@ import sys
 import types
 
 import pytest
+import torch
 
 from longtrain import cli
 
@@ -12,7 +13,7 @@ from longtrain import cli
 @pytest.mark.parametrize(
     "module, function, arguments, received",
     [
-        ("verify", "run", ["verify", "a.yaml", "train.seed=1"], ("a.yaml", ["train.seed=1"])),
+        ("commands.verify", "run", ["verify", "a.yaml", "train.seed=1"], ("a.yaml", ["train.seed=1"])),
         ("planner.calibrate", "run", ["calibrate", "--path", "/scratch"], ("machine.json", "/scratch", None)),
         ("doctor", "run", ["doctor"], ()),
     ],
@@ -27,7 +28,14 @@ def test_commands_hand_over_and_return_the_exit_code(module, function, arguments
     assert calls == [received]
 
 
-@pytest.mark.parametrize("arguments", [[], ["trian"], ["train"], ["doctor", "x"]])
+def test_settings_may_stand_before_and_behind_options(monkeypatch):
+    seen = []
+    monkeypatch.setattr(cli, "train", lambda args: seen.append((args.config, args.overrides, args.stop_after)) or 0)
+    assert cli.main(["train", "a.yaml", "train.lr=1", "--stop-after", "1h", "train.steps=2", "train.seed=3"]) == 0
+    assert seen == [("a.yaml", ["train.lr=1", "train.steps=2", "train.seed=3"], 3600.0)]
+
+
+@pytest.mark.parametrize("arguments", [[], ["trian"], ["train"], ["doctor", "x"], ["train", "a.yaml", "--stop-afer", "1h", "train.steps=2"]])
 def test_wrong_usage_exits_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(arguments)
@@ -41,6 +49,17 @@ def test_interruption_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cli, "train", interrupted)
     assert cli.main(["train", "a.yaml"]) == 130
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore"), MemoryError()])
+def test_too_little_memory_is_one_line_that_says_what_to_ask(error, monkeypatch, capsys):
+    def greedy(args):
+        raise error
+
+    monkeypatch.setattr(cli, "train", greedy)
+    assert cli.main(["train", "a.yaml"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("longtrain: out of memory (") and "longtrain profile" in said and said.count("\n") == 1
 
 
 def test_a_reader_that_goes_away_is_no_error():

@@ -33,7 +33,8 @@ def test_where_each_extent_goes_is_decided_by_its_first_token():
     (lambda: lt.Plan(chunk_tokens=8, store_outputs=(0.5, 2)), "store_outputs must be a fraction"),
     (lambda: lt.Plan(chunk_tokens=8, boundaries="none"), "boundaries must be one of stream, tensor"),
     (lambda: lt.Plan(chunk_tokens=8, kv_block_tokens=12), r"kv_block_tokens must be a multiple of chunk_tokens \(8\), found 12"),
-    (lambda: lt.Plan(chunk_tokens=8, boundaries="tensor", offload=lt.Offload(inputs=lt.Split(host=1.0), host_bytes=9)), 'use boundaries="stream"'),
+    (lambda: lt.Plan(chunk_tokens=8, boundaries="tensor", offload=lt.Offload(inputs=lt.Split(host=1.0), host_bytes=9)),
+     'use boundaries="stream"'),
     (lambda: lt.Plan(chunk_tokens=8, store_kv=(0.0, 1.0)).check_layers(3), "store_kv names 2 layers, the model has 3"),
 ])  # fmt: skip
 def test_what_is_wrong_is_refused_by_name(make, said):

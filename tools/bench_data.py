@@ -28,9 +28,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from longtrain.config.data import DataConfig, TokenSource
 from longtrain.config.run import LengthStage
-from longtrain.data.loader import Loader, open_data
 from longtrain.data.packing import best_fit, concatenate, cut
 from longtrain.data.sources import read_stdlib
+from longtrain.train.loader import Loader, open_data
 
 PIECE = 2**20
 SHORT = 2000
@@ -124,7 +124,8 @@ def load_rows(built: Path, updates: int) -> None:
         seconds = time_updates(updates, read_and_step)
         loader.close()
         print(
-            f"load, {name:<21} {updates * 262_144 / seconds / 1e6:6.1f} million tokens/s; an update {seconds / updates * 1e3:.2f} ms, on tokens "
+            f"load, {name:<21} {updates * 262_144 / seconds / 1e6:6.1f} million tokens/s; an update {seconds / updates * 1e3:.2f} ms, "
+            f"on tokens "
             f"in hand {alone / updates * 1e3:.2f} ms; waited {sum(waits) / seconds:.0%} of the time, longest {max(waits) * 1e3:.1f} ms",
             flush=True,
         )

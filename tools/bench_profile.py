@@ -32,7 +32,8 @@ def main(argv: list[str] | None = None) -> int:
     torch.manual_seed(0)
     for kind in ("plain", "streamed"):
         config = ModelConfig(
-            vocab_size=a.vocab, num_layers=a.layers, hidden_size=a.hidden, intermediate_size=4 * a.hidden, num_heads=a.hidden // 64, num_kv_heads=a.hidden // 64,
+            vocab_size=a.vocab, num_layers=a.layers, hidden_size=a.hidden, intermediate_size=4 * a.hidden, num_heads=a.hidden // 64,
+            num_kv_heads=a.hidden // 64,
         )  # fmt: skip
         model = LanguageModel(config)
         optimizer = torch.optim.AdamW(model.parameters())

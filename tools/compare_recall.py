@@ -17,9 +17,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from longtrain.config import dump_config, load_config
+from longtrain.files import write_whole
 from longtrain.nn import ModelConfig
 from longtrain.train import run
-from longtrain.train.output import CONFIG, METRICS, finished_at, read_metrics, write_whole
+from longtrain.train.output import CONFIG, METRICS, finished_at, read_metrics
 
 CONFIGS = ("configs/recall_hybrid.yaml", "configs/recall_windows.yaml")
 

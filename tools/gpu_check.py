@@ -132,16 +132,15 @@ def run_section(section: str, dry_run: bool, row_seconds: float, left: float) ->
 
 def line(row: Row) -> str:
     mark = {True: "ok", False: "WRONG", None: "-"}[row.passed]
-    return f"{mark:<6}{row.section:<11} {row.name:<47} {row.measured:<28} {('expected ' + row.expected) if row.expected else '':<44} {row.note}".rstrip()
+    expected = f"expected {row.expected}" if row.expected else ""
+    return f"{mark:<6}{row.section:<11} {row.name:<47} {row.measured:<28} {expected:<44} {row.note}".rstrip()
 
 
 def markdown(title: str, seconds: float, rows: list[Row]) -> str:
     head = [f"# GPU check: {title}", "", f"`python tools/gpu_check.py`, torch {torch.__version__}, {seconds:.0f} s.", "",
             "| | section | row | measured | expected | |", "|---|---|---|---|---|---|"]
-    body = [
-        f"| {'ok' if r.passed else '**wrong**' if r.passed is False else ''} | {r.section} | {r.name} | {r.measured} | {r.expected} | {r.note} |"
-        for r in rows
-    ]
+    mark = {True: "ok", False: "**wrong**", None: ""}
+    body = [f"| {mark[r.passed]} | {r.section} | {r.name} | {r.measured} | {r.expected} | {r.note} |" for r in rows]
     return "\n".join([*head, *body]) + "\n"
 
 

@@ -45,7 +45,10 @@ def attention_rows(sizes: Sizes) -> Iterator[Row]:
     """Every backend that takes a call, bf16, against float64: at most twice the error of the same formula in bf16 torch."""
     T, device = sizes.tokens, sizes.device
     g = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, T, heads, sizes.head_dim, generator=g).to(device, torch.bfloat16) for heads in (sizes.heads, sizes.kv_heads, sizes.kv_heads))
+    q, k, v = (
+        torch.randn(1, T, heads, sizes.head_dim, generator=g).to(device, torch.bfloat16)
+        for heads in (sizes.heads, sizes.kv_heads, sizes.kv_heads)
+    )
     exact = outcome(lambda q, k, v: attention(q, k, v, causal=True, backend="reference"), [x.double() for x in (q, k, v)])
     yardstick = against(exact, outcome(_in_bf16, [q, k, v]))
     third, odd = T // 3, T - 37
@@ -100,7 +103,8 @@ def op_rows(sizes: Sizes) -> Iterator[Row]:
             return torch.randn(*shape, generator=g).to(device, dtype)
 
         trials = {
-            "linear_cross_entropy": (lambda x, w, backend: linear_cross_entropy(x, w, target, backend=backend, chunk_tokens=N // 3), [random(N, E), random(V, E)]),
+            "linear_cross_entropy": (lambda x, w, backend: linear_cross_entropy(x, w, target, backend=backend, chunk_tokens=N // 3),
+                                     [random(N, E), random(V, E)]),
             "linear_cross_entropy, softcap, z-loss": (
                 lambda x, w, backend: linear_cross_entropy(x, w, target, softcap=20.0, z_loss=1e-3, backend=backend, chunk_tokens=N // 3),
                 [random(N, E), random(V, E)]),
@@ -116,7 +120,8 @@ def op_rows(sizes: Sizes) -> Iterator[Row]:
 
 def streamed_rows(sizes: Sizes) -> Iterator[Row]:
     """The streamed step against plain autograd: equal in float64; in bf16 no further from float64 than plain bf16 twice over."""
-    config = ModelConfig(vocab_size=8 * sizes.head_dim, num_layers=3, hidden_size=4 * sizes.head_dim, intermediate_size=8 * sizes.head_dim, num_heads=4,
+    config = ModelConfig(vocab_size=8 * sizes.head_dim, num_layers=3, hidden_size=4 * sizes.head_dim, intermediate_size=8 * sizes.head_dim,
+                         num_heads=4,
                          num_kv_heads=2, window=(None, sizes.tokens // 4, None))
     T = sizes.tokens // 2 + 3
     ids = torch.randint(0, config.vocab_size, (1, T), generator=torch.Generator().manual_seed(1)).to(sizes.device)
@@ -138,7 +143,8 @@ def streamed_rows(sizes: Sizes) -> Iterator[Row]:
     allowed = 2 * _whole(plain16, exact)
     for settings in ("", ":store_outputs=0", ":segment_layers=3,store_kv=1.0"):
         error = _whole(gradients("streamed" + settings, torch.bfloat16)[0], exact)
-        yield Row(section="streamed", name=f"bfloat16{settings}", measured=f"{error:.1e}", expected=f"at most {allowed:.1e}", passed=error <= allowed)
+        yield Row(section="streamed", name=f"bfloat16{settings}", measured=f"{error:.1e}", expected=f"at most {allowed:.1e}",
+                  passed=error <= allowed)
 
 
 def _whole(ours: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
@@ -147,7 +153,8 @@ def _whole(ours: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
 
 def replay_rows(sizes: Sizes) -> Iterator[Row]:
     """What the backward pass computes again is, bit for bit, what the forward pass had."""
-    config = ModelConfig(vocab_size=8 * sizes.head_dim, num_layers=2, hidden_size=4 * sizes.head_dim, intermediate_size=8 * sizes.head_dim, num_heads=4, num_kv_heads=2)
+    config = ModelConfig(vocab_size=8 * sizes.head_dim, num_layers=2, hidden_size=4 * sizes.head_dim, intermediate_size=8 * sizes.head_dim,
+                         num_heads=4, num_kv_heads=2)
     T, compiler = sizes.tokens + 5, "inductor" if sizes.device == "cuda" else "aot_eager"
     ids = torch.randint(0, config.vocab_size, (1, T), generator=torch.Generator().manual_seed(1)).to(sizes.device)
     for how in ("eager", "compiled"):
@@ -173,7 +180,8 @@ def replay_rows(sizes: Sizes) -> Iterator[Row]:
 def memory_rows(sizes: Sizes) -> Iterator[Row]:
     """What lt.plan predicts against what a step takes."""
     s = sizes.step
-    config = ModelConfig(vocab_size=s["vocab"], num_layers=s["layers"], hidden_size=s["hidden"], intermediate_size=s["ffn"], num_heads=s["heads"],
+    config = ModelConfig(vocab_size=s["vocab"], num_layers=s["layers"], hidden_size=s["hidden"], intermediate_size=s["ffn"],
+                         num_heads=s["heads"],
                          num_kv_heads=s["kv_heads"])
     with torch.device(sizes.device):
         model = lt.nn.LanguageModel(config).to(torch.bfloat16)
@@ -190,7 +198,8 @@ def memory_rows(sizes: Sizes) -> Iterator[Row]:
     found = memory(step, torch.device(sizes.device))
     peak = (found["base"] if sizes.device == "cuda" else 0) + found["peak"]
     ratio = peak / plan.predicted_peak
-    yield Row(section="memory", name=f"T {s['tokens']:,}, chunk {plan.chunk_tokens:,}: predicted peak", measured=f"{peak / 1e9:.3f} GB ({ratio:.3f}x)",
+    yield Row(section="memory", name=f"T {s['tokens']:,}, chunk {plan.chunk_tokens:,}: predicted peak",
+              measured=f"{peak / 1e9:.3f} GB ({ratio:.3f}x)",
               expected=f"{plan.predicted_peak / 1e9:.3f} GB within 3%", passed=sizes.judged(0.97 <= ratio <= 1.03))
 
 
@@ -199,7 +208,8 @@ def step_rows(sizes: Sizes) -> Iterator[Row]:
     from bench_step import disagreements
 
     s = dict(sizes.step)
-    task = Task(**s, head_dim=None, window=None, tie_embeddings=False, batch=1, dtype="bfloat16", device=sizes.device, plan="", warmup_tokens=None)
+    task = Task(**s, head_dim=None, window=None, tie_embeddings=False, batch=1, dtype="bfloat16", device=sizes.device, plan="",
+                warmup_tokens=None)
     methods = ("checkpoint+chunked", "selective+chunked", "streamed", "streamed:store_outputs=0")
     found, outcomes = {}, {}
     with tempfile.TemporaryDirectory() as scratch:
@@ -211,12 +221,18 @@ def step_rows(sizes: Sizes) -> Iterator[Row]:
             found[method] = peak, times[1]
             if index:
                 wrong = disagreements({m: outcomes[m] for m in (methods[0], method)}, "bfloat16")
-                yield Row(section="step", name=f"{method}: gradients", measured="; ".join(wrong[:2]) or "agree", expected=f"those of {methods[0]}", passed=not wrong)
-            ratios = ", ".join(f"{peak / found[m][0]:.2f}x mem {times[1] / found[m][1]:.2f}x time of {m.split('+')[0]}" for m in methods[:2] if m in found and m != method)
+                yield Row(section="step", name=f"{method}: gradients", measured="; ".join(wrong[:2]) or "agree",
+                          expected=f"those of {methods[0]}", passed=not wrong)
+            ratios = ", ".join(
+                f"{peak / found[m][0]:.2f}x mem {times[1] / found[m][1]:.2f}x time of {m.split('+')[0]}"
+                for m in methods[:2] if m in found and m != method
+            )  # fmt: skip
             streamed_fast = method == "streamed"
-            good = times[1] <= 1.0 * found["selective+chunked"][1] and peak <= 0.4 * found["selective+chunked"][0] if streamed_fast else None
+            most, longest = found["selective+chunked"] if streamed_fast else (0, 0)
+            good = times[1] <= 1.0 * longest and peak <= 0.4 * most if streamed_fast else None
             yield Row(section="step", name=f"{method}, T {s['tokens']:,}", measured=f"{peak / 1e9:.2f} GB, {times[1]:.2f} s",
-                      expected="time 1.0x, memory 0.4x of selective" if streamed_fast else "", passed=None if good is None else sizes.judged(good), note=ratios)
+                      expected="time 1.0x, memory 0.4x of selective" if streamed_fast else "",
+                      passed=None if good is None else sizes.judged(good), note=ratios)
 
 
 def offload_rows(sizes: Sizes) -> Iterator[Row]:
@@ -226,7 +242,8 @@ def offload_rows(sizes: Sizes) -> Iterator[Row]:
 
 
 SECTIONS = {
-    "attention": attention_rows, "ops": op_rows, "long conv": conv_rows, "linear": linear_rows, "streamed": streamed_rows, "replay": replay_rows, "offload": offload_rows,
+    "attention": attention_rows, "ops": op_rows, "long conv": conv_rows, "linear": linear_rows, "streamed": streamed_rows,
+    "replay": replay_rows, "offload": offload_rows,
     "ceilings": ceiling_rows, "attn speed": attention_speed_rows, "layer": layer_rows, "long layer": long_layer_rows, "model": model_rows,
     "memory": memory_rows, "step": step_rows, "conv speed": conv_speed_rows, "linear speed": linear_speed_rows,
 }

@@ -58,16 +58,17 @@ class Sizes:
 
     @classmethod
     def gpu(cls) -> Sizes:
-        return cls(device="cuda", judge_speed=True, matmul=8192, copy_bytes=4 << 30, tokens=2048, heads=32, kv_heads=8, head_dim=128, square=16384,
-                   chunk=16384, offset=114688, shape=SHAPE_8B, layer_tokens=131072, layer_chunks=(4096, 8192, 16384), long_tokens=1 << 20,
-                   model_tokens=65536, conv_tokens=(16384, 32768, 65536, 131072, 262144), conv_width=256, state_tokens=32768, state_heads=16,
-                   state_dim=64, step=dict(layers=2, hidden=4096, ffn=14336, vocab=32768, heads=32, kv_heads=8, tokens=65536, chunk=8192))
+        return cls(device="cuda", judge_speed=True, matmul=8192, copy_bytes=4 << 30, tokens=2048, heads=32, kv_heads=8, head_dim=128,
+                   square=16384, chunk=16384, offset=114688, shape=SHAPE_8B, layer_tokens=131072, layer_chunks=(4096, 8192, 16384),
+                   long_tokens=1 << 20, model_tokens=65536, conv_tokens=(16384, 32768, 65536, 131072, 262144), conv_width=256,
+                   state_tokens=32768, state_heads=16, state_dim=64,
+                   step=dict(layers=2, hidden=4096, ffn=14336, vocab=32768, heads=32, kv_heads=8, tokens=65536, chunk=8192))
 
     @classmethod
     def tiny_cpu(cls) -> Sizes:
-        return cls(device="cpu", judge_speed=False, matmul=64, copy_bytes=1 << 16, tokens=160, heads=4, kv_heads=2, head_dim=16, square=96, chunk=64,
-                   offset=192, shape=TINY, layer_tokens=256, layer_chunks=(32, 64), long_tokens=512, model_tokens=128, conv_tokens=(96, 200), conv_width=8, state_tokens=512, state_heads=2,
-                   state_dim=16, repeats=1,
+        return cls(device="cpu", judge_speed=False, matmul=64, copy_bytes=1 << 16, tokens=160, heads=4, kv_heads=2, head_dim=16, square=96,
+                   chunk=64, offset=192, shape=TINY, layer_tokens=256, layer_chunks=(32, 64), long_tokens=512, model_tokens=128,
+                   conv_tokens=(96, 200), conv_width=8, state_tokens=512, state_heads=2, state_dim=16, repeats=1,
                    step=dict(layers=2, hidden=32, ffn=64, vocab=64, heads=4, kv_heads=2, tokens=256, chunk=64), budget="1GiB")
 
     def judged(self, passed: bool) -> bool | None:

@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import argparse
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import longtrain as lt
 from longtrain.offload import DeviceStore
 from longtrain.plan import Offload, Split
+from longtrain.stream.work import Alive
 
 LAYERS, WIDTH, FFN, HEADS, KV_HEADS, HEAD_DIM = 36, 4096, 12288, 32, 8, 128
 CHUNK, LENGTHS, BOUND = 64, (512, 1024), 0.03
@@ -61,36 +61,21 @@ def predicted(plan: dict) -> dict[str, float]:
     return dict(zip(PARTS, map(float, sizes), strict=True))
 
 
-class Alive(TorchDispatchMode):
-    """The storages that operations made and that still live: their bytes, and the tensor each was made for."""
+class AliveByShape(Alive):
+    """What each storage was made for, too."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
-        self.storages = weakref.WeakKeyDictionary()
+        self.made_for = weakref.WeakKeyDictionary()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in given:
-                self.count(tensor)
-        self.peak = max(self.peak, self.now)
-        return out
-
-    def count(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage not in self.storages and storage.nbytes():
-            self.storages[storage] = (tuple(tensor.shape[2:]), tensor.dtype)
-            self.now += storage.nbytes()
-            weakref.finalize(storage, self.free, storage.nbytes())
-
-    def free(self, size: int) -> None:
-        self.now -= size
+    def count(self, tensors: Sequence[Tensor]) -> None:
+        super().count(tensors)
+        for tensor in tensors:
+            self.made_for.setdefault(tensor.untyped_storage(), (tuple(tensor.shape[2:]), tensor.dtype))
 
     def of(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
         """Bytes of the storages made for tensors ``[B, tokens, *shape]``."""
-        return sum(storage.nbytes() for storage, made_for in self.storages.items() if made_for == (shape, dtype))
+        return sum(storage.nbytes() for storage, made_for in self.made_for.items() if made_for == (shape, dtype))
 
 
 class CountedStore(DeviceStore):
@@ -129,13 +114,13 @@ def measure(layers: int, tokens: int, scale: int, plan: dict) -> dict[str, float
         samples.append(dict(zip(PARTS, (*parts, alive.now - sum(parts)), strict=True)))
 
     report.on_progress(sample)
-    with Alive() as alive:
+    with AliveByShape() as alive:
         ids = ids.clone()
         loss = model(input_ids=ids, labels=ids.clone()).loss
-        peaks, alive.peak = [alive.peak], 0
+        peaks, alive.most = [alive.most], 0
         loss.backward()
     report.undo()
-    return {**samples[1], **dict(zip(PEAKS, (*peaks, alive.peak), strict=True))}  # the norm behind the layers has its backward first
+    return {**samples[1], **dict(zip(PEAKS, (*peaks, alive.most), strict=True))}  # the norm behind the layers has its backward first
 
 
 def per_token(scale: int, plan: dict) -> dict[str, float]:
@@ -157,10 +142,11 @@ def per_token(scale: int, plan: dict) -> dict[str, float]:
 
 HEADER = f"""# Memory of a step at Qwen3-8B's shape
 
-Made by `python tools/hf_memory_table.py --write` with transformers {{version}} and torch {{torch}}, on a CPU, bfloat16, widths divided by {{scale}} and multiplied back:
-bytes a token of what grows with the sequence, all {LAYERS} layers, when the backward pass of the last segment begins. Weights, their gradients, and
-what one chunk of {CHUNK} tokens holds do not grow with it. The loss takes the last hidden states chunk by chunk from the token store; those that the
-embedding makes are whole, as the model makes them, until the layers have run. Last, how many times as much others hold.
+Made by `python tools/hf_memory_table.py --write` with transformers {{version}} and torch {{torch}}, on a CPU, bfloat16, widths divided by
+{{scale}} and multiplied back: bytes a token of what grows with the sequence, all {LAYERS} layers, when the backward pass of the last
+segment begins. Weights, their gradients, and what one chunk of {CHUNK} tokens holds do not grow with it. The loss takes the last hidden
+states chunk by chunk from the token store; those that the embedding makes are whole, as the model makes them, until the layers have run.
+Last, how many times as much others hold.
 
 """
 

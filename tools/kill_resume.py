@@ -33,13 +33,15 @@ from longtrain.train import checkpoint
 from longtrain.train.output import read_metrics
 
 MODELS = {
-    "own": "{vocab_size: 256, num_layers: 2, hidden_size: 96, intermediate_size: 256, num_heads: 2, num_kv_heads: 1, attention_dropout: 0.1}",
+    "own": "{vocab_size: 256, num_layers: 2, hidden_size: 96, intermediate_size: 256, num_heads: 2, num_kv_heads: 1, "
+           "attention_dropout: 0.1}",
     "hf": "{hf: SHAPE}",
     "lora": "{hf: SHAPE, quantize: int8, lora: {rank: 4, dropout: 0.1}}",
 }
 SHAPE = dict(
     model_type="llama", vocab_size=256, num_hidden_layers=2, hidden_size=96, intermediate_size=256, num_attention_heads=2,
-    num_key_value_heads=1, head_dim=48, max_position_embeddings=64, attention_dropout=0.1, pad_token_id=None, bos_token_id=None, eos_token_id=None,
+    num_key_value_heads=1, head_dim=48, max_position_embeddings=64, attention_dropout=0.1, pad_token_id=None, bos_token_id=None,
+    eos_token_id=None,
 )  # fmt: skip
 CONFIG = """\
 model: {model}

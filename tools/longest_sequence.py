@@ -167,8 +167,9 @@ def time_at(a: argparse.Namespace, tokens: int) -> dict[str, dict]:
 def table(found: dict[str, dict], times: dict[str, dict], a: argparse.Namespace) -> str:
     at = next(iter(times.values()))["tokens"] if times else 0
     against = [name for name in list(found)[:2] if found[name]["longest"]]
+    timed = f" s at T = {at:,} | x {a.time_at} |" if times else ""
     lines = [f"Budget {format_bytes(a.budget)}, L{a.layers} E{a.hidden} F{a.ffn} V{a.vocab}, {a.dtype}, chunks of {a.chunk}.", "",
-             "| method | longest T | " + "".join(f"x {name} | " for name in against) + "peak there |" + (f" s at T = {at:,} | x {a.time_at} |" if times else ""),
+             "| method | longest T | " + "".join(f"x {name} | " for name in against) + "peak there |" + timed,
              "|" + "---|" * (3 + len(against) + 2 * bool(times))]  # fmt: skip
     for method, row in found.items():
         tokens = row["longest"]

@@ -1,10 +1,10 @@
 """Twenty steps, predicted and then run: peak of the ledger, resident memory, time.
 
-    export MALLOC_MMAP_THRESHOLD_=65536 OMP_NUM_THREADS=1                               # as the cases run, so that rates are of the same process
+    export MALLOC_MMAP_THRESHOLD_=65536 OMP_NUM_THREADS=1                               # as the cases run: rates are of the same process
     longtrain calibrate --path /scratch --out f32.json; longtrain calibrate --path /scratch --dtype bfloat16 --out bf16.json
     python tools/predicted_measured.py --machine f32.json bf16.json --path /scratch    # those that are not there yet
     python tools/predicted_measured.py --only 3 7 --redo                               # these again
-    python tools/predicted_measured.py --machine f32.json bf16.json --times            # only the times again, on a machine that does nothing else
+    python tools/predicted_measured.py --machine f32.json bf16.json --times            # only the times again, on an idle machine
     python tools/predicted_measured.py --most-tokens 4096 --out FILE                   # the memory of shorter ones, in minutes
     python tools/predicted_measured.py --table                                          # the table again
 
@@ -12,10 +12,9 @@ Shapes, lengths and plans are drawn with a fixed seed: 2 to 16 layers, 4K to 128
 minutes; every third one is a model of transformers, and those of every fourth have stored tensors on disk. Each runs in a process of its
 own, which writes what it predicts before it takes a step: bytes of the ledger (what torch's allocator gives out, parameters included),
 resident memory (that, what the process held beside the model, and what extents take beside their tensors; malloc keeps nothing back with
-MALLOC_MMAP_THRESHOLD_=65536), seconds
-(with --machine, files of `longtrain calibrate` for the dtypes). Then AdamW steps: the first, of two chunks, makes moments, the second is timed and its
-resident peak read (VmHWM), the third is watched by lt.profile.
-With --times three are timed, and the median counts.
+MALLOC_MMAP_THRESHOLD_=65536), seconds (with --machine, files of `longtrain calibrate` for the dtypes). Then AdamW steps: the first, of two
+chunks, makes moments, the second is timed and its resident peak read (VmHWM), the third is watched by lt.profile. With --times three are
+timed, and the median counts.
 
 Bounds: ledger 3%, resident the larger of 3% and 32 MiB, ledger unattributed 2%, time 15%.
 """
@@ -267,7 +266,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--most-tokens", type=int, default=max(LENGTHS), help="shorten the sequences to this")
     parser.add_argument("--table", action="store_true", help="run nothing")
     parser.add_argument(
-        "--machine", nargs="+", default=[], help="files of longtrain calibrate, one for each dtype: predicts time too, of cases in that dtype"
+        "--machine", nargs="+", default=[],
+        help="files of longtrain calibrate, one for each dtype: predicts time too, of cases in that dtype",
     )
     parser.add_argument("--path", default=".", help="a directory on a disk")
     parser.add_argument("--out", type=Path, default=OUT)

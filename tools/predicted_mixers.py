@@ -50,8 +50,8 @@ def main(argv: list[str] | None = None) -> int:
         heads = a.hidden // 64
         model = LanguageModel(
             ModelConfig(
-                vocab_size=256, num_layers=a.layers, hidden_size=a.hidden, intermediate_size=4 * a.hidden, num_heads=heads, num_kv_heads=heads,
-                layers=(kind.split(",")[0],), **KINDS[kind],
+                vocab_size=256, num_layers=a.layers, hidden_size=a.hidden, intermediate_size=4 * a.hidden, num_heads=heads,
+                num_kv_heads=heads, layers=(kind.split(",")[0],), **KINDS[kind],
             )
         )  # fmt: skip
         plan, ids_BT = lt.Plan(chunk_tokens=a.chunk), torch.randint(256, (1, a.seq_len))

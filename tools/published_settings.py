@@ -18,7 +18,8 @@ import torch
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 from longtrain.plan import Plan
 from longtrain.planner.axes import Axes, between, on_one_device
-from longtrain.planner.cost import GPU_WORKSPACE, measure_model
+from longtrain.planner.cost import GPU_WORKSPACE
+from longtrain.planner.footprint import measure_model
 from longtrain.planner.machines import MACHINES
 from longtrain.planner.seconds import attention_flops, head_dim, token_seconds
 from longtrain.planner.shapes import SHAPES, on_meta
@@ -57,18 +58,20 @@ FA3 = (660, 575)
 """On an H100 at 8K, head dim 128 (arXiv:2407.08608)."""
 
 FPDT = (
-    "its published script (microsoft/Megatron-DeepSpeed, ds_pretrain_gpt_6.7B_fpdt_32k.sh) has FlashAttention-2 and full checkpointing. With these, 56% of "
-    "what the model needs is 262 TFLOP/s done, 84% of the GPU, and that kernel does at most 73% (arXiv:2307.08691), so something else is counted. How is "
-    "not told: with the forward pass that is run again (the row HFU) the prediction is 4% off; Megatron-DeepSpeed's own formula counts the whole square "
-    "of attention too, which would make it twice that"
+    "its published script (microsoft/Megatron-DeepSpeed, ds_pretrain_gpt_6.7B_fpdt_32k.sh) has FlashAttention-2 and full checkpointing. "
+    "With these, 56% of what the model needs is 262 TFLOP/s done, 84% of the GPU, and that kernel does at most 73% (arXiv:2307.08691), so "
+    "something else is counted. How is not told: with the forward pass that is run again (the row HFU) the prediction is 4% off; "
+    "Megatron-DeepSpeed's own formula counts the whole square of attention too, which would make it twice that"
 )
 SETTINGS = (
-    Setting("UPipe", "arXiv:2602.21196, FlashAttention-3 (togethercomputer/Untied-Ulysses)", "llama3-8b", "h100", 8, 131_072, "tokens/s", 2281, attention=FA3),
+    Setting("UPipe", "arXiv:2602.21196, FlashAttention-3 (togethercomputer/Untied-Ulysses)", "llama3-8b", "h100", 8, 131_072, "tokens/s",
+            2281, attention=FA3),
     Setting("UPipe", "the same", "llama3-8b", "h100", 8, 1_048_576, "tokens/s", 473, attention=FA3),
     Setting("MEMO", "arXiv:2407.12117, section 5", "gpt-7b", "a800", 8, 1_048_576, "MFU", 0.523, forwards=1.0),
     Setting("FPDT", "arXiv:2408.16978: 2M on 4 GPUs, 4M on 8 at 56% MFU", "llama3-8b", "a100", 8, 4_194_304, "MFU", 0.56, known=FPDT),
     Setting("FPDT", "the same number, recomputation counted", "llama3-8b", "a100", 8, 4_194_304, "HFU", 0.56),
-    Setting("TRL (ALST)", "TRL 1.13, guide to long contexts (huggingface.co/docs/trl)", "qwen3-8b", "h100", 8, 1_048_576, "s", 380, known="attention kernel not told"),
+    Setting("TRL (ALST)", "TRL 1.13, guide to long contexts (huggingface.co/docs/trl)", "qwen3-8b", "h100", 8, 1_048_576, "s", 380,
+            known="attention kernel not told"),
     Setting("TRL (ALST)", "the same", "qwen3-8b", "h100", 8, 1_048_576, "GB", 56.2, resident=True),
 )  # fmt: skip
 
@@ -96,8 +99,8 @@ def predict(s: Setting) -> dict[str, float]:
     own = on_one_device(model, axes, optimizer="device" if s.resident else "host", masters=True)
     f = own.layers[0]
     peak = (
-        own.parameters + 2 * f.parameters + own.optimizer + L * f.delivered_gradients + own.other_gradients // s.devices + (1 - s.away) * L * f.x * n
-        + 3 * f.x * n + (f.carry + 2 * f.output) * n + min(n, s.tile or n) * f.graph + GPU_WORKSPACE
+        own.parameters + 2 * f.parameters + own.optimizer + L * f.delivered_gradients + own.other_gradients // s.devices
+        + (1 - s.away) * L * f.x * n + 3 * f.x * n + (f.carry + 2 * f.output) * n + min(n, s.tile or n) * f.graph + GPU_WORKSPACE
     )  # fmt: skip
     return {
         "s": seconds,
@@ -117,7 +120,8 @@ def table() -> str:
         verdict = "" if abs(error) <= BOUND else " (outside 20%; see below)" if s.known else " (outside 20%)"
         notes += [f"{s.system}: {s.known}."] if s.known and verdict else []
         lines.append(
-            f"| {s.system} | {s.shape}, {s.tokens:,} tokens, {s.devices} x {s.machine} | {show(s.value)} | {show(found)} | {error:+.0%}{verdict} | {s.source} |"
+            f"| {s.system} | {s.shape}, {s.tokens:,} tokens, {s.devices} x {s.machine} | {show(s.value)} | {show(found)} | "
+            f"{error:+.0%}{verdict} | {s.source} |"
         )
     return "\n".join([*lines, *(["", *notes] if notes else [])])
 

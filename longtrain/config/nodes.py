@@ -106,6 +106,12 @@ def section_types(kind) -> list[type]:
     return [kind] if is_dataclass(kind) else [choice for choice in typing.get_args(kind) if is_dataclass(choice)]
 
 
+def example_of(setting: str) -> str | None:
+    """The example that ends the docstring under a setting's field."""
+    found = re.search(r"Example: (.+?)\.?$", _meaning(setting))
+    return found and found[1]
+
+
 def _meaning(setting: str) -> str:
     """The docstring under a setting's field, as a remedy where an error names none."""
     kinds, docs = [Config], {}

@@ -101,10 +101,10 @@ class Config:
         for index, stage in enumerate(self.stages()):
             if stage.tokens_per_update % stage.seq_len:
                 own = schedule and schedule[index].tokens_per_update is not None
+                nearest = max(1, round(stage.tokens_per_update / stage.seq_len)) * stage.seq_len
                 raise ValueError(
                     f"train.{f'length_schedule[{index}].' if own else ''}tokens_per_update: {stage.tokens_per_update} is not a multiple "
-                    f"of the sequence length {stage.seq_len}; give {max(1, round(stage.tokens_per_update / stage.seq_len)) * stage.seq_len}, "
-                    "or change the length"
+                    f"of the sequence length {stage.seq_len}; give {nearest}, or change the length"
                 )
 
     def _check_own(self, model: ModelConfig) -> None:

@@ -15,7 +15,7 @@ from dataclasses import MISSING, Field, fields, is_dataclass
 
 from yaml import MappingNode, Node, ScalarNode, SequenceNode
 
-from longtrain.config.nodes import COMMAND_LINE, Locations, entries_of
+from longtrain.config.nodes import COMMAND_LINE, Locations, entries_of, example_of
 
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*(_[0-9]+)*)")
 _NUMBER = re.compile(r"[-+]?([0-9]+(_[0-9]+)*(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
@@ -94,7 +94,9 @@ class Reader:
             raise self.where.error(setting, f"{text!r} is not a choice; {remedy}")
         if kind is str:
             if not quoted and node.tag != "tag:yaml.org,2002:str":
-                raise self.where.error(setting, f"{text} is not text to YAML; put it in quotes: '{text}'")
+                example = example_of(setting)
+                write = f"write text, such as {example}, or" if example else "to mean it,"
+                raise self.where.error(setting, f"{text} is not text to YAML; {write} put it in quotes: '{text}'")
             return text
         if quoted:
             raise self.where.error(setting, f"{text!r} is text; write {_describe(kind)} without quotes")

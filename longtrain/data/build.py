@@ -19,20 +19,18 @@ import numpy as np
 
 from longtrain.data import formats
 from longtrain.data.built import BUILDING, FORMAT, INPUTS, MANIFEST, read_json, token_dtype, write_json
-from longtrain.data.chat import Chat, load_chat, read_chat
-from longtrain.data.corpus import KEY_BYTES, content_key, say_tokenizer
-from longtrain.data.formats import LeftOut, Part
+from longtrain.data.chat import Chat, load_chat
+from longtrain.data.corpus import say_tokenizer
+from longtrain.data.formats import LeftOut
+from longtrain.data.reading import Input, encode_documents, list_files, read_parts
 from longtrain.data.shard import ShardWriter
-from longtrain.data.sources import DataError, find_files
-from longtrain.data.tokenize import Encode, Tokenizer, byte_tokens, load_tokenizer, mu_law_samples
+from longtrain.data.sources import DataError
+from longtrain.data.tokenize import Tokenizer, byte_tokens, load_tokenizer, mu_law_samples
 from longtrain.units import format_bytes, format_time
 
-BATCH_BYTES, BATCH_DOCUMENTS = 2**22, 256
-"""What is given to a tokenizer at a time."""
 MOST_DOCUMENTS = 2**20
 """In one shard: their rows are held in memory until it is on disk."""
 REDRAW_SECONDS = 0.2
-READERS = {**formats.READERS, "chat": read_chat}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +38,7 @@ class Settings:
     """What a build makes of its inputs."""
 
     format: str = "auto"
-    """A key of `READERS`, or `auto`: what each file's name says."""
+    """A key of `reading.READERS`, or `auto`: what each file's name says."""
     field: str = "text"
     """Where the text is in JSONL and parquet."""
     case: str = "keep"
@@ -54,17 +52,6 @@ class Settings:
     """Of conversations: learn from `all` of the assistant's turns, or the `last`."""
     shard_bytes: int = 2**28
     """A shard ends with the first document at which it has as many."""
-
-
-@dataclass(frozen=True, slots=True)
-class Input:
-    """A file to read, as `inputs.json` keeps it."""
-
-    path: str
-    bytes: int
-    changed_ns: int
-    input: int
-    """Which of the inputs given it belongs to."""
 
 
 def build(out: Path, inputs: Sequence[str], settings: Settings, log: TextIO) -> int:
@@ -100,17 +87,6 @@ def build(out: Path, inputs: Sequence[str], settings: Settings, log: TextIO) -> 
             f"{out} cannot be written ({error.strerror}); make room or give permission there, then run the same command again: "
             "finished shards are kept"
         ) from error
-
-
-def list_files(inputs: Sequence[str], out: Path) -> list[Input]:
-    """The files of every input in the order of their paths, each once, without those of `out` itself."""
-    files: dict[str, Input] = {}
-    for index, pattern in enumerate(inputs):
-        for path in sorted(find_files(pattern)):
-            if out.resolve() not in path.resolve().parents:
-                about = path.stat()
-                files.setdefault(str(path), Input(str(path), about.st_size, about.st_mtime_ns, index))
-    return list(files.values())
 
 
 def check_settings(settings: Settings, kinds: Sequence[str]) -> None:
@@ -242,58 +218,6 @@ def write_shards(
     (out / BUILDING).unlink()
     print(f"built {out}: {say_built(state)}; {progress.rate()}", file=log)
     return state["left_out"]
-
-
-def read_parts(files: Sequence[Input], kinds: Sequence[str], at: Sequence[int], options: dict) -> Iterator[tuple[int, Part | LeftOut]]:
-    """Parts of all files from ``at = (file, offset, number)`` on, each with the number of its file, the last of a document with its key."""
-    for index in range(at[0], len(files)):
-        offset, number = at[1:] if index == at[0] else (0, 0)
-        begins, size = b"", 0
-        try:
-            for part in READERS[kinds[index]](Path(files[index].path), offset, number, options):
-                if isinstance(part, LeftOut):
-                    begins, size = b"", 0
-                else:
-                    begins, size = begins + part.content[: KEY_BYTES - len(begins)], size + len(part.content)
-                    if part.last:
-                        part = Part(*part[:-1], content_key(begins, size))
-                        begins, size = b"", 0
-                yield index, part
-        except OSError as error:
-            why = f"{files[index].path} cannot be read ({error.strerror}); make it readable, or leave it out"
-            yield index, LeftOut(why, files[index].bytes, number)
-
-
-def encode_documents(events: Iterator[tuple[int, Part | LeftOut]], encode: Encode) -> Iterator[tuple[int, Part | LeftOut]]:
-    """The same events in the same order with whole documents, and tokens for text. The tokenizer is given many at a time."""
-    parts: list[bytes] = []
-    waiting: list[tuple[int, Part | LeftOut]] = []
-    size = 0
-
-    def encoded() -> Iterator[tuple[int, Part | LeftOut]]:
-        made = iter(encode([(part.content.decode("utf-8"), part.learned) for _, part in waiting if isinstance(part, Part)]))
-        for index, part in waiting:
-            if isinstance(part, Part):
-                tokens, learned = next(made)
-                part = part._replace(content=tokens, learned=learned)
-                if learned is not None and not learned:
-                    part = LeftOut(f"{part.name} has an answer of no token; correct the line", part.offset, part.number)
-            yield index, part
-
-    for index, part in events:
-        if isinstance(part, Part):
-            parts.append(part.content)
-            size += len(part.content)
-            if not part.last:
-                continue
-            part = part._replace(content=b"".join(parts))
-        parts.clear()
-        waiting.append((index, part))
-        if size >= BATCH_BYTES or len(waiting) >= BATCH_DOCUMENTS:
-            yield from encoded()
-            waiting.clear()
-            size = 0
-    yield from encoded()
 
 
 def commit(out: Path, state: dict, shard: ShardWriter) -> ShardWriter:

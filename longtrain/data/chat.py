@@ -41,9 +41,10 @@ class Chat:
         turns = turns[-1:] if self.turns == "last" else turns
         text, marked = self.render(messages, tools, False)
         if self.marks:
-            if len(marked) < len(turns):
-                raise ValueError(f"has {len(turns)} turns of the assistant, and the template marks {len(marked)}; correct the template")
-            return text, marked[-len(turns) :]
+            answers = sum(message["role"] == "assistant" for message in messages)
+            if len(marked) < answers or len(turns) < answers != len(marked):
+                raise ValueError(f"has {answers} turns of the assistant, and the template marks {len(marked)}; correct the template")
+            return text, marked if len(turns) == answers else marked[-len(turns) :]
         return text, [self._turn(text, messages, tools, turn) for turn in turns]
 
     def _turn(self, text: str, messages: list[dict], tools: list | None, turn: int) -> tuple[int, int]:

@@ -182,7 +182,7 @@ def join(corpora: Sequence[Corpus]) -> Corpus:
 
 def say_tokenizer(tokenizer: dict) -> str:
     """`bytes`, `mulaw (rate 16000)`, `tokenizers (file tokenizer.json, sha256 12ab...)`."""
-    rest = ", ".join(f"{key} {str(value)[:12]}" for key, value in tokenizer.items() if key != "kind")
+    rest = ", ".join(f"{key} {value[:12] if key == 'sha256' else value}" for key, value in tokenizer.items() if key != "kind")
     return f"{tokenizer['kind']} ({rest})" if rest else tokenizer["kind"]
 
 

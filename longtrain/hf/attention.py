@@ -15,12 +15,9 @@ from torch import Tensor, nn
 
 from longtrain.hf.mask import Mask
 from longtrain.ops.attention import attention, attention_backward
-from longtrain.ops.mixers import AttentionMixer
+from longtrain.ops.mixers import AttentionMixer, nth_seed
 from longtrain.span import Span
 from longtrain.stream.carry import KVCarry
-
-_ROW_SEED_STRIDE = 0x9E3779B97F4A7C15
-"""2^64 / golden ratio: the rows of a batch that are attended one by one draw dropout masks of their own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,11 +158,9 @@ class MaskedAttention:
             yield slice(None), slice(None), self.base.arguments(queries, keys)
             return
         for b in range(batch):
-            row, seed = self.mask.row(b), self.base.dropout_seed
+            row = self.mask.row(b)
             seen = keys & row.keys
-            mixer = replace(
-                self.base, documents=row.documents, dropout_seed=None if seed is None else (seed + b * _ROW_SEED_STRIDE) % 2**63
-            )
+            mixer = replace(self.base, documents=row.documents, dropout_seed=nth_seed(self.base.dropout_seed, b))
             yield slice(b, b + 1), seen.slice(keys.start), mixer.arguments(queries, seen)
 
     def attend(

@@ -8,8 +8,9 @@ its calls of the attention interface. Which arguments run along the tokens, and 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections import UserDict
+from collections.abc import Callable, Mapping, MutableMapping
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -24,7 +25,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from longtrain.hf.attention import MaskedAttention, Options, draw_seed, packed
 from longtrain.hf.mask import Mask
 from longtrain.hf.router import Collected
-from longtrain.hf.state import ChunkCache, Key, States
+from longtrain.hf.state import ChunkCache, Key, NotCarried, States, TokensBefore
 from longtrain.sharded import plain_copy
 from longtrain.span import Layout, Span
 from longtrain.stream.call import Enough
@@ -38,7 +39,8 @@ PASSED_WHOLE = {*CU_SEQLENS, *inspect.signature(ForCausalLMLoss).parameters}
 
 CUT = {"seq_idx": 1, "chunk_positions": 0, "begins": 0, "mixed": 1}
 """And what then runs along the tokens: the document of each, which comes with `CU_SEQLENS` for layers that are no attention; where a
-chunk is, for the collection of router logits; for layers with states, where documents begin, and what attention came to beforehand."""
+chunk is, for the collection of router logits and for layers that number their tokens; for layers with states, where documents begin, and
+what attention came to beforehand."""
 
 
 class AdaptedLayer:
@@ -59,6 +61,8 @@ class AdaptedLayer:
         self.state_bytes = 0
         """What these come to, for one row."""
         self.attends_alone = True
+        self.counts: str | None = None
+        """The argument by which it takes the cache that it asks how many tokens came before, where its attention does."""
         self._over: Callable[[int], Any] | None = None
         self._routed: list[Tensor] | None = None
         self._before: dict[str, Any] = {}
@@ -67,7 +71,7 @@ class AdaptedLayer:
     def install(self) -> None:
         """Make the layer a streamable one, until `uninstall`."""
         protocol = ("token_args", "chooses", "mixers", "example", "copy_in_float64", "difference_from_eager", "forward")
-        for name in (*protocol, "state_bytes", "take_turns", "original"):
+        for name in (*protocol, "state_bytes", "counts", "take_turns", "original"):
             self._before[name] = self.layer.__dict__.get(name)
             setattr(self.layer, name, getattr(self, name))
         for router, place in self.routers:
@@ -96,29 +100,30 @@ class AdaptedLayer:
                 return MaskedAttention.make(self.mask, options, draw_seed(options))(q, k, v)
 
             self.layer.train(training)
-            with torch.no_grad(), _Watch() as watch:
-                self.original(self.x, **self._with_mix(self.arguments, note))
+            try:
+                with torch.no_grad(), _Watch() as watch:
+                    self.original(self.x, **_watched(self._with_mix(self.arguments, note)))
+            finally:
+                for module, before in modes.items():
+                    module.training = before
             self.chooses |= watch.chose
-        self.layer.eval()
         self.attentions = [(module, {False: a, True: b}) for (module, a), (_, b) in zip(seen[False], seen[True], strict=True)]
         caches = [p.name for p in self.signature.parameters.values() if "Cache" in str(p.annotation) and self.arguments.get(p.name) is None]
         if caches and (states := self._states_through(caches[0])):
             self.cache, self.state_bytes = caches[0], sum(state.nbytes for state in states.values()) // self.x.shape[0]
-            of_padding = [name for name in self.signature.parameters if name.endswith("attention_mask") and self.arguments.get(name) is None]
+            names = [name for name in self.signature.parameters if name.endswith("attention_mask")]
+            of_padding = [name for name in names if self.arguments.get(name) is None]
             self.token_args = {**dict.fromkeys(of_padding, 1), **self.token_args}  # ``[B, T]``; there was none in the traced run
             self.attends_alone = self._attends_alone(states)
-        for module, training in modes.items():
-            module.training = training
+        elif caches and self.attentions and self._asks_for_tokens_before(caches[0]):
+            self.counts = caches[0]
 
     def _states_through(self, cache: str) -> dict[Key, Tensor]:
         """The states that the layer puts into what it is given by the name `cache`."""
         carried = ChunkCache({})
-        try:
+        with suppress(NotCarried) if self.attentions else nullcontext():  # attention that asks for more of its cache is proved without
             with torch.no_grad():
                 self.original(self.x, **{**self.arguments, cache: carried})
-        except AttributeError:  # of the cache, which is no attention's: that keeps keys there, and is given none
-            if not self.attentions:
-                raise
         return carried.after
 
     def _attends_alone(self, states: dict[Key, Tensor]) -> bool:
@@ -134,12 +139,20 @@ class AdaptedLayer:
                 self._in_document(self.x, self._with_mix(self.arguments, note), before)
         return len(self.attentions) < 2 and all(map(torch.equal, *given)) if given else True
 
+    def _asks_for_tokens_before(self, cache: str) -> bool:
+        """Whether it numbers its tokens itself, from as many on as its cache says that came before."""
+        whole = lambda module, q, k, v, options: MaskedAttention.make(self.mask, options, draw_seed(options))(q, k, v)
+        before = TokensBefore(0)
+        with torch.no_grad(), suppress(NotCarried):  # one that wants more of its cache is proved without
+            self.original(self.x, **{**self._with_mix(self.arguments, whole), cache: before})
+        return before.asked
+
     def take_turns(self, over: Callable[[int], Any] | None) -> None:
         """From now on the processes of ``over(tokens)`` (`longtrain.parallel.spread.OnRank`) share sequences; None: no others do. Raises
         ValueError where they would have to take turns in attention."""
         if over is not None and not self.attends_alone:
-            raise ValueError(f"{type(self.layer).__name__} attends to what its states have made, and keeps its states to itself, so processes "
-                             "cannot share its sequences: give each process whole ones (leave out group and parallel)")
+            raise ValueError(f"{type(self.layer).__name__} attends to what its states have made, and keeps its states to itself, so "
+                             "processes cannot share its sequences: give each process whole ones (leave out group and parallel)")
         self._over = over
 
     @property
@@ -171,8 +184,9 @@ class AdaptedLayer:
     def example(self, tokens: int) -> tuple[Tensor, dict[str, Any]]:
         if self.x.shape[1] != tokens:
             raise ValueError(f"the layer was traced on {self.x.shape[1]} tokens, an example of {tokens} was asked for")
-        arguments = self.arguments if self.cache is None else self.arguments | self._carried(self.x, self.arguments)
-        return self.x, arguments
+        if self.cache is not None:
+            return self.x, self.arguments | self._carried(self.x, self.arguments)
+        return self.x, self.arguments | ({} if self.counts is None else {"chunk_positions": torch.arange(tokens)})
 
     def forward(self, x: Tensor, *, mix: Callable[..., Tensor] | None = None, **arguments: Any) -> Tensor:
         if mix is not None:
@@ -190,6 +204,8 @@ class AdaptedLayer:
                 arguments["mixed"] = self._mixed(x, arguments)
         collected, states, positions = (arguments.pop(name, None) for name in ("collected", "states", "chunk_positions"))
         span = None if positions is None else Span(int(positions[0]), int(positions[-1]) + 1)
+        if self.counts is not None and span is not None:
+            arguments[self.counts] = TokensBefore(span.start)
         self._routed = None if collected is None else []
         try:
             if states is None:
@@ -247,7 +263,8 @@ class AdaptedLayer:
         """At which of its tokens documents begin, where `CU_SEQLENS` say. Raises ValueError for what they cannot be given with."""
         cu_seqlens, tokens = arguments.get(CU_SEQLENS[0]), x.shape[1]
         if cu_seqlens is None and arguments.get("seq_idx") is not None:
-            raise ValueError(f"seq_idx ends documents inside a row: give {' and '.join(CU_SEQLENS)} with it, or each document a row of its own")
+            raise ValueError(f"seq_idx ends documents inside a row: give {' and '.join(CU_SEQLENS)} with it, or each document a row of its "
+                             "own")
         if cu_seqlens is None:
             return {}
         if not self.attends_alone:
@@ -289,12 +306,14 @@ class AdaptedLayer:
             raise ValueError("gradient checkpointing is on and this layer is streamed, which would recompute it twice: call "
                              "model.gradient_checkpointing_disable(), and set gradient_checkpointing=False in the trainer's arguments")
         for name, value in arguments.items():
-            unknown = isinstance(value, Tensor) and name not in {*self.arguments, *PASSED_WHOLE, *CUT}
-            if unknown and x.shape[1] in value.shape and x.shape[1] > 1:
+            known = not isinstance(value, Tensor) or self.arguments.get(name) is not None or name in {*self.token_args, *PASSED_WHOLE, *CUT}
+            if not known and (name in self.arguments or (x.shape[1] in value.shape and x.shape[1] > 1)):
                 raise ValueError(f"the layer was given {name}, shape {list(value.shape)}, which it was not given when it was traced: "
                                  "longtrain does not know whether it runs along the tokens; leave it out")
         if self.cache is not None:
             arguments |= self._carried(x, arguments) | self._documents(x, arguments)
+        if self.counts is not None:
+            arguments["chunk_positions"] = torch.arange(x.shape[1])
         if self.routers and arguments.get("output_router_logits"):
             collected = Collected(*x.shape[:2], len(self.routers))
             y = streamed(x, **arguments | dict(collected=collected, chunk_positions=torch.arange(x.shape[1])))
@@ -341,6 +360,24 @@ class AdaptedLayer:
 
 def _no_attention(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
     return v.new_zeros(*q.shape[:3], v.shape[3])
+
+
+class _ReadOnly(UserDict):
+    """What layers hand each other; a write is refused."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        raise ValueError(f"it hands later layers what it made of all tokens (it sets {key!r} of a mapping that it is given), and a chunk is a "
+                         "part of them")
+
+
+def _watched(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments, with mappings that cannot be written."""
+    watched = dict(arguments)
+    for name, value in watched.items():
+        if isinstance(value, MutableMapping):
+            watched[name] = _ReadOnly()
+            watched[name].data = dict(value)
+    return watched
 
 
 def _first(y: Tensor | tuple[Tensor, ...]) -> Tensor:

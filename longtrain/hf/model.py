@@ -141,6 +141,8 @@ def _check_call(
         raise ValueError("output_attentions=True: a streamed layer never holds its attention probabilities; leave it off")
     if asked("output_hidden_states") and plan.boundaries == "stream":
         raise ValueError('output_hidden_states=True: hidden states between layers are streamed away; use Plan(boundaries="tensor")')
+    if asked("output_hidden_states") and plan.segment_layers > 1:
+        raise ValueError("output_hidden_states=True: there are none between the layers of a segment; use Plan(segment_layers=1)")
     if torch.is_grad_enabled() and (kwargs.get("use_cache") or kwargs.get("past_key_values") is not None):
         raise ValueError("a KV cache in training: pass use_cache=False and no past_key_values, or call under torch.no_grad()")
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from longtrain.offload import version_of
 from longtrain.offload.store import edited
-from longtrain.stream.boundary import Boundary, gather
+from longtrain.stream.boundary import Boundary, gather, scatter
 
 _METADATA = {
     "shape",
@@ -135,8 +135,7 @@ class _Kept(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dx_BTE: Tensor):
-        for span in ctx.boundary.spans:
-            ctx.boundary.grad.put(span, dx_BTE[:, span.slice()])
+        scatter(ctx.boundary.grad, ctx.boundary, dx_BTE)
         return ctx.boundary.stand_in, None
 
 

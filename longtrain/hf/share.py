@@ -28,6 +28,11 @@ def share(pretrained: PreTrainedModel, layers: Sequence[nn.Module], sharing, und
     """Have `pretrained`, whose streamed `layers` these are, run on a part of what it is given. What was changed is put on `undo`."""
     take_part = partial(_take_part, sharing, _keeps_documents_apart(pretrained, layers))
     for layer in layers if sharing.mesh.all.size > 1 else ():
+        if getattr(layer, "counts", None):
+            raise ValueError(
+                f"{type(layer).__name__} numbers its tokens itself, and a process holds a part of them: it streams on one process only; "
+                "leave out group and parallel"
+            )
         if getattr(layer, "state_bytes", 0):
             layer.take_turns(sharing.of)
             undo.append(partial(layer.take_turns, None))

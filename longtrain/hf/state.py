@@ -73,7 +73,28 @@ class ChunkCache:
         return True
 
     def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"it asks its cache for {name}, which is not carried from chunk to chunk")
+        raise NotCarried(f"it asks its cache for {name}, which is not carried from chunk to chunk")
+
+
+class NotCarried(AttributeError):
+    """A layer asks its cache for something that this one does not have."""
+
+
+class TokensBefore:
+    """What a layer is given as its cache for one chunk, where it asks how many tokens came before: it answers, and keeps nothing."""
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens, self.asked = tokens, False
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        self.asked = True
+        return self.tokens
+
+    def update(self, key: Tensor, value: Tensor, *unused: Any, **more: Any) -> tuple[Tensor, Tensor]:
+        return key, value
+
+    def __getattr__(self, name: str) -> Any:
+        raise NotCarried(f"it asks its cache for {name}, which is not carried from chunk to chunk")
 
 
 class States:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from longtrain.memory.table import gib
 from longtrain.plan import Offload, Plan
 from longtrain.planner.asked import CHUNKS, FRACTIONS, SEGMENTS, Asked
-from longtrain.planner.cost import ModelFootprint, peak, step_memory
+from longtrain.planner.cost import peak, step_memory
+from longtrain.planner.footprint import ModelFootprint
 from longtrain.planner.rates import usual_rates
 from longtrain.planner.seconds import step_time
 from longtrain.planner.smallest import longest

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-from html import escape
 from pathlib import Path
 from typing import Any
 
+from longtrain.columns import columns
+from longtrain.errors import RunError
+from longtrain.files import write_whole
 from longtrain.memory.page import HERE, ranks
 from longtrain.memory.profile import DATA
-from longtrain.memory.table import columns, gib
-from longtrain.report.page import document, figures
-from longtrain.report.page import table as html_table
-from longtrain.train.output import RunError, write_whole
+from longtrain.memory.table import gib
+from longtrain.page.document import document
+from longtrain.page.document import table as html_table
+from longtrain.units import GIB
 
 PAGE = "comparison.html"
-GIB = 2**30
 MOST = 20
 
 
@@ -107,13 +108,14 @@ def page(a: dict[str, Any], b: dict[str, Any]) -> str:
     }]  # fmt: skip
     strips = ranks({"ranks": [a["peak"], b["peak"]]}, names=[a["title"], b["title"]], title="What the peaks are made of")
     tables = "".join(html_table(f"{title} (GiB)", ("", a["title"], b["title"], "difference"), rows) for title, rows in parts(a, b) if rows)
-    title = f"{a['title']} and {b['title']}"
+    title = f"{a['title']} and {b['title']}: memory"
     return document(
-        title=f"{title}: memory",
-        header=f'<h1>{escape(title)}: memory</h1>\n<p class="summary">{escape(sentence(a, b))}</p>',
+        title=title,
+        heading=title,
+        summary=sentence(a, b),
         notices=[f"{r['title']} failed in {r['failure']['phase']}: {r['failure']['error']}." for r in (a, b) if r["failure"]],
-        main=f'<main class="charts">{figures(drawn)}</main>\n<section class="tables">\n{strips}{tables}</section>',
         drawn=drawn,
+        tables=strips + tables,
         css=(HERE / "page.css").read_text(encoding="utf-8"),
     )
 

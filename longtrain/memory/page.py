@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from longtrain.memory.table import closing, describe_error, gib
-from longtrain.report.page import as_script, document, figures, folded, table
+from longtrain.page.document import as_script, document, folded, table
+from longtrain.units import GIB
 
 HERE = Path(__file__).parent
-GIB = 2**30
 ITEM_COLUMNS = {
     "category": "category", "what": "name", "module": "module", "what would reduce it": "remedy", "shape": "shape", "dtype": "dtype",
     "line": "line",
@@ -24,34 +24,36 @@ def write_page(path: Path, result: dict[str, Any]) -> None:
 
 
 def page(result: dict[str, Any]) -> str:
-    drawn = charts(result)
     note = "One step, the one in which most was held. Every moment shows the most of its stretch; point at it to see what held it."
     timeline = f'<figure id="timeline" class="wide"><figcaption><h2>Memory over a step</h2><p>{note}</p></figcaption></figure>'
     seen = {key: result[key] for key in ("categories", "timeline", "budget", "device", "sentence")}
     script = (HERE / "page.js").read_text(encoding="utf-8")
-    below = f'<section class="tables">\n{ranks(result)}{tables(result)}</section>'
+    title = f"{result['title']}: memory"
     return document(
-        title=f"{result['title']}: memory",
-        header=f'<h1>{escape(result["title"])}: memory</h1>\n<p class="summary">{escape(result["sentence"])}</p>\n{tiles(result)}',
+        title=title,
+        heading=title,
+        summary=result["sentence"],
+        numbers=numbers(result),
         notices=notices(result),
-        main=f'<main>{timeline}<div class="charts">{figures(drawn)}</div></main>\n{below}',
-        drawn=drawn,
+        above=timeline,
+        drawn=charts(result),
+        tables=ranks(result) + tables(result),
         css=(HERE / "page.css").read_text(encoding="utf-8"),
         end=f'<script type="application/json" id="profile">{as_script(seen)}</script>\n<script>\n{script}</script>\n',
     )
 
 
-def tiles(result: dict[str, Any]) -> str:
+def numbers(result: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """The figures a reader wants first."""
     peak, process = result["peak"], result["process"]
     beside = "resident, at most" if result["device"] == "CPU" else "used on the device"
-    shown = [
+    return [
         ("peak, allocated", gib(peak["bytes"]), f"GiB, in {peak['phase']}"),
         ("unattributed", f"{peak['unattributed'] / max(peak['bytes'], 1):.2%}", f"{gib(peak['unattributed'])} GiB"),
         ("reserved", gib(process.get("reserved")), "GiB"),
         (beside, gib(process.get("used")), f"GiB, {gib(process.get('used_at_start'))} at the begin"),
         ("budget", gib(result["budget"]), "GiB"),
     ]
-    return "<dl>" + "".join(f"<div><dt>{escape(n)}</dt><dd>{v} <small>{escape(u)}</small></dd></div>" for n, v, u in shown if v) + "</dl>"
 
 
 def notices(result: dict[str, Any]) -> Iterable[str]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from longtrain.train.output import write_whole
+from longtrain.files import write_whole
+from longtrain.units import GIB
 
 COLOURS = {
     "parameters": "#2f6fb0", "gradients": "#c8622c", "optimizer": "#86589e", "activations": "#3d9668", "carry": "#c9a227",
@@ -13,7 +14,6 @@ COLOURS = {
     "unattributed": "#d21f3c",
 }  # fmt: skip
 """Those of page.css."""
-GIB = 2**30
 
 
 def draw(picture: Path, result: dict[str, Any]) -> None:

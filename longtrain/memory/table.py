@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from textwrap import shorten
 from typing import Any
 
-GIB = 2**30
+from longtrain.columns import columns
+from longtrain.units import GIB
 
 
 def gib(size: float | None) -> str:
@@ -67,11 +67,3 @@ def describe_error(row: dict[str, Any]) -> str:
     if not row["predicted"] or not row["measured"]:
         return ""
     return f"{100 * (row['predicted'] / row['measured'] - 1):+.1f}"
-
-
-def columns(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
-    widths = [max(map(len, cells)) for cells in zip(header, *rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))).rstrip()
-        for row in (header, *rows)
-    )

@@ -5,11 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from longtrain.nn.rotary import RotaryEmbedding
-from longtrain.ops.mixers import AttentionMixer
+from longtrain.ops.mixers import AttentionMixer, nth_seed
 from longtrain.span import Layout
-
-_SEED_STRIDE = 0x9E3779B97F4A7C15
-"""2^64 / golden ratio: layers' dropout seeds lie far apart whatever the step's seed."""
 
 
 class Attention(nn.Module):
@@ -47,7 +44,7 @@ class Attention(nn.Module):
         dropout_p = self.dropout if self.training else 0.0
         if dropout_p > 0 and dropout_seed is None:
             raise ValueError("attention dropout is on and dropout_seed is None: pass the step's seed (LanguageModel draws it itself)")
-        seed = None if dropout_p == 0 else (dropout_seed + self.layer_index * _SEED_STRIDE) % 2**63
+        seed = None if dropout_p == 0 else nth_seed(dropout_seed, self.layer_index)
         window_size = (-1, -1) if self.window is None else (self.window - 1, 0)
         return AttentionMixer(
             window_size=window_size, dropout_p=dropout_p, dropout_seed=seed, documents=documents, kernel_fallback=self.kernel_fallback

@@ -7,11 +7,8 @@ from torch import Tensor, nn
 
 from longtrain.nn.butterfly import Butterfly, ButterflyMixer
 from longtrain.nn.filters import ImplicitFilter, TapFilter
-from longtrain.ops.mixers import LongConvMixer
+from longtrain.ops.mixers import LongConvMixer, nth_seed
 from longtrain.span import Layout
-
-_SEED_STRIDE = 0x9E3779B97F4A7C15
-"""2^64 / golden ratio: layers' dropout seeds lie far apart whatever the step's seed."""
 
 
 class LongConv(nn.Module):
@@ -42,8 +39,7 @@ class LongConv(nn.Module):
 
     def mixer(self, documents: Layout | None = None, dropout_seed: int | None = None) -> LongConvMixer | ButterflyMixer:
         """What has to be mixed, for these documents; filter dropout follows from the step's `dropout_seed`."""
-        seed = None if dropout_seed is None else dropout_seed + self.layer_index * _SEED_STRIDE
-        filter_EW = self.filter(seed)
+        filter_EW = self.filter(nth_seed(dropout_seed, self.layer_index))
         if self.butterfly is None:
             return LongConvMixer(filter=filter_EW, skip=self.skip, causal=self.causal, documents=documents)
         b = self.butterfly
@@ -87,7 +83,7 @@ class LongConvMixerModule(nn.Module):
         if self.implicit:
             filter_EW = self.filter(None if documents is None else documents.tokens)
         else:
-            filter_EW = self.filter(None if dropout_seed is None else dropout_seed + self.layer_index * _SEED_STRIDE)
+            filter_EW = self.filter(nth_seed(dropout_seed, self.layer_index))
         return LongConvMixer(filter=filter_EW, skip=self.skip, documents=documents)
 
     def forward(self, x_BTE: Tensor, positions_BT: Tensor, mix) -> Tensor:

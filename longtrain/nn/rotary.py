@@ -17,7 +17,9 @@ class RotaryEmbedding(nn.Module):
         super().__init__()
         rotated = int(head_dim * fraction)
         if rotated % 2 or not 0 <= rotated <= head_dim:
-            raise ValueError(f"rotary fraction {fraction} of head_dim {head_dim} gives {rotated} features; need an even number of them, at most all")
+            raise ValueError(
+                f"rotary fraction {fraction} of head_dim {head_dim} gives {rotated} features; need an even number of them, at most all"
+            )
         self.rotated, self.base, self.scaling = rotated, base, 1.0
 
     def angles(self, positions_BT: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

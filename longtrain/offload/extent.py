@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from longtrain.offload import fp8
+from longtrain.offload.disk import DiskTier
+from longtrain.offload.host import HostTier
 
-if TYPE_CHECKING:
-    from longtrain.offload.traffic import Tier
+Tier = HostTier | DiskTier
 
 
 class State(enum.Enum):

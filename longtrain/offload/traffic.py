@@ -16,14 +16,13 @@ import torch
 from torch import Tensor
 
 from longtrain.offload.disk import DiskTier
-from longtrain.offload.extent import Extent, State
+from longtrain.offload.extent import Extent, State, Tier
 from longtrain.offload.host import HostTier, copies_for
 from longtrain.offload.place import DiskSettings
 from longtrain.offload.regions import ALIGNMENT
 from longtrain.offload.system import WAITS, System
 from longtrain.units import format_bytes
 
-Tier = HostTier | DiskTier
 LARGEST_BLOCK = 1 << 20
 
 

@@ -36,8 +36,13 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def refuse_device(device: torch.device) -> str | None:
-    """Why Triton kernels do not run there, or None."""
+def padded(dim: int) -> int:
+    """The side of a tile that holds `dim`: a power of two, and no less than products of tiles take."""
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+def refuse_kernels(device: torch.device, dtype: torch.dtype, wide: torch.dtype) -> str | None:
+    """Why Triton kernels do not take tensors of `dtype` there, whose sums are `wide`, or None."""
     if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
         return f"GPU kernels: the tensors are on {device.type}"
     if MISSING is not None:
@@ -46,4 +51,8 @@ def refuse_device(device: torch.device) -> str | None:
         return "no GPU on this machine"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return "the GPU is older than sm_80"
+    if wide == torch.float64:
+        return "no float64"
+    if dtype == torch.bfloat16 and interpreted():
+        return "Triton's interpreter computes bfloat16 wrongly"
     return None

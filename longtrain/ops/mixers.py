@@ -19,6 +19,12 @@ from longtrain.ops.long_conv import direct_flops, long_conv, long_conv_backward,
 from longtrain.span import Layout, Span
 
 
+def nth_seed(seed: int | None, number: int) -> int | None:
+    """The dropout seed of one of many (a layer, a row of the batch) that share `seed`; 2^64 / golden ratio sets them far apart, whatever
+    it is."""
+    return None if seed is None else (seed + number * 0x9E3779B97F4A7C15) % 2**63
+
+
 @dataclass(frozen=True, kw_only=True)
 class AttentionMixer:
     """Softmax attention; fields as in `longtrain.ops.attention`, over the whole sequence.

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from longtrain.plan import Offload, Plan
-from longtrain.planner.cost import ModelFootprint, Phase, peak, step_memory
+from longtrain.planner.cost import Phase, peak, step_memory
+from longtrain.planner.footprint import ModelFootprint
 from longtrain.planner.rates import Rates
 from longtrain.planner.tiers import tier_use
 

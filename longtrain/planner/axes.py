@@ -13,7 +13,7 @@ from math import gcd
 
 from longtrain.parallel.cost import Shape, choose
 from longtrain.plan import Plan
-from longtrain.planner.cost import ModelFootprint
+from longtrain.planner.footprint import ModelFootprint
 from longtrain.planner.rates import Rates
 from longtrain.planner.seconds import head_dim
 from longtrain.stream.footprint import LayerFootprint

@@ -4,8 +4,8 @@
 
 Products of many rows with matrices of several sizes, attention and other mixers by the backends that serve them, the operations that layers
 and losses are made of one by one, the time that streaming takes for an operation on next to nothing, new memory, AdamW, copies to the host,
-the disk tier's own code on --path, and all-gather where several processes run it (torchrun). Each is repeated until `measure.SECONDS` are
-over, and the median counts; half a minute in all. New memory costs what the allocator makes of it, so calibrate under the settings that
+the disk tier's own code on --path, what a whole step takes longer than its parts, and all-gather where several processes run it (torchrun).
+Each is repeated until `measure.SECONDS` are over, and the median counts; half a minute in all. New memory costs what the allocator makes of it, so calibrate under the settings that
 training will have: with glibc's MALLOC_MMAP_THRESHOLD_ every larger block is fetched from the system, cleared, and given back.
 """
 
@@ -23,9 +23,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from longtrain.config.nodes import COMMAND_LINE, ConfigError
 from longtrain.offload import DiskSettings, Place, Stored, TieredStore
 from longtrain.planner import measure
-from longtrain.planner.machines import Machine
+from longtrain.planner.machines import Machine, memory_of
 from longtrain.planner.rates import Rates, Table
 from longtrain.span import Span
 from longtrain.units import format_bytes
@@ -63,9 +64,12 @@ def run(out: str | None, path: str, dtype: str | None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
     chosen = getattr(torch, dtype) if dtype else torch.bfloat16 if device.type == "cuda" else torch.float32
+    target = Path(out or "machine.json")
+    for option, place in (("--out", target.parent), ("--path", Path(path))):
+        if not (place.is_dir() and os.access(place, os.W_OK)):
+            raise ConfigError(COMMAND_LINE, option, f"{place} is no directory that can be written to; make it, or name another")
     began = time.perf_counter()
     machine = calibrate(device, chosen, Path(path), say=lambda text: print(text, flush=True), name=name)
-    target = Path(out or "machine.json")
     if not dist.is_initialized() or dist.get_rank() == 0:
         machine.save(target)
         print(f"{target} is for longtrain plan --device {target}; {time.perf_counter() - began:.0f} s")
@@ -117,18 +121,18 @@ def calibrate(device: torch.device, dtype: torch.dtype, path: Path, *, say: Call
     with tempfile.TemporaryDirectory(dir=path) as directory:
         found["handing_over"] = measure.handing_over(device, directory)
     say(f"handing over: {found['handing_over'] * 1e6:.0f} us an extent")
+    top = max(rate for _, rate in found["products"])
+    slower = measure.slower_in_step(device, dtype, shape, Rates(flops=top, **found))
+    say(f"in a step all but products and mixers takes {slower:.2f} times as long")
+    found |= {"moved": found["moved"] / slower, "launch": found["launch"] * slower}
+    found |= {of: tuple((key, rate / slower) for key, rate in found[of]) for of in ("made", "operations")}
     if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
         found["link"] = gathered(device)
         say(f"all-gather: {format_bytes(found['link'])}/s received")
     top = max(rate for _, rate in found["products"])
-    memory = (
-        torch.cuda.get_device_properties(device).total_memory
-        if device.type == "cuda"
-        else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    )
     source = f"longtrain calibrate, torch {torch.__version__}, {str(dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads"
     return Machine(
-        name=name, device=device.type, memory=memory, rates=Rates(flops=top, **found), peak_flops=top, source=source,
+        name=name, device=device.type, memory=memory_of(device), rates=Rates(flops=top, **found), peak_flops=top, source=source,
         dtype=str(dtype).removeprefix("torch."),
     )  # fmt: skip
 

@@ -9,7 +9,7 @@ from math import gcd
 
 import yaml
 
-from longtrain.memory.table import columns
+from longtrain.columns import columns
 from longtrain.plan import SPLITS, STAY, Split
 from longtrain.planner.explore import Found, Wanted
 from longtrain.planner.tiers import describe
@@ -22,7 +22,7 @@ def table(found: Sequence[Found], wanted: Wanted) -> list[str]:
     header = ["s a step", "tokens/s", "MFU", "peak", "chunk", "segment", "outputs", "K/V", "micro-batch", "optimizer", "written to disk"]
     rows = [
         (
-            f"{f.time.total:,.1f}", f"{f.rate:,.0f}", f"{f.utilisation(wanted.machine.peak_flops):.1%}", format_bytes(f.peak.total),
+            f"{f.time.total:,.1f}", f"{f.rate:,.0f}", f"{f.utilisation(wanted.machine.peak_flops):.1%}", format_bytes(f.peak.total + wanted.taken),
             str(f.plan.chunk_tokens), str(f.plan.segment_layers), mean(f.plan.store_outputs), mean(f.plan.store_kv), str(f.batch), f.optimizer,
             format_bytes(f.tiers["disk"].written * wanted.devices), *([str(f.axes), f.ways] if several else []),
         )
@@ -119,10 +119,10 @@ def formulas(found: Found, wanted: Wanted) -> list[str]:
     return lines
 
 
-def front(found: Sequence[Found]) -> list[str]:
+def front(found: Sequence[Found], wanted: Wanted) -> list[str]:
     """Plans of which none is both smaller and faster."""
     rows = [
-        (format_bytes(f.peak.total), f"{f.time.total:,.1f}", str(f.plan.chunk_tokens), str(f.plan.segment_layers), mean(f.plan.store_outputs))
+        (format_bytes(f.peak.total + wanted.taken), f"{f.time.total:,.1f}", str(f.plan.chunk_tokens), str(f.plan.segment_layers), mean(f.plan.store_outputs))
         for f in found
     ]  # fmt: skip
     return ["less memory or less time (Pareto front):", columns(("peak", "s a step", "chunk", "segment", "outputs"), rows, right=range(4))]
@@ -144,7 +144,7 @@ def as_yaml(found: Found, wanted: Wanted, title: str) -> str:
     if found.optimizer == "host":
         settings["optimizer"] = "host"
     about = [
-        f"# {title}, {wanted.tokens:,} tokens on {wanted.devices} x {wanted.machine.name}: predicted {format_bytes(found.peak.total)} a device, "
+        f"# {title}, {wanted.tokens:,} tokens on {wanted.devices} x {wanted.machine.name}: predicted {format_bytes(found.peak.total + wanted.taken)} a device, "
         f"{found.time.total:,.1f} s a step ({found.rate:,.0f} tokens/s).",
     ]  # fmt: skip
     sections = {"memory": settings}

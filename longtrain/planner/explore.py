@@ -9,7 +9,8 @@ from longtrain.offload import DiskSettings
 from longtrain.plan import Offload, Plan
 from longtrain.planner.asked import Asked
 from longtrain.planner.axes import Axes, all_axes, between, on_one_device
-from longtrain.planner.cost import ModelFootprint, Phase, peak
+from longtrain.planner.cost import Phase, peak
+from longtrain.planner.footprint import ModelFootprint
 from longtrain.planner.machines import Machine
 from longtrain.planner.search import fastest_plan
 from longtrain.planner.seconds import StepTime, step_time
@@ -88,7 +89,8 @@ def explore(wanted: Wanted, say: Callable[[str], object] = lambda text: None) ->
 
 def combinations(wanted: Wanted) -> list[tuple[Axes, str, int]]:
     """Chunks must leave a token to every device."""
-    return [(a, o, b) for a in all_axes(wanted.devices) if wanted.tokens >= 64 * a.sequence for o in wanted.places for b in wanted.batches]
+    axes = [a for a in all_axes(wanted.devices) if a.sequence == 1 or wanted.tokens >= 64 * a.sequence]
+    return [(a, o, b) for a in axes for o in wanted.places for b in wanted.batches]
 
 
 def fastest(wanted: Wanted, axes: Axes, optimizer: str, batch: int, room: int) -> Found | None:
@@ -99,12 +101,22 @@ def fastest(wanted: Wanted, axes: Axes, optimizer: str, batch: int, room: int) -
     return describe_found(wanted, axes, optimizer, batch, asked, chosen, on_host)
 
 
-def by_hand(wanted: Wanted, plan: Plan) -> Found:
-    """What a plan comes to on one device. Raises ValueError where the host has no room for the optimizer."""
-    asked, on_host = of_one_device(wanted, Axes(), wanted.places[0], 1)
+def by_hand(wanted: Wanted, plan: Plan, axes: Axes = Axes()) -> Found:
+    """What a plan, with the chunk of the whole sequence, comes to on one device of `axes`. Raises ValueError where the host has no room for
+    the optimizer."""
+    asked, on_host = of_one_device(wanted, axes, wanted.places[0], 1)
     if asked is None:
         raise ValueError(f"memory.optimizer: host needs {format_bytes(on_host)}, of {format_bytes(wanted.host)}; give more")
-    return describe_found(wanted, Axes(), wanted.places[0], 1, asked, plan, on_host)
+    own = replace(plan, chunk_tokens=max(1, min(plan.chunk_tokens, wanted.tokens) // axes.sequence))
+    return describe_found(wanted, axes, wanted.places[0], 1, asked, own, on_host)
+
+
+def lacks(wanted: Wanted, found: Found) -> str | None:
+    """Why a plan that was made by hand does not fit; None where it does."""
+    if found.peak.total > wanted.room:
+        needed, there = found.peak.total + wanted.taken, wanted.room + wanted.taken
+        return f"{format_bytes(needed)} are needed in the {found.peak.name}, of {format_bytes(there)}"
+    return None if _within_tiers(wanted, found) else "memory.host_budget or memory.disk holds less than it sends there"
 
 
 def smallest(wanted: Wanted, axes: Axes, optimizer: str, batch: int) -> Found | None:
@@ -186,5 +198,5 @@ def refusal(wanted: Wanted) -> str:
         return f"the optimizer needs {format_bytes((wanted.model.optimizer + 4 * wanted.model.trained) // wanted.devices)} of host memory a device; give more"
     _, (axes, optimizer, batch) = min(least, key=lambda entry: entry[0])
     asked, _ = of_one_device(wanted, axes, optimizer, batch)
-    text = what_to_change(asked, wanted.room, 0)
+    text = what_to_change(asked, wanted.room + wanted.taken, wanted.taken)
     return f"closest: {axes.sequence} devices a sequence, {axes.replicas} replicas, optimizer on the {optimizer}: {text}"

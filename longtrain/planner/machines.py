@@ -6,8 +6,11 @@ Vendors' figures are what the silicon can do; a step sees a share of them. SHARE
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+import torch
 
 from longtrain.planner.rates import Rates
 
@@ -78,6 +81,13 @@ MACHINES = {
     )
 }  # fmt: skip
 """By name; --device takes one of them."""
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of a GPU here, or of this machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def find_machine(name: str) -> Machine:

@@ -8,18 +8,21 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from math import inf
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import longtrain as lt
+from longtrain import ops
+from longtrain.apply import apply
 from longtrain.nn import LanguageModel, ModelConfig
 from longtrain.offload import DiskSettings, Place, Stored, TieredStore
 from longtrain.ops.mixers import LongConvMixer
 from longtrain.ops.state_mixers import LaCTMixer, LinearAttentionMixer
-from longtrain.planner.cost import measure_model
+from longtrain.plan import Plan
+from longtrain.planner.footprint import measure_model
 from longtrain.planner.rates import Named, Rates
 from longtrain.planner.seconds import step_time
 from longtrain.span import Span
@@ -83,10 +86,10 @@ def attention_of(device: torch.device, dtype: torch.dtype, tokens: int, heads: i
     q, dout = (torch.randn(1, tokens, heads, dim, device=device, dtype=dtype) for _ in range(2))
     k, v = (torch.randn(1, tokens, heads // 4, dim, device=device, dtype=dtype) for _ in range(2))
     if not backward:
-        return lambda: lt.ops.attention(q, k, v, causal=True, return_lse=True)
-    out, lse = lt.ops.attention(q, k, v, causal=True, return_lse=True)
+        return lambda: ops.attention(q, k, v, causal=True, return_lse=True)
+    out, lse = ops.attention(q, k, v, causal=True, return_lse=True)
     dk, dv = (torch.zeros(t.shape, device=device) for t in (k, v))
-    return lambda: lt.ops.attention_backward(dout, q, k, v, out, lse, dk=dk, dv=dv, causal=True)
+    return lambda: ops.attention_backward(dout, q, k, v, out, lse, dk=dk, dv=dv, causal=True)
 
 
 def mixers(device: torch.device, dtype: torch.dtype, shape: dict) -> Named:
@@ -190,12 +193,30 @@ def launch(device: torch.device, dtype: torch.dtype, known: Rates) -> float:
     its operations."""
     model = LanguageModel(ModelConfig(vocab_size=64, num_layers=4, hidden_size=32, intermediate_size=64, num_heads=2, num_kv_heads=1))
     model = model.to(device, dtype)
-    footprint, plan, tokens = measure_model(model), lt.Plan(chunk_tokens=8), 128
+    footprint, plan, tokens = measure_model(model), Plan(chunk_tokens=8), 128
     rest, whole = (step_time(footprint, plan, tokens, 1, replace(known, launch=each), optimizer="none").total for each in (0.0, 1.0))
-    lt.apply(model, plan)
+    apply(model, plan)
     ids_BT = torch.zeros(1, tokens, dtype=torch.int64, device=device)
     took = seconds_of(lambda: model(ids_BT, labels=ids_BT).loss.backward(), device)
     return max(took - rest, took / 4) / (whole - rest)
+
+
+def slower_in_step(device: torch.device, dtype: torch.dtype, shape: dict, known: Rates) -> float:
+    """How many times as long everything beside products and mixers takes in a streamed step as it does by itself, again and again: in a step
+    other memory is used in between, and nothing is found in the caches."""
+    width, chunk = shape["width"] // 2, shape["rows"]
+    heads = max(1, width // 64)
+    config = ModelConfig(vocab_size=256, num_layers=4, hidden_size=width, intermediate_size=4 * width, num_heads=heads, num_kv_heads=heads)
+    model = LanguageModel(config).to(device, dtype)
+    footprint, plan, tokens = measure_model(model), Plan(chunk_tokens=chunk), 4 * chunk
+    alone, whole = (
+        step_time(footprint, plan, tokens, 1, rates, optimizer="none").total
+        for rates in (replace(known, made=(), operations=(), moved=inf, launch=0.0), known)
+    )
+    apply(model, plan)
+    ids_BT = torch.zeros(1, tokens, dtype=torch.int64, device=device)
+    took = seconds_of(lambda: model(ids_BT, labels=ids_BT).loss.backward(), device, 4 * SECONDS)
+    return max(1.0, (took - alone) / (whole - alone))
 
 
 def adamw(device: torch.device, elements: int) -> float:

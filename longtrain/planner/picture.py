@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from longtrain.files import write_whole
+from longtrain.page.document import document
 from longtrain.planner import explain
 from longtrain.planner.explore import Found, Wanted
-from longtrain.report.page import document, figures
-from longtrain.train.output import write_whole
-from longtrain.units import format_bytes
+from longtrain.units import GIB, format_bytes
 
 PAGE, PICTURE = "plan.html", "plan.png"
-GIB = 2**30
 
 
 def write(directory: Path, title: str, found: Sequence[Found], front: Sequence[Found], wanted: Wanted) -> list[str]:
@@ -31,7 +30,7 @@ def page(title: str, found: Sequence[Found], front: Sequence[Found], wanted: Wan
     best = found[0]
     name = f"{title}: {wanted.tokens:,} tokens on {wanted.devices} x {wanted.machine.name}"
     sentence = (
-        f"Fits: {format_bytes(best.peak.total)} of {format_bytes(wanted.room)} a device, {best.time.total:,.1f} s a step, {best.rate:,.0f} tokens a "
+        f"Fits: {format_bytes(best.peak.total + wanted.taken)} of {format_bytes(wanted.room + wanted.taken)} a device, {best.time.total:,.1f} s a step, {best.rate:,.0f} tokens a "
         f"second, {best.utilisation(wanted.machine.peak_flops):.1%} of what the device can do; {explain.binding(best, wanted)}."
     )
     drawn = [
@@ -48,12 +47,11 @@ def page(title: str, found: Sequence[Found], front: Sequence[Found], wanted: Wan
     ]  # fmt: skip
     parts = {
         "Ways to run the step": explain.table(found, wanted), "Memory": explain.memory(best, wanted), "Time": explain.time(best, wanted),
-        "By hand": explain.formulas(best, wanted), "Less memory or less time": explain.front(front),
+        "By hand": explain.formulas(best, wanted), "Less memory or less time": explain.front(front, wanted),
     }  # fmt: skip
     texts = "".join(f"<h2>{name}</h2><pre>{escape(chr(10).join(lines))}</pre>" for name, lines in parts.items())
     return document(
-        title=f"{name}: plan", header=f'<h1>{escape(name)}</h1>\n<p class="summary">{escape(sentence)}</p>', notices=[],
-        main=f'<main class="charts">{figures(drawn)}</main>\n<section class="tables">{texts}</section>', drawn=drawn,
+        title=f"{name}: plan", heading=name, summary=sentence, drawn=drawn, tables=texts,
         css=".tables h2 { margin-top: 1.5rem; } pre { overflow-x: auto; font-size: 0.8rem; line-height: 1.35; }",
     )  # fmt: skip
 

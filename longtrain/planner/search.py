@@ -16,7 +16,7 @@ from torch import nn
 
 from longtrain.plan import SPLITS, STAY, InfeasibleBudget, Offload, Plan, Split
 from longtrain.planner.asked import FRACTIONS, Asked, candidates, held_beside_model, state_bytes
-from longtrain.planner.cost import ModelFootprint, measure_model
+from longtrain.planner.footprint import ModelFootprint, measure_model
 from longtrain.planner.placement import Option, Problem, choose, step_seconds
 from longtrain.planner.rates import Rates, usual_rates
 from longtrain.planner.seconds import layer_seconds, mixed_again, restored_seconds
@@ -53,8 +53,9 @@ def plan(
     Returns a `Plan` with `predicted_peak`. Raises InfeasibleBudget naming the cheapest changes that fit, ValueError for a model
     without streamable layers or a budget that cannot be read.
     """
-    if seq_len < 1 or batch < 1 or (steps is not None and steps < 1):
-        raise ValueError(f"seq_len, batch and steps must be at least 1, found {seq_len}, {batch} and {steps}")
+    for name, number in (("seq_len", seq_len), ("batch", batch), ("steps", 1 if steps is None else steps)):
+        if not isinstance(number, int) or number < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, found {number!r}")
     room = parse_bytes(budget)
     footprint = measure_model(model, optimizer_bytes_per_parameter)
     states = 0 if optimizer is None else state_bytes(optimizer)

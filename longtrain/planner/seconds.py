@@ -26,7 +26,8 @@ from dataclasses import dataclass
 from operator import itemgetter
 
 from longtrain.plan import STAY, Plan
-from longtrain.planner.cost import ModelFootprint, loss_parts
+from longtrain.planner.cost import loss_parts
+from longtrain.planner.footprint import ModelFootprint
 from longtrain.planner.rates import Rates
 from longtrain.span import Span, chunk_spans
 from longtrain.stream.footprint import LayerFootprint

@@ -37,8 +37,11 @@ def find_shape(name: str) -> ModelConfig | None:
     path = path / "config.json" if path.is_dir() else path
     if path.suffix != ".json" or not path.is_file():
         return None
-    data = json.loads(path.read_text())
-    data = data.get("text_config") or data
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        data = data.get("text_config") or data
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is no config.json of a model ({error}); correct it, or name another") from None
     data.setdefault("num_key_value_heads", data.get("num_attention_heads"))
     missing = [key for key in KEYS.values() if key not in data and key not in ("head_dim", "tie_word_embeddings")]
     strange = [key for key in UNKNOWN if data.get(key)]

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from longtrain.offload.disk import room
 from longtrain.plan import SPLITS, Plan
-from longtrain.planner.cost import ModelFootprint, in_blocks, restored_outputs
+from longtrain.planner.cost import in_blocks, restored_outputs
+from longtrain.planner.footprint import ModelFootprint
 from longtrain.span import Span, chunk_spans
 from longtrain.units import format_bytes
 

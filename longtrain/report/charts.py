@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from longtrain.report.read import Run, number
+from longtrain.units import GIB
 
 MOST_POINTS = 1500
-GIB = 2**30
 
 
 def charts(run: Run) -> list[dict]:
@@ -134,7 +134,8 @@ def gradient_norm(run: Run) -> dict:
 def of_updates(run: Run, name: str, title: str, note: str, unit: str, digits: int, series: dict, lines: Sequence[dict] = ()) -> dict:
     """One measured value over the updates, from zero."""
     return {
-        "id": name, "title": title, "note": note, "x": "update", "y": unit, "digits": digits, "zero": True, "series": [series], "lines": list(lines),
+        "id": name, "title": title, "note": note, "x": "update", "y": unit, "digits": digits, "zero": True, "series": [series],
+        "lines": list(lines),
         "marks": length_marks(run),
     }  # fmt: skip
 

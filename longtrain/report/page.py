@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Sequence
-from html import escape
+from collections.abc import Iterable
 from pathlib import Path
 
+from longtrain.files import said_plainly, write_whole
+from longtrain.page.document import document, folded, table
 from longtrain.report.charts import charts
 from longtrain.report.read import Run, amount, count_parameters, number, read_run, sentence
-from longtrain.train.output import REPORT, said_plainly, write_whole
+from longtrain.train.output import REPORT
 from longtrain.units import format_bytes, format_time
-
-HERE = Path(__file__).parent
 
 
 def run(directory: str, out: str | None = None) -> int:
@@ -27,65 +25,25 @@ def run(directory: str, out: str | None = None) -> int:
 
 
 def page(found: Run) -> str:
-    drawn = charts(found)
     return document(
         title=f"{found.name}: run report",
-        header=f'<h1>{escape(found.name)}</h1>\n<p class="summary">{escape(sentence(found))}</p>\n{tiles(found)}',
+        heading=found.name,
+        summary=sentence(found),
+        numbers=numbers(found),
         notices=notices(found),
-        main=f'<main class="charts">{figures(drawn)}</main>\n<section class="tables">\n{tables(found)}\n</section>',
-        drawn=drawn,
+        drawn=charts(found),
+        tables=tables(found),
     )
 
 
-def figures(drawn: Sequence[dict]) -> str:
-    """Where the script draws the charts."""
-    return "".join(
-        f'<figure id="{escape(chart["id"])}"><figcaption><h2>{escape(chart["title"])}</h2><p>{escape(chart["note"])}</p></figcaption></figure>'
-        for chart in drawn
-    )
-
-
-def document(*, title: str, header: str, notices: Iterable[str], main: str, drawn: Sequence[dict], css: str = "", end: str = "") -> str:
-    """A whole page that asks no network. `header`, `main` and `end` (more scripts) are markup, `css` is added to the style of all pages."""
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<link rel="icon" href="data:,">
-<title>{escape(title)}</title>
-<style>
-{(HERE / "page.css").read_text(encoding="utf-8")}{css}</style>
-</head>
-<body>
-<header>
-{header}
-</header>
-<noscript><p class="notice">The charts are drawn by the script in this page, and scripts are off. The tables below hold the main figures.</p></noscript>
-{"".join(f'<p class="notice">{escape(text)}</p>' for text in notices)}
-{main}
-<script type="application/json" id="charts">{as_script(drawn)}</script>
-<script>
-{(HERE / "page.js").read_text(encoding="utf-8")}</script>
-{end}</body>
-</html>
-"""
-
-
-def as_script(data: object) -> str:
-    """JSON that no text in it can end."""
-    return json.dumps(data, allow_nan=False).replace("<", "\\u003c")
-
-
-def tiles(found: Run) -> str:
+def numbers(found: Run) -> list[tuple[str, str | None, str]]:
     """The figures a reader wants first."""
     last = found.evaluation or {}
     speeds = sorted(speed for r in found.steps if (speed := number(r, "tokens_per_second")) is not None)
     peak = max((p for r in found.steps if (p := number(r, "peak_bytes"))), default=None)
     budget, parameters = number(found.first, "budget_bytes"), count_parameters(found)
     shares = sorted(share for r in found.steps if (share := number(r, "mfu")) is not None)
-    shown = [
+    return [
         ("parameters", amount(parameters) if parameters else None, ""),
         (
             "loss, last evaluation" if last.get("kind") == "evaluation" else "validation loss",
@@ -97,8 +55,6 @@ def tiles(found: Run) -> str:
         ("peak memory", format_bytes(peak) if peak else None, f"of {format_bytes(budget)}" if budget else ""),
         ("longest sequence", f"{max((number(r, 'seq_len') or 0 for r in found.steps), default=0):,.0f}" if found.steps else None, "tokens"),
     ]
-    cells = "".join(f"<div><dt>{name}</dt><dd>{value} <small>{unit}</small></dd></div>" for name, value, unit in shown if value is not None)
-    return f"<dl>{cells}</dl>" if cells else ""
 
 
 def notices(found: Run) -> Iterable[str]:
@@ -167,14 +123,3 @@ def say(key: str, value) -> str:
             return format_time(value) if value >= 60 else f"{value:.1f} s"
         return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
     return str(value)
-
-
-def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    head = f"<thead><tr>{head}</tr></thead>" if any(header) else ""
-    return f'<details open><summary>{escape(title)}</summary><div class="scroll"><table>{head}<tbody>{body}</tbody></table></div></details>'
-
-
-def folded(title: str, text: str) -> str:
-    return f"<details><summary>{escape(title)}</summary><pre>{escape(text)}</pre></details>"

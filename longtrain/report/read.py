@@ -11,7 +11,8 @@ from pathlib import Path
 
 import yaml
 
-from longtrain.train.output import CONFIG, EVALUATION, METRICS, RunError
+from longtrain.errors import RunError
+from longtrain.train.output import CONFIG, EVALUATION, METRICS
 from longtrain.units import format_bytes, format_time
 
 KNOWN = {"run", "step", "validation", "result", "resume", "checkpoint", "spike", "stopped"}

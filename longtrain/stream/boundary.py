@@ -63,14 +63,19 @@ def gather(stored: Stored, boundary: Boundary) -> Tensor:
     return whole
 
 
+def scatter(stored: Stored, boundary: Boundary, x_BTE: Tensor) -> None:
+    """The opposite: one tensor, by span."""
+    for span in boundary.spans:
+        stored.put(span, x_BTE[:, span.slice()])
+
+
 class Enter(torch.autograd.Function):
     """Tensor to stand-in: ``[B, T, E]`` is put into the store by span."""
 
     @staticmethod
     def forward(ctx, x_BTE: Tensor, boundary: Boundary) -> Tensor:
         ctx.boundary = boundary
-        for span in boundary.spans:
-            boundary.value.put(span, x_BTE[:, span.slice()])
+        scatter(boundary.value, boundary, x_BTE)
         return boundary.stand_in
 
     @staticmethod
@@ -90,6 +95,5 @@ class Leave(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dx_BTE: Tensor):
-        for span in ctx.boundary.spans:
-            ctx.boundary.grad.put(span, dx_BTE[:, span.slice()])
+        scatter(ctx.boundary.grad, ctx.boundary, dx_BTE)
         return ctx.boundary.stand_in, None

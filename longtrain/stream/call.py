@@ -187,6 +187,23 @@ class Replica:
         return [delivered(t, total) for t, total in zip(self._tensors, self._sums.totals, strict=True)]
 
 
+def check_leaves(ys: Iterable[Tensor], known: Iterable[Tensor]) -> None:
+    """Raise RuntimeError where `ys` came of a leaf that is not `known`, whose gradient would be lost: what a hook adds, say."""
+    ids, seen, nodes = set(map(id, known)), set(), [y.grad_fn for y in ys]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if type(node).__name__ == "AccumulateGrad" and id(node.variable) not in ids:
+            raise RuntimeError(
+                f"a streamed layer makes use of a tensor of shape {list(node.variable.shape)} that wants a gradient and is neither a parameter "
+                "of the layer nor an argument of it (a hook may have brought it in), so its gradient would be lost: register it as a parameter "
+                "of the layer, or undo() the report"
+            )
+        nodes += [before for before, _ in node.next_functions]
+
+
 def vjp(y: Tensor, dy: Tensor, leaf: Tensor, replica: Replica) -> Tensor | None:
     """Vector-Jacobian product of one replayed span: adds into the replica's sums, returns the gradient of `leaf` if that is wanted."""
     if not y.requires_grad:

@@ -21,7 +21,7 @@ import torch
 
 from longtrain.offload import Stored
 from longtrain.span import Span
-from longtrain.stream.call import Call, Enough, Replica, Sequenced, vjp
+from longtrain.stream.call import Call, Enough, Replica, Sequenced, check_leaves, vjp
 from longtrain.stream.mixer_state import MixerState, Need
 
 AHEAD = 2
@@ -59,6 +59,8 @@ def backward(call: Call, replica: Replica, x: Sequenced, dy: Sequenced, dx: Sequ
             for layer, mixer_states in enumerate(call.states):
                 steps = [state.step(state.replay, span) for state in mixer_states]
                 hidden = call.run(layer, span, hidden, steps, replica)
+        if span is call.spans[-1]:
+            check_leaves([hidden], [leaf, *replica.wanted])
         dleaf = vjp(hidden, dy.take(span), leaf, replica)
         if want_dx:
             dx.put(span, dleaf)
@@ -76,17 +78,21 @@ def _first_needs(call: Call, dy: Sequenced) -> list[Need]:
     """What the first spans of a call's backward pass will take from the store."""
     if call.source is None:
         return []
-    states, restored = _all(call.states), _to_restore(call)
+    (again, restored), states = _to_restore(call), _all(call.states)
     if restored:
-        return [need for span in restored[:AHEAD] for need in ((call.source, span), *(n for s in states for n in s.needs_to_restore(span)))]
+        needs = lambda span: ((call.source, span), *(n for s in again for n in s.needs_to_restore(span)))
+        return [need for span in restored[:AHEAD] for need in needs(span)]
     outputs = lambda span: (need for state in states for need in state.needs_of_outputs(span))
     return [need for span in call.spans[: -AHEAD - 1 : -1] for need in ((call.source, span), *outputs(span), (dy, span))]
 
 
-def _to_restore(call: Call) -> list[Span]:
-    """The spans that run again before the backward pass, for keys and values that were not kept."""
-    stop = max((state.keep_written.start for state in _all(call.states)), default=0)
-    return [span for span in call.spans if span.start < stop]
+def _to_restore(call: Call) -> tuple[list[MixerState], list[Span]]:
+    """What runs again before the backward pass, for keys and values that were not kept: the mixers up to the last that misses some, and
+    the spans up to the last."""
+    states = _all(call.states)
+    again = max((i + 1 for i, state in enumerate(states) if state.keep_written.start > 0), default=0)
+    stop = max((state.keep_written.start for state in states), default=0)
+    return states[:again], [span for span in call.spans if span.start < stop]
 
 
 def _restore(call: Call, replica: Replica, x: Sequenced) -> None:
@@ -94,20 +100,19 @@ def _restore(call: Call, replica: Replica, x: Sequenced) -> None:
     states = _all(call.states)
     for state in states:
         state.open_carry()
-    last = max((i for i, s in enumerate(states) if s.keep_written.start > 0), default=None)
-    restored = _to_restore(call)
-    needs = lambda span: [(x, span), *(n for s in states for n in s.needs_to_restore(span))]
+    again, restored = _to_restore(call)
+    needs = lambda span: [(x, span), *(n for s in again for n in s.needs_to_restore(span))]
     for span in _announced(call, call.states, restored, "restore", needs):
         with call.random.restored(span), call.surroundings.restored():
             hidden = x.get(span)
             try:
                 for layer, mixer_states in enumerate(call.states):
-                    steps = [s.step(s.restore, span, stop=s is states[last]) for s in mixer_states]
+                    steps = [s.step(s.restore, span, stop=s is again[-1]) for s in mixer_states]
                     hidden = call.run(layer, span, hidden, steps, replica)
             except Enough:
                 continue
-    for state in states:
-        state.close_restoring(call.spans[len(restored) :])
+    for i, state in enumerate(states):
+        state.close_restoring(call.spans[len(restored) :] if i < len(again) else call.spans)
 
 
 def _announced(

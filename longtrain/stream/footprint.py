@@ -34,7 +34,7 @@ class LayerFootprint:
 
     x: int
     arguments: int
-    """Tensors that the layer is given beside the hidden states (positions, rotary tables): the same ones in every layer, or those of all."""
+    """Tensors that the layer is given beside the hidden states (positions, rotary tables): the same in every layer, or those of all."""
     output: int
     lse: int
     carry: int

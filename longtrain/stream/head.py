@@ -60,7 +60,9 @@ class StreamedHead:
         return x_BCE.to(dtype)
 
     def dtype(self, weight_VE: Tensor) -> torch.dtype:
-        """What the projection runs in: under autocast its dtype, as a linear layer would take it."""
+        """What the projection runs in: under autocast its dtype, as a linear layer would take it, which leaves float64 as it is."""
+        if weight_VE.dtype == torch.float64:
+            return weight_VE.dtype
         return next((dtype for kind, on, dtype in self.surroundings.autocast if kind == weight_VE.device.type and on), weight_VE.dtype)
 
     def vjp(

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from longtrain.ops.linear_cross_entropy import (
     LossOptions,
+    check_settings,
     check_targets,
     chunk_loss_and_grad,
     linear_cross_entropy,
@@ -48,11 +49,13 @@ def streamed_token_loss(
 
     `norm` is any token-local module; its parameters and the head's receive their gradients once. `chain`: the
     layers before, whose last boundary may be what `hidden_BTE` stands in for. `boundary`: what it does stand in for, where the caller
-    knows; without gradients the hidden states then stay there. Raises ValueError for targets outside the vocabulary.
+    knows; without gradients the hidden states then stay there. Raises ValueError for targets outside the vocabulary, and for settings that
+    do not fit each other.
     """
     stays = boundary is not None and not torch.is_grad_enabled()
     if chain is not None and chain.boundary is not None:
         boundary = chain.take_boundary(hidden_BTE, "the loss")
+    check_settings(targets_BT, token_weights_BT, reduction, normalizer)
     check_targets(targets_BT, head.out_features, options.ignore_index)
     wide = torch.promote_types(hidden_BTE.dtype, torch.float32)
     weights_BT = None if token_weights_BT is None else token_weights_BT.to(wide)

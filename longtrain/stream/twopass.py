@@ -20,7 +20,7 @@ from torch import Tensor
 
 from longtrain.offload import Stored
 from longtrain.span import Span
-from longtrain.stream.call import Call, Enough, Replica, Sequenced, WholeTensor
+from longtrain.stream.call import Call, Enough, Replica, Sequenced, WholeTensor, check_leaves
 
 
 def forward(call: Call, x: Sequenced, y: Sequenced, *, keep: bool) -> None:
@@ -120,6 +120,8 @@ def _pass(
         if not pairs:
             continue
         inputs = [*([leaf] if want_dx else []), *out_leaves, *replica.wanted]
+        if span is call.spans[-1]:
+            check_leaves((t for t, _ in pairs), inputs)
         grads = list(torch.autograd.grad([t for t, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True))
         if want_dx:
             dleaf = grads.pop(0)

@@ -49,7 +49,41 @@ class Work:
         return sum(slope for _, (slope, _) in self.others)
 
 
-class Counting(TorchDispatchMode):
+class Alive(TorchDispatchMode):
+    """Bytes of the storages that operations made and that still live: `now`, and `most` at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._storages: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.count(made(out, args, kwargs))
+        return out
+
+    def count(self, tensors: Sequence[Tensor]) -> None:
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            key, size = storage._cdata, storage.nbytes()
+            if key not in self._storages:
+                self._storages.add(key)
+                self.now += size
+                weakref.finalize(storage, self._free, key, size)
+        self.most = max(self.most, self.now)
+
+    def _free(self, key: int, size: int) -> None:
+        self._storages.discard(key)
+        self.now -= size
+
+
+def made(out, args, kwargs) -> list[Tensor]:
+    """Tensors of what an operation gave out that are no views of what it was given."""
+    given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+    return [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.untyped_storage()._cdata not in given]
+
+
+class Counting(Alive):
     def __init__(self, tokens: int) -> None:
         """`tokens`: of the example, by which the side of a product that runs along them is known."""
         super().__init__()
@@ -57,11 +91,10 @@ class Counting(TorchDispatchMode):
         self.products: Counter[tuple[int, int]] = Counter()
         self.others: Counter[str] = Counter()
         self.made: list[int] = []
-        self.calls = self.now = 0
+        self.calls = 0
         self.levels: list[int] = []
         self.noted: list[int] = []
         """Levels at moments that somebody else wants to know of."""
-        self._alive: set[int] = set()
         self._paused = False
 
     @contextmanager
@@ -77,13 +110,9 @@ class Counting(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if self._paused:
             return out
-        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
-        storages = {t.untyped_storage()._cdata for t in given}
-        fresh = [t for t in made if t.untyped_storage()._cdata not in storages]
-        for tensor in fresh:
-            self._count(tensor)
-            self.made.append(tensor.untyped_storage().nbytes())
+        fresh = made(out, args, kwargs)
+        self.count(fresh)
+        self.made += [tensor.untyped_storage().nbytes() for tensor in fresh]
         self.levels.append(self.now)
         if (first := PRODUCTS.get(func._schema.name)) is not None:
             a, b = args[first : first + 2]
@@ -92,23 +121,11 @@ class Counting(TorchDispatchMode):
             sides.remove(self._tokens if self._tokens in sides else min(sides))
             self.products[min(sides), a.element_size()] += flops
         elif fresh or func._schema.is_mutable:
-            self.others[func._schema.name] += sum(map(_bytes, (*given, *fresh)))
+            self.others[func._schema.name] += sum(_bytes(t) for t in (*tree_leaves((args, kwargs)), *fresh) if isinstance(t, Tensor))
         else:  # a view
             return out
         self.calls += 1
         return out
-
-    def _count(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self._alive:
-            self._alive.add(key)
-            self.now += size
-            weakref.finalize(storage, self._free, key, size)
-
-    def _free(self, key: int, size: int) -> None:
-        self._alive.discard(key)
-        self.now -= size
 
     def so_far(self) -> Snapshot:
         return self.products.copy(), self.others.copy(), tuple(self.made), self.calls

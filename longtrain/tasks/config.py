@@ -26,11 +26,17 @@ class TaskConfig:
     tokens: int
     """Tokens of a sequence, at most."""
 
+    noise: int = 0
+    """Random tokens before and behind each sequence, which begins anywhere among them; only for images."""
+
     train_examples: int
     """Sequences to learn from."""
 
     test_examples: int
     """Other sequences, to measure with."""
+
+    measure_on: Literal["test", "validation"] = "test"
+    """`validation`: measure with as many sequences that are in neither set, to choose settings by."""
 
     width: int
     """Features of a token, E."""
@@ -87,6 +93,9 @@ class TaskConfig:
         for name in ("train_examples", "test_examples", "width", "layers", "steps", "batch", "measure_every"):
             at_least(name, getattr(self, name), 1)
         at_least("tokens", self.tokens, 8)
+        at_least("noise", self.noise, 0)
+        if self.noise and self.task == "listops":
+            raise ValueError("noise: is for images, random tokens around an expression would be another one; leave it out")
         above_zero("lr", self.lr)
         for name in ("squash", "seeds"):
             values = getattr(self, name)

@@ -20,7 +20,7 @@ class Examples:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Task:
-    """`train` and `test` have no sequence in common. `vocab_size` counts the padding, `classes` the labels."""
+    """`train` and `test` (or validation examples in its place) have no sequence in common. `vocab_size` counts the padding."""
 
     name: str
     vocab_size: int
@@ -34,12 +34,30 @@ class Task:
         return float(np.bincount(self.test.labels).max() / len(self.test.labels))
 
 
-def make_task(name: str, tokens: int, train: int, test: int, seed: int) -> Task:
-    """Draw a task of `train` and `test` examples of at most `tokens` tokens. Raises ValueError where it has no such examples."""
+def make_task(name: str, tokens: int, train: int, test: int, seed: int, *, noise: int = 0, validation: bool = False) -> Task:
+    """Draw a task of `train` and `test` examples of at most `tokens` tokens, each among `noise` random ones.
+
+    With `validation` there are as many others in the place of `test`. Raises ValueError where there are no such examples.
+    """
     draw, vocab_size, classes = TASKS[name]
-    examples = draw(tokens, train + test, np.random.default_rng([seed, sorted(TASKS).index(name)]))
-    split = [Examples(examples.ids[part], examples.labels[part]) for part in (slice(train), slice(train, None))]
+    random = np.random.default_rng([seed, sorted(TASKS).index(name)])
+    examples = draw(tokens, train + test * (1 + validation), random)
+    if noise:
+        examples = _in_noise(examples, noise, vocab_size, random)
+    parts = slice(train), slice(train + test * validation, None)
+    split = [Examples(examples.ids[part], examples.labels[part]) for part in parts]
     return Task(name, vocab_size, classes, *split)
+
+
+def _in_noise(examples: Examples, noise: int, vocab_size: int, random: np.random.Generator) -> Examples:
+    """Every sequence somewhere among `noise` tokens drawn evenly from the vocabulary (noise-padded images: Chang et al. 2019,
+    arXiv:1902.09689; there the noise comes behind them)."""
+    tokens = examples.ids.shape[1]
+    ids = np.empty((len(examples.ids), tokens + noise), np.uint8)
+    for row, sequence in zip(ids, examples.ids, strict=True):
+        row[:], start = random.integers(1, vocab_size, tokens + noise), random.integers(noise + 1)
+        row[start : start + tokens] = sequence
+    return Examples(ids, examples.labels)
 
 
 # ListOps (Nangia and Bowman 2018, arXiv:1804.06028; at length in the Long Range Arena, arXiv:2011.04006): nested prefix expressions of

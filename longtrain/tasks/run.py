@@ -16,11 +16,13 @@ from torch import nn
 
 from longtrain.config.nodes import ConfigError
 from longtrain.config.run import TrainConfig
+from longtrain.errors import RunError
+from longtrain.files import said_plainly, write_whole
 from longtrain.nn import parameter_groups
 from longtrain.tasks.config import TaskConfig, load_task_config
 from longtrain.tasks.data import Examples, Task, make_task
 from longtrain.tasks.model import SequenceClassifier
-from longtrain.train.output import METRICS, RunError, read_metrics, said_plainly, write_whole
+from longtrain.train.output import METRICS, read_metrics
 from longtrain.train.schedule import learning_rate
 
 PLOT = "accuracy.png"
@@ -34,8 +36,10 @@ def run(config_path: str, overrides: Sequence[str]) -> int:
     config = load_task_config(config_path, overrides)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    validation = config.measure_on == "validation"
     try:
-        task = make_task(config.task, config.tokens, config.train_examples, config.test_examples, seed=0)
+        counts = config.train_examples, config.test_examples
+        task = make_task(config.task, config.tokens, *counts, seed=0, noise=config.noise, validation=validation)
     except ImportError as error:
         raise RunError(str(error)) from error
     except ValueError as error:
@@ -51,14 +55,14 @@ def run(config_path: str, overrides: Sequence[str]) -> int:
             file.flush()
 
         record(kind="task", chance=task.chance, **asdict(config))
-        print(f"{task.name}: {len(task.train.labels)} examples of up to {config.tokens} tokens, chance {task.chance:.1%}")
+        print(f"{task.name}: {len(task.train.labels)} examples of up to {config.tokens + config.noise} tokens, chance {task.chance:.1%}")
         for seed in config.seeds:
             for squash in config.squash:
                 started = time.process_time()
                 for measured in train(task, config, squash, seed):
                     record(kind="measurement", squash=squash, seed=seed, **measured)
                 print(
-                    f"seed {seed}, squash {squash:<7g} {measured['accuracy']:6.1%} of the test examples, "
+                    f"seed {seed}, squash {squash:<7g} {measured['accuracy']:6.1%} of the {config.measure_on} examples, "
                     f"{measured['train_accuracy']:6.1%} of those learned from; {time.process_time() - started:.0f} s of processor time",
                     flush=True,
                 )
@@ -74,7 +78,7 @@ def train(task: Task, config: TaskConfig, squash: float, seed: int) -> Iterator[
     """One model; after every `measure_every` updates and at the end: step, loss, accuracy on the test and on some training examples."""
     torch.manual_seed(seed)
     model = SequenceClassifier(
-        task.vocab_size, task.classes, config.width, config.layers, config.tokens,
+        task.vocab_size, task.classes, config.width, config.layers, config.tokens + config.noise,
         center=config.center, dropout=config.dropout, squash=squash, smooth=config.smooth, init=config.init, init_std=config.init_std,
     )  # fmt: skip
     groups = parameter_groups(model, lr=config.lr, weight_decay=config.weight_decay, filter_lr=config.filter_lr)
@@ -130,13 +134,18 @@ def final(records: Sequence[dict], squash: float) -> list[float]:
 
 
 def summary(records: Sequence[dict]) -> str:
-    """Mean accuracy of every filter setting, and by how much the first one is above the others and above chance."""
+    """Mean accuracy of every filter setting, and by how much the first one is above the others, seed by seed, and above chance."""
     head, *_ = records
     first, *others = head["squash"]
-    means = {squash: statistics.fmean(final(records, squash)) for squash in head["squash"]}
-    lines = [f"squash {squash:<7g} {mean:6.1%} over {len(head['seeds'])} seeds" for squash, mean in means.items()]
-    lines += [f"squash {first:g} less squash {other:g}: {100 * (means[first] - means[other]):+.1f} points" for other in others]
-    return "\n".join([*lines, f"squash {first:g} less chance ({head['chance']:.1%}): {100 * (means[first] - head['chance']):+.1f} points"])
+    seeds, finals = len(head["seeds"]), {squash: final(records, squash) for squash in head["squash"]}
+    lines = [f"squash {squash:<7g} {statistics.fmean(values):6.1%} over {seeds} seeds" for squash, values in finals.items()]
+    for other in others:
+        less = [100 * (a - b) for a, b in zip(finals[first], finals[other], strict=True)]
+        error = f" (standard error {statistics.stdev(less) / seeds**0.5:.1f})" if seeds > 1 else ""
+        better = f"better from {sum(points > 0 for points in less)} of {seeds} seeds"
+        lines.append(f"squash {first:g} less squash {other:g}: {statistics.fmean(less):+.1f} points{error}, {better}")
+    chance = f"chance ({head['chance']:.1%}): {100 * (statistics.fmean(finals[first]) - head['chance']):+.1f} points"
+    return "\n".join([*lines, f"squash {first:g} less {chance}"])
 
 
 def plot(metrics: Path, picture: Path) -> None:
@@ -154,7 +163,8 @@ def plot(metrics: Path, picture: Path) -> None:
         axes.plot(steps, [statistics.fmean(v) for v in by_step], color=color, label=f"squash {squash:g}" if squash else "no squash")
         axes.fill_between(steps, [min(v) for v in by_step], [max(v) for v in by_step], color=color, alpha=0.2, linewidth=0)
     axes.axhline(head["chance"], color="gray", linestyle="--", linewidth=1, label=f"chance, {head['chance']:.1%}")
-    axes.set(xlabel="update", ylabel="test accuracy", title=f"{head['task']}, {head['tokens']} tokens, {len(head['seeds'])} seeds")
+    title = f"{head['task']}, {head['tokens'] + head['noise']} tokens, {len(head['seeds'])} seeds"
+    axes.set(xlabel="update", ylabel=f"{head['measure_on']} accuracy", title=title)
     axes.legend()
     FigureCanvasAgg(figure)
     write_whole(picture, lambda path: figure.savefig(path, format="png", dpi=120))

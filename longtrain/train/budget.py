@@ -12,11 +12,16 @@ from torch import nn
 
 import longtrain as lt
 from longtrain.config import Config, Locations
+from longtrain.config.hf import HfModelConfig
 from longtrain.plan import InfeasibleBudget
 from longtrain.planner.axes import Axes, on_one_device
+from longtrain.planner.footprint import ModelFootprint, measure_model
 from longtrain.planner.rates import usual_rates
 from longtrain.planner.search import Asked, fastest_plan, held_beside_model, what_to_change
+from longtrain.planner.shapes import on_meta, with_wide_gradients
 from longtrain.train.distribute import Work
+from longtrain.train.model import build_model
+from longtrain.train.schedule import step_count
 from longtrain.units import parse_bytes
 
 
@@ -47,12 +52,10 @@ def of_several(model: nn.Module, config: Config, where: Locations, work: Work) -
 
     A process holds its part of the parameters as they are, AdamW's moments of them, and in the training dtype what is gathered.
     """
-    from longtrain.planner.command import footprint_of  # which reads configurations as this package does
-
     device, room = torch.device(work.mesh.device_type), parse_bytes(config.memory.budget)
     held = sum(p.nbytes for p in model.parameters())
     with torch.random.fork_rng(devices=[]):
-        whole = footprint_of(config, where, device)
+        whole = footprint_of(config, where)
     whole = replace(whole, device=device)
     beside = held_beside_model(replace(whole, parameters=held if device.type == "cpu" else 0))
     taken = int(work.processes.greatest([beside])[0])
@@ -67,9 +70,13 @@ def of_several(model: nn.Module, config: Config, where: Locations, work: Work) -
     return replace(found, chunk_tokens=chunk, predicted_peak=found.predicted_peak + taken)
 
 
-def step_count(config: Config) -> int:
-    """Forward and backward passes over ``data.seq_len`` tokens that the run's updates come to."""
-    stages = config.stages()
-    ends = [*(stage.from_step for stage in stages[1:]), config.train.steps]
-    tokens = sum(stage.tokens_per_update * max(0, end - stage.from_step) for stage, end in zip(stages, ends, strict=True))
-    return max(1, -(-tokens // config.data.seq_len))
+def footprint_of(config: Config, where: Locations) -> ModelFootprint:
+    """Of a config's model as it trains: longtrain's own from its shape alone, others probed."""
+    dtype = getattr(torch, config.train.dtype)
+    try:
+        if not isinstance(config.model, HfModelConfig) and config.model.layers is None:
+            return measure_model(on_meta(config.model, dtype))  # other mixers than attention cannot run on shapes alone
+        model, *_ = build_model(config, where, read_weights=False)
+        return measure_model(with_wide_gradients(model.to(dtype)))
+    except ValueError as error:
+        raise where.error("model", f"{error}; train it without the section memory") from None

@@ -34,17 +34,19 @@ def step_line(
     )
 
 
-def verdict(validation_loss: float, targets: int, baselines: Baselines | None) -> str:
-    """The validation loss beside what counting achieves. Logarithms are natural; bits per byte are those divided by ln 2."""
+def verdict(validation_loss: float, targets: int, baselines: Baselines | None, unit: str = "byte") -> str:
+    """The validation loss beside what counting achieves. Logarithms are natural; bits are those divided by ln 2. `unit`: what a token is."""
     if baselines is None:
         return f"validation loss  {validation_loss:.4f} nats a token, {targets:,} targets"
     better = validation_loss < baselines.bigram
+
+    def beside(counted: float) -> str:
+        return f"{abs(counted - validation_loss):.4f} {'below' if validation_loss < counted else 'above, that is, it is worse'}"
+
     lines = [
-        f"validation loss  {validation_loss:.4f} nats a byte = {validation_loss / math.log(2):.3f} bits a byte, {targets:,} targets",
-        f"bigram counts    {baselines.bigram:.4f} (add-{baselines.bigram_k:g}): the model is {baselines.bigram - validation_loss:.4f} "
-        f"{'below' if better else 'below, that is, it is worse'}",
-        f"unigram counts   {baselines.unigram:.4f} (add-{baselines.unigram_k:g}): the model is "
-        f"{baselines.unigram - validation_loss:.4f} below",
+        f"validation loss  {validation_loss:.4f} nats a {unit} = {validation_loss / math.log(2):.3f} bits a {unit}, {targets:,} targets",
+        f"bigram counts    {baselines.bigram:.4f} (add-{baselines.bigram_k:g}): the model is {beside(baselines.bigram)}",
+        f"unigram counts   {baselines.unigram:.4f} (add-{baselines.unigram_k:g}): the model is {beside(baselines.unigram)}",
         f"verdict: {'it learned more than counting pairs can' if better else 'it has not yet learned what counting pairs can'}",
     ]
     return "\n".join(lines)

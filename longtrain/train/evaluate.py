@@ -12,6 +12,7 @@ from torch import nn
 from longtrain.config import Config, Locations
 from longtrain.config.schema import EvalConfig
 from longtrain.data.packing import PackedDocuments, check_ids
+from longtrain.errors import RunError
 from longtrain.span import IGNORE_INDEX, Layout
 from longtrain.train.calls import row_loss, vocabulary
 from longtrain.train.console import StepBar
@@ -174,6 +175,11 @@ def validate(
         by_position.merge(of_positions)
         for source, sums in of_sources.items():
             by_source.setdefault(source, _Sums(1)).merge(sums)
+    if not by_position.targets.sum():
+        raise RunError(
+            f"none of the {len(rows) * validation.seq_len:,} validation tokens is a target (they are prompts only); raise "
+            "train.validation_tokens, or set data.packing: best_fit, which leaves such pieces out"
+        )
     sources = [{"source": name, **sums.parts()[0]} for name, sums in sorted(by_source.items()) if sums.targets[0]]
     return Evaluation(
         loss=float(by_position.loss.sum() / by_position.targets.sum()),

@@ -16,17 +16,21 @@ from torch import nn
 
 from longtrain.config import load_config
 from longtrain.config.hf import HfModelConfig
-from longtrain.data.loader import fingerprint, open_data, pack, validation_rows
+from longtrain.errors import RunError
+from longtrain.files import write_whole
 from longtrain.train import checkpoint as on_disk
 from longtrain.train import output
 from longtrain.train.budget import make_plan
 from longtrain.train.console import StepBar
 from longtrain.train.distribute import choose_device, make_work
 from longtrain.train.evaluate import check_probes, evaluate
-from longtrain.train.output import EVALUATION, RunError, write_whole
-from longtrain.train.prepare import build_model, share_weights, stage_at, stream
+from longtrain.train.loader import fingerprint, open_data, pack, validation_rows
+from longtrain.train.model import build_model
+from longtrain.train.output import EVALUATION
+from longtrain.train.prepare import settle_fallback, share_weights, stream
 from longtrain.train.processes import ALONE, Processes
 from longtrain.train.resume import flat
+from longtrain.train.schedule import stage_at
 from longtrain.train.state import load_checkpoint_weights, sum_of
 from longtrain.train.weights import cast, load_weights
 
@@ -54,8 +58,10 @@ def run(run_or_config: str, overrides: Sequence[str], processes: Processes = ALO
 
     torch.manual_seed(config.train.seed)  # frozen weights may be drawn with it
     model, set_rotary, _ = build_model(config, where)
+    settle_fallback(model, device, config, where)
     cast(model, getattr(torch, config.train.dtype))
-    print(f"weights {read_weights(model, directory, is_hf=isinstance(config.model, HfModelConfig))}")
+    weights = read_weights(model, directory, is_hf=isinstance(config.model, HfModelConfig))
+    print(f"weights {weights}")
     if work.mesh is None:
         model.to(device)
         plan = make_plan(model, config, where)
@@ -63,7 +69,8 @@ def run(run_or_config: str, overrides: Sequence[str], processes: Processes = ALO
         said = {"the held out data": fingerprint(held_out, config.data), "the sum of the weights": sum_of(model.parameters())}
         processes.check_same(said, "give all of them the same files")
         plan = share_weights(model, config, where, work)
-    set_rotary(stage_at(config, config.train.steps))
+    done = on_disk.read_facts(weights)["step"] if weights.is_dir() else config.train.steps
+    set_rotary(stage_at(config, done - 1))  # as the run's own validation after as many updates
     bar = StepBar(sys.stdout)
     if plan is not None:
         report = stream(model, plan, where, work, [config.data.seq_len])

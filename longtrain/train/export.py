@@ -19,10 +19,13 @@ from torch import Tensor
 from longtrain.config import Config, Locations, load_config
 from longtrain.config.hf import HfModelConfig
 from longtrain.config.run import LengthStage
+from longtrain.errors import RunError
+from longtrain.files import said_plainly
 from longtrain.nn import ModelConfig
 from longtrain.train import checkpoint as on_disk
-from longtrain.train.output import CHECKPOINTS, RunError, said_plainly
-from longtrain.train.prepare import build_model, stage_at
+from longtrain.train.model import build_model
+from longtrain.train.output import CHECKPOINTS
+from longtrain.train.schedule import stage_at
 from longtrain.train.state import load_checkpoint_weights
 from longtrain.train.weights import INDEX, SINGLE, cast
 from longtrain.units import format_bytes

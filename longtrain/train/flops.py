@@ -59,7 +59,8 @@ def costs_of(model: nn.Module) -> Costs:
     features = text.num_attention_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
     window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
     kinds = getattr(text, "layer_types", None) or ["sliding_attention"] * text.num_hidden_layers
-    attention = tuple((features, window if kind == "sliding_attention" else None) for kind in kinds if kind.endswith("attention"))
+    pairs = [kind for kind in kinds if kind.endswith("attention") and kind != "linear_attention"]  # which has a state instead
+    attention = tuple((features, window if kind == "sliding_attention" else None) for kind in pairs)
     return Costs(sum(met), attention, trained=any(p.requires_grad for p in base))
 
 

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from longtrain.train.output import RunError, said_plainly
+from longtrain.errors import RunError
+from longtrain.files import said_plainly
 
 LOCK = "lock"
 

@@ -24,6 +24,8 @@ import longtrain as lt
 from longtrain.config import Config, Locations, dump_config
 from longtrain.data.corpus import BYTES
 from longtrain.data.packing import Batch
+from longtrain.errors import RunError
+from longtrain.files import write_whole
 from longtrain.train import output
 from longtrain.train.checkpoint import one_process, path_of, read_facts
 from longtrain.train.console import StepBar, step_line, verdict
@@ -32,15 +34,14 @@ from longtrain.train.evaluate import Evaluation, check_probes, evaluate
 from longtrain.train.flops import RULE, update_flops
 from longtrain.train.lock import locked
 from longtrain.train.metrics import Metrics, check_extras, open_sinks, rewind
-from longtrain.train.output import RunError, write_whole
 from longtrain.train.peak_memory import read_peak, reset_peak
 from longtrain.train.plot import plot_run
-from longtrain.train.prepare import Setup, describe, prepare, remaining_tokens, save_model, stage_at
+from longtrain.train.prepare import Setup, describe, prepare, save_model
 from longtrain.train.processes import ALONE, Processes
 from longtrain.train.provenance import provenance
 from longtrain.train.resume import begins_anew, changed_settings, check_facts, find_checkpoint, flat
 from longtrain.train.saving import Saved, Saver
-from longtrain.train.schedule import learning_rate
+from longtrain.train.schedule import learning_rate, remaining_tokens, stage_at
 from longtrain.train.spike import MOST_IN_A_ROW, SpikeGuard
 from longtrain.train.state import describe_tensors, random_states, restore_state, state_tensors
 from longtrain.train.step import NotFinite, gradients
@@ -109,7 +110,7 @@ class Trainer:
         if checkpoint is not None:
             resumed |= self.restore(checkpoint)
         self.random = random_states()
-        self.saver = Saver(self.directory / output.CHECKPOINTS, self.config.checkpoint, self.processes)
+        self.saver = Saver(self.directory / output.CHECKPOINTS, self.config.checkpoint, self.processes, self.bar.clear)
         self.saver.check_room_ahead(state_tensors(self.setup.model, self.setup.optimizer))
         self.open_metrics(resumed, append=not anew)
         self.validated = self.processes.first(lambda: self.validated)  # as the metrics say, which the first process has
@@ -295,21 +296,22 @@ class Trainer:
         self.note_saved(self.saver.finish())
         self.metrics.write("stopped", step=self.done, reason=str(stopped))
         saved = ", saved" if self.done else ""
-        print(
-            f"stopped ({stopped}) after step {self.done}/{self.config.train.steps}{saved}; the same command goes on from there", flush=True
-        )
+        given = "" if self.config.checkpoint.resume == "auto" else " with checkpoint.resume=auto"
+        goes_on = f"the same command{given} goes on from there"
+        print(f"stopped ({stopped}) after step {self.done}/{self.config.train.steps}{saved}; {goes_on}", flush=True)
 
     def conclude(self) -> None:
         """Weights, result, picture, verdict. The first process makes them: the weights of several are those of the last checkpoint."""
         setup, directory, evaluation = self.setup, self.directory, self.evaluation
         if self.processes.rank:
             return
+        of_bytes = setup.loader.corpus.tokenizer == BYTES
         weights = save_model(setup, self.where, directory, path_of(directory / output.CHECKPOINTS, self.done))
         self.metrics.write(
             "result",
             step=self.done,
             validation_loss=evaluation.loss,
-            **({"bits_per_byte": evaluation.loss / math.log(2)} if setup.loader.corpus.tokenizer == BYTES else {}),
+            **({"bits_per_byte": evaluation.loss / math.log(2)} if of_bytes else {}),
             **(dataclasses.asdict(setup.baselines) if setup.baselines else {}),
             seconds=self.seconds(),
         )
@@ -320,7 +322,7 @@ class Trainer:
         except ImportError:
             print("no plot: matplotlib is not installed; get it with: pip install longtrain[plot]")
         print(evaluation.table())
-        print(verdict(evaluation.loss, evaluation.targets, setup.baselines))
+        print(verdict(evaluation.loss, evaluation.targets, setup.baselines, "byte" if of_bytes else "token"))
         print(f"{format_time(self.seconds())} in all; {directory} holds {', '.join(written)}")
 
     def close(self) -> None:

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Protocol
 
 from longtrain.config import Config, Locations
-from longtrain.train.output import METRICS, read_metrics, said_plainly, write_whole
+from longtrain.files import said_plainly, write_whole
+from longtrain.train.output import METRICS, read_metrics
 
 
 class Sink(Protocol):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from longtrain.train.output import read_metrics, write_whole
+from longtrain.files import write_whole
+from longtrain.train.output import read_metrics
 
 
 def plot_run(metrics: Path, picture: Path) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,17 +17,17 @@ from longtrain.config.memory import MemoryConfig
 from longtrain.config.schema import LengthStage
 from longtrain.data.baselines import Baselines, compute_baselines
 from longtrain.data.corpus import Corpus, check_vocabulary
-from longtrain.data.loader import Loader, fingerprint, open_data, pack, validation_rows
 from longtrain.data.packing import PackedDocuments
-from longtrain.nn import LanguageModel
+from longtrain.files import write_whole
 from longtrain.nn.attention import Attention
-from longtrain.nn.rotary import RotaryEmbedding
 from longtrain.planner.pretrained import layers_differ
 from longtrain.train import output
 from longtrain.train.budget import make_plan
 from longtrain.train.calls import described, is_transformers, vocabulary
 from longtrain.train.distribute import Work, choose_device, sequence_group, shard
 from longtrain.train.flops import RULE, Costs, costs_of, measure_rate
+from longtrain.train.loader import Loader, fingerprint, open_data, pack, validation_rows
+from longtrain.train.model import build_model
 from longtrain.train.optimizer import Optimizer
 from longtrain.train.state import frozen_sum, load_checkpoint_weights, sum_of
 from longtrain.train.watch import SILENT
@@ -75,6 +73,11 @@ def prepare(config: Config, where: Locations, work: Work = Work()) -> Setup:
     torch.manual_seed(config.train.seed)
 
     documents, held_out = open_data(config.data)
+    if isinstance(config.model, HfModelConfig):
+        from longtrain.train.pretrained import check_tokenizer, locate
+
+        locate(config.model.hf, where)
+        check_tokenizer(config.model.hf, documents.tokenizer, where)  # before weights are read, which may take minutes
     model, set_rotary, notes = build_model(config, where)
     for corpus in (documents, held_out):
         check_vocabulary(corpus, vocabulary(model))
@@ -140,34 +143,8 @@ def rate_of(config: Config, device: torch.device) -> float:
     return given * 1e12 if given else measure_rate(device, getattr(torch, config.train.dtype))
 
 
-def build_model(
-    config: Config, where: Locations, *, read_weights: bool = True
-) -> tuple[nn.Module, Callable[[LengthStage], None], tuple[str, ...]]:
-    """The model on the CPU with its first weights, what sets its rotary positions, and notes on it; `read_weights` of `model.hf`."""
-    if not isinstance(config.model, HfModelConfig):
-        model = LanguageModel(config.model)
-        return model, partial(set_rotary, model), ()
-    from longtrain.train import pretrained  # for transformers, an extra
-
-    built = pretrained.build(config.model, config.data.seq_len, getattr(torch, config.train.dtype), where, read_weights=read_weights)
-
-    def set_stage(stage: LengthStage) -> None:
-        try:
-            built.rope.set(built.model, stage.rope)
-        except ValueError as error:
-            raise where.error("train.length_schedule", f"rope: {error}") from None
-
-    for stage in config.stages():
-        set_stage(stage)
-    return built.model, set_stage, built.notes
-
-
 def check_fits(model: nn.Module, corpus: Corpus, config: Config, where: Locations) -> None:
-    """Raise ConfigError for tokens that a transformers model does not read, and for documents longer than it was trained for, unless the
-    config says how positions go on."""
-    from longtrain.train.pretrained import check_tokenizer
-
-    check_tokenizer(config.model.hf, corpus.tokenizer, where)
+    """Raise ConfigError for documents longer than a transformers model was trained for, unless the config says how positions go on."""
     text = model.config.get_text_config()
     rotary, limit = getattr(text, "rope_parameters", None), getattr(text, "max_position_embeddings", None)
     longest = min(config.data.seq_len, int(corpus.length_N.max(initial=0))) if rotary and config.data.isolate else config.data.seq_len
@@ -230,7 +207,7 @@ def save_model(setup: Setup, where: Locations, directory: Path, checkpoint: Path
         load_checkpoint_weights(model, checkpoint)
         set_rotary(config.stages()[-1])
     if not isinstance(config.model, HfModelConfig):
-        output.write_whole(directory / output.WEIGHTS, model.save_safetensors)
+        write_whole(directory / output.WEIGHTS, model.save_safetensors)
         return output.WEIGHTS
     from longtrain.train import pretrained
 
@@ -248,9 +225,10 @@ def describe(setup: Setup) -> None:
         print(f"        {note}")
     if MISSING is not None:
         print(f"kernels pure torch, slower: {MISSING}")
+    packed = loader.mixtures[config.data.seq_len]
     print(
-        f"data    {config.data.source}: {len(loader.corpus)} training documents in {len(loader.mixtures[config.data.seq_len])} sequences of "
-        f"{config.data.seq_len} tokens, {len(setup.validation.corpus)} held out"
+        f"data    {config.data.source}: {len(loader.corpus)} training documents in {len(packed)} sequences of {config.data.seq_len} tokens "
+        f"({packed.padding:.0%} padding; the longest document has {packed.longest} in one), {len(setup.validation.corpus)} held out"
     )
     if plan is None:
         print("memory  not streamed: memory.chunk_tokens or memory.budget would")
@@ -270,23 +248,3 @@ def describe(setup: Setup) -> None:
             print(f"        {line}")
     rate = "metrics.peak_tflops" if config.metrics.peak_tflops else "a matrix product measured now"
     print(f"mfu     share of {setup.flop_rate / 1e12:.3g} TFLOP/s ({rate}) in {RULE}", flush=True)
-
-
-def stage_at(config: Config, step: int) -> LengthStage:
-    """The stage of update `step` (from 0)."""
-    stages = config.stages()
-    return stages[bisect_right([s.from_step for s in stages], max(0, step)) - 1]
-
-
-def set_rotary(model: LanguageModel, stage: LengthStage) -> None:
-    """Give every rotary embedding the base and the scaling of a stage."""
-    for module in model.modules():
-        if isinstance(module, RotaryEmbedding):
-            module.base, module.scaling = stage.rope_base, stage.rope_scaling
-
-
-def remaining_tokens(config: Config, step: int) -> int:
-    """Tokens of the updates from `step` on."""
-    stages = config.stages()
-    ends = [s.from_step for s in stages[1:]] + [config.train.steps]
-    return sum(max(0, end - max(step, s.from_step)) * s.tokens_per_update for s, end in zip(stages, ends, strict=True))

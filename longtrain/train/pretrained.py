@@ -20,8 +20,8 @@ from torch import nn
 from longtrain.config import Config, Locations
 from longtrain.config.hf import HfModelConfig, LoraConfig
 from longtrain.data.corpus import say_tokenizer
+from longtrain.files import said_plainly
 from longtrain.nn.replacements.frozen import FrozenLinear, freeze_linears
-from longtrain.train.output import said_plainly
 from longtrain.train.rotary import Rope
 
 RANK, ALPHA = 16, 32.0
@@ -121,7 +121,8 @@ def locate(given: str, where: Locations) -> tuple[Path, bool]:
     if not any(path.glob("*.safetensors")):
         raise where.error(
             "model.hf",
-            f"{path} holds no safetensors; fetch them, or save them again with save_pretrained, or write {path / CONFIG_FILE} for random weights",
+            f"{path} holds no safetensors; fetch them, or save them again with save_pretrained, or "
+            f"write {path / CONFIG_FILE} for random weights",
         )
     return path, True
 

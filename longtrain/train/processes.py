@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from longtrain.train.output import RunError
+from longtrain.errors import RunError
 from longtrain.train.watch import LIMIT, Watch
 
 MEET = timedelta(minutes=5)

@@ -10,9 +10,10 @@ from pathlib import Path
 import yaml
 
 from longtrain.config import Config, Locations
+from longtrain.errors import RunError
+from longtrain.files import said_plainly
 from longtrain.train import checkpoint as on_disk
 from longtrain.train import output
-from longtrain.train.output import RunError, said_plainly
 
 MAY_DIFFER = ("output", "checkpoint", "metrics", "spike", "eval")
 """Sections that say nothing of the trajectory."""
@@ -39,7 +40,8 @@ def begins_anew(config: Config, where: Locations) -> bool:
         )
     if not goes_on:
         state = "a run" if ended is None else f"a finished run of {ended} steps"
-        raise where.error("output.dir", f"{directory} already holds {state}; name another, or set output.overwrite=true")
+        on = "set checkpoint.resume=auto to go on with it, " if ended is None and known else ""
+        raise where.error("output.dir", f"{directory} already holds {state}; {on}name another, or set output.overwrite=true to replace it")
     return False
 
 

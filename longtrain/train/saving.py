@@ -5,15 +5,16 @@ from __future__ import annotations
 import shutil
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
 from longtrain.config.run import CheckpointConfig
+from longtrain.errors import RunError
+from longtrain.files import said_plainly
 from longtrain.train.checkpoint import list_checkpoints, path_of, remove_all_but, write_checkpoint
-from longtrain.train.output import RunError, said_plainly
 from longtrain.train.processes import ALONE, Processes
 from longtrain.units import format_bytes
 
@@ -37,8 +38,11 @@ class Saver:
     Several processes write one together: all of them call `save` for the same steps.
     """
 
-    def __init__(self, directory: Path, config: CheckpointConfig, processes: Processes = ALONE) -> None:
-        self.directory, self.config, self.processes = directory, config, processes
+    def __init__(
+        self, directory: Path, config: CheckpointConfig, processes: Processes = ALONE, before_print: Callable[[], None] = lambda: None
+    ) -> None:
+        """`before_print`: what makes room for a line, where a bar is drawn meanwhile."""
+        self.directory, self.config, self.processes, self.before_print = directory, config, processes, before_print
         self.last_step = max((int(c.name.rpartition("-")[2]) for c in list_checkpoints(directory)), default=0)
         self.last_time = time.monotonic()
         self.thread: threading.Thread | None = None
@@ -69,7 +73,7 @@ class Saver:
         began = time.monotonic()
         if self.config.asynchronous:
             tensors = {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
-        print(f"checkpoint of step {step} begins, {format_bytes(size)}", flush=True)
+        self._print(f"checkpoint of step {step} begins, {format_bytes(size)}")
         self.last_step = step
         arguments = (step, tensors, facts, config, began)
         if self.config.asynchronous:
@@ -78,6 +82,10 @@ class Saver:
         else:
             self._write(*arguments)
         return before
+
+    def _print(self, line: str) -> None:
+        self.before_print()
+        print(line, flush=True)
 
     def collect(self) -> Saved | None:
         """What was written since the last call, once. Raises RunError if it could not be."""
@@ -105,7 +113,7 @@ class Saver:
             return
         self.last_time = time.monotonic()
         seconds = self.last_time - began
-        print(f"checkpoint of step {step} stands, {format_bytes(size)} in {seconds:.1f} s", flush=True)
+        self._print(f"checkpoint of step {step} stands, {format_bytes(size)} in {seconds:.1f} s")
         self.outcome = Saved(step=step, bytes=size, seconds=seconds)
 
 
@@ -114,6 +122,7 @@ def check_room(directory: Path, size: int, copies: int = 1) -> None:
     free, needed = shutil.disk_usage(directory).free, round(copies * (size * ROOM + ROOM_BYTES))
     if free < needed:
         raise RunError(
-            f"{directory}: {format_bytes(free)} are free and {copies} more checkpoints of {format_bytes(size)} need {format_bytes(needed)}; "
+            f"{directory}: {format_bytes(free)} are free and {copies} more checkpoints of {format_bytes(size)} need "
+            f"{format_bytes(needed)}; "
             "make room, lower checkpoint.keep, or set output.dir to another disk"
         )

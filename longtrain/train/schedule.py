@@ -1,10 +1,12 @@
-"""The learning rate of each update."""
+"""What each update has of the schedules: its learning rate, its stage of the lengths."""
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 
-from longtrain.config.run import TrainConfig
+from longtrain.config import Config
+from longtrain.config.run import LengthStage, TrainConfig
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -28,3 +30,21 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     share = {"linear": 1 - p, "cosine": 0.5 * (1 + math.cos(math.pi * p)), "wsd": 1 - math.sqrt(p)}[config.schedule]
     lowest = config.min_lr_ratio * config.lr
     return lowest + (config.lr - lowest) * share
+
+
+def stage_at(config: Config, step: int) -> LengthStage:
+    """The stage of update `step` (from 0)."""
+    stages = config.stages()
+    return stages[bisect_right([s.from_step for s in stages], max(0, step)) - 1]
+
+
+def remaining_tokens(config: Config, step: int) -> int:
+    """Tokens of the updates from `step` on."""
+    stages = config.stages()
+    ends = [s.from_step for s in stages[1:]] + [config.train.steps]
+    return sum(max(0, end - max(step, s.from_step)) * s.tokens_per_update for s, end in zip(stages, ends, strict=True))
+
+
+def step_count(config: Config) -> int:
+    """Forward and backward passes over ``data.seq_len`` tokens that the run's updates come to."""
+    return max(1, -(-remaining_tokens(config, 0) // config.data.seq_len))

@@ -36,7 +36,8 @@ class SpikeGuard:
         high = usual is not None and loss > self.config.threshold * usual
         if self.config.action != "none" and (high or not math.isfinite(loss)):
             self.in_a_row += 1
-            return f"loss {loss:.4f}" + (f", {loss / usual:.1f} times the median of {len(self.losses)}" if high else "")
+            times = f"{loss / usual:.1f} times the" if usual else "above a zero"
+            return f"loss {loss:.4f}" + (f", {times} median of {len(self.losses)}" if high else "")
         self.in_a_row = 0
         self.losses.append(loss)
         return None

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from longtrain.data.packing import Batch, check_ids
+from longtrain.errors import RunError
 from longtrain.nn import count_targets
 from longtrain.train.calls import row_loss, vocabulary
 from longtrain.train.console import StepBar
 from longtrain.train.distribute import Work
 from longtrain.train.optimizer import Optimizer
-from longtrain.train.output import RunError
 
 
 class NotFinite(RunError):

@@ -40,7 +40,9 @@ def test_a_section_lists_its_settings_and_no_key_lists_all(capsys):
 
 
 @pytest.mark.parametrize(
-    "key, suggested", [("trian.lr", "train.lr"), ("lr", "train.lr"), ("data.seq_length", "data.seq_len"), ("model.windw", "model.window"), ("qqqq", "the sections are model")]
+    "key, suggested",
+    [("trian.lr", "train.lr"), ("lr", "train.lr"), ("data.seq_length", "data.seq_len"), ("model.windw", "model.window"),
+     ("qqqq", "the sections are model")],
 )  # fmt: skip
 def test_an_unknown_key_suggests_what_was_meant(key, suggested, capsys):
     assert cli.main(["config", "explain", key]) == 2

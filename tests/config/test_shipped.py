@@ -11,7 +11,8 @@ from longtrain import cli
 from longtrain.config import load_config
 from longtrain.plan import Plan
 from longtrain.planner.asked import Asked
-from longtrain.planner.cost import measure_model, peak, step_memory
+from longtrain.planner.cost import peak, step_memory
+from longtrain.planner.footprint import measure_model
 from longtrain.planner.rates import usual_rates
 from longtrain.planner.shapes import on_meta
 from longtrain.planner.smallest import smallest_plan
@@ -67,8 +68,8 @@ def test_the_predicted_peak_of_each_of_eight_processes_is_the_planner_s_for_thei
     parameters, layer, plan = footprint.parameters // 2, footprint.layers[0], Plan(**config.memory.plan_settings())
     in_layer = layer.parameters // 2
     activations = replace(
-        footprint, layers=(replace(layer, parameters=0, parameter_gradients=0, delivered_gradients=0),) * model.num_layers, parameters=0, trained=0,
-        other_gradients=0, embedding_sums=0, optimizer=0, head_gradients=0, head_delivered=0, device=torch.device("cuda"),
+        footprint, layers=(replace(layer, parameters=0, parameter_gradients=0, delivered_gradients=0),) * model.num_layers, parameters=0,
+        trained=0, other_gradients=0, embedding_sums=0, optimizer=0, head_gradients=0, head_delivered=0, device=torch.device("cuda"),
     )  # fmt: skip
     own = replace(plan, chunk_tokens=plan.chunk_tokens // ranks)
     outside = parameters - model.num_layers * in_layer

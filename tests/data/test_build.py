@@ -17,7 +17,7 @@ import pytest
 
 from longtrain import cli
 from longtrain.data import build as building
-from longtrain.data import formats
+from longtrain.data import formats, reading
 from longtrain.data import shard as sharding
 from longtrain.data.build import Settings, build
 from longtrain.data.built import DOCUMENT, check_contents, open_built, token_dtype
@@ -91,7 +91,7 @@ def test_an_interrupted_build_goes_on_to_the_same_bytes(with_tokenizer, texts, m
     settings = SMALL
     if with_tokenizer:
         settings = Settings(shard_bytes=4000, tokenizer=make_tokenizer(texts))
-        monkeypatch.setattr(building, "BATCH_DOCUMENTS", 4)
+        monkeypatch.setattr(reading, "BATCH_DOCUMENTS", 4)
     monkeypatch.setattr(sharding, "BUFFER_BYTES", 1000)
     build(texts / "whole", inputs(texts), settings, io.StringIO())
     left = 0
@@ -275,7 +275,7 @@ def test_the_same_documents_through_a_tokenizer_and_as_bytes(special, texts, mon
     path = make_tokenizer(texts)
     import tokenizers
 
-    monkeypatch.setattr(building, "BATCH_DOCUMENTS", 4)
+    monkeypatch.setattr(reading, "BATCH_DOCUMENTS", 4)
     build(texts / "bytes", inputs(texts), SMALL, io.StringIO())
     assert build(texts / "ids", inputs(texts), Settings(shard_bytes=4000, tokenizer=path, special_tokens=special), io.StringIO()) == 4
     as_bytes, as_ids, tokenizer = open_built(texts / "bytes"), open_built(texts / "ids"), tokenizers.Tokenizer.from_file(str(path))

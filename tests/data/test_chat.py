@@ -78,6 +78,17 @@ def test_a_template_s_own_marks_say_what_the_assistant_wrote(tmp_path, tokenizer
     assert learned(corpus, 0)[0] == ["1", "2 two"] and learned(corpus, 1)[0] == ["2 two"]
 
 
+def test_a_turn_that_the_template_marks_in_two_parts_is_learned_whole(tmp_path, tokenizer, capsys):
+    (tokenizer / "chat_template.jinja").write_text(
+        "{%- for m in messages %}{{- '<|start|>' + m.role + '\\n' }}{%- if m.role == 'assistant' %}{% generation %}{{ m.content[:1] }}"
+        "{% endgeneration %}{{- '|' }}{% generation %}{{ m.content[1:] }}{% endgeneration %}{%- else %}{{ m.content }}{%- endif %}"
+        "{{- '<|end|>\\n' }}{%- endfor %}"
+    )
+    assert build(tmp_path, [PROMPT, TALK], tokenizer) == 3
+    assert "chats.jsonl:2 has 2 turns of the assistant, and the template marks 4" in capsys.readouterr().err
+    assert learned(open_built(tmp_path / "out"), 0)[0] == ["A", " range é."]
+
+
 FORGETS = """{%- for m in messages %}{{- '<|start|>' + m.role + '\\n' }}{%- if m.role == 'assistant' and not loop.last %}{{- m.content |
 upper }} {%- else %}{{- m.content }}{%- endif %}{{- '<|end|>\\n' }}{%- endfor %}{%- if add_generation_prompt %}{{- '<|start|>assistant\\n'
 }}{%-

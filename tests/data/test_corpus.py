@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from longtrain.data.corpus import check_vocabulary, corpus_in_memory, held_out, join, name_key, split
+from longtrain.data.corpus import check_vocabulary, corpus_in_memory, held_out, join, name_key, say_tokenizer, split
 from longtrain.data.sources import DataError, Document
 
 
@@ -87,3 +87,8 @@ def test_ids_outside_the_vocabulary_are_named_with_their_position():
     check_vocabulary(docs, 251)
     with pytest.raises(DataError, match="bad: token id 100 at position 1 is outside the vocabulary of 100; .* 251"):
         check_vocabulary(docs, 100)
+
+
+def test_a_tokenizer_is_told_by_its_whole_file_name_and_the_begin_of_its_sum():
+    told = say_tokenizer({"kind": "tokenizers", "file": "tokenizer.json", "sha256": "0123456789abcdef"})
+    assert told == "tokenizers (file tokenizer.json, sha256 0123456789ab)"

@@ -1,5 +1,8 @@
 """lt.apply on transformers models: what it says, what it refuses, what it restores; batches and models beyond the table's."""
 
+from collections import UserDict
+from functools import partial
+
 import hf_families
 import pytest
 import torch
@@ -216,6 +219,65 @@ def test_attention_that_does_more_than_it_says_is_refused():
         lt.apply(model, PLAN)
 
 
+def numbers_its_tokens(self, hidden_states, *args, past_key_values=None, **kwargs):
+    before = past_key_values.get_seq_length(self.layer_idx) if past_key_values is not None else 0
+    positions = torch.arange(hidden_states.shape[1]) + before
+    hidden_states = hidden_states * (1 + torch.floor(positions / 16))[:, None]  # as Llama 4 does from 8,192 tokens on
+    return super(type(self), self).forward(hidden_states, *args, past_key_values=past_key_values, **kwargs)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 8, 40])
+def test_layers_that_number_their_tokens_go_on_where_the_chunk_before_ended(chunk_tokens):
+    """From a token on that no proof reaches."""
+    model = hf_families.build("llama")
+    for layer in model.model.layers[1:]:
+        layer.self_attn.__class__ = type("Numbering", (type(layer.self_attn),), {"forward": numbers_its_tokens})
+    batches = dict(hf_families.batches())
+    compare(model, batches["one row"], batches["packed"], batches["masked prompts"], plan=lt.Plan(chunk_tokens=chunk_tokens, loss_chunk_tokens=8))
+
+
+def test_the_temperature_of_llama_4_follows_the_token():
+    model = hf_families.build("llama4_text", no_rope_layers=[1, 0, 1], floor_scale=16, attn_scale=0.5)
+    compare(model, one_row())
+
+
+def hands_on(self, hidden_states, *args, shared, **kwargs):
+    shared["values"] = hidden_states
+    return super(type(self), self).forward(hidden_states, *args, **kwargs)
+
+
+def takes_over(self, hidden_states, *args, shared, **kwargs):
+    return super(type(self), self).forward(hidden_states + shared["values"], *args, **kwargs)
+
+
+@pytest.mark.parametrize("chunk_tokens", [8, 40])
+def test_layers_that_hand_something_to_later_ones_are_refused(chunk_tokens):
+    """As keys and values that several layers share: of the last chunk alone, and without a gradient."""
+    model = hf_families.build("llama")
+    model.model.forward = partial(model.model.forward, shared=UserDict())
+    for layer, forward in ((model.model.layers[0], hands_on), (model.model.layers[2], takes_over)):
+        layer.__class__ = type("Sharing", (type(layer),), {"forward": forward})
+    with pytest.raises(ValueError, match="layers.0 cannot be streamed: .*it hands later layers what it made of all tokens .*'values'"):
+        lt.apply(model, PLAN)
+    report = compare(model, one_row(), plan=lt.Plan(chunk_tokens=chunk_tokens, loss_chunk_tokens=8, layer_fallback="unstreamed"))
+    assert [entry.became for entry in report.entries][:3] == ["left as it is", "streamed", "left as it is"]
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_layer_that_fails_when_it_is_observed_keeps_its_mode(trains):
+    model = hf_families.build("llama").train(trains)
+    layer = model.model.layers[1]
+
+    def fails(*args, **kwargs):
+        if layer.training != trains and kwargs["attention_mask"].mix is not None:
+            raise ZeroDivisionError("in the other mode")
+        return type(layer).forward(layer, *args, **kwargs)
+
+    layer.forward = fails
+    lt.apply(model, lt.Plan(chunk_tokens=8, layer_fallback="unstreamed"))
+    assert all(module.training == trains for module in model.modules())
+
+
 def test_a_leak_between_tokens_is_refused():
     model = hf_families.build("llama")
     mlp = model.model.layers[1].mlp
@@ -233,6 +295,22 @@ def test_hidden_states_with_tensor_boundaries():
     lt.apply(model, lt.Plan(chunk_tokens=8, boundaries="tensor"))
     for a, b in zip(call().hidden_states, own, strict=True):
         assert (a - b).norm() <= EXACT * b.norm()
+
+
+def test_hidden_states_inside_a_segment_are_refused():
+    model, batch = hf_families.build("gpt_neox"), one_row()
+    lt.apply(model, lt.Plan(chunk_tokens=8, boundaries="tensor", segment_layers=2))
+    with pytest.raises(ValueError, match=r"none between the layers of a segment; use Plan\(segment_layers=1\)"):
+        model(**batch, output_hidden_states=True)
+
+
+def test_an_argument_that_was_none_when_traced_is_refused():
+    """Cross-attention: the encoder's states run along its own tokens, and the mixers of a chunk are those of self-attention."""
+    model, batch = hf_families.build("gpt2", add_cross_attention=True), one_row()
+    lt.apply(model, PLAN)
+    for tokens in (29, 5):
+        with pytest.raises(ValueError, match="given encoder_hidden_states.*leave it out"):
+            model(**batch, encoder_hidden_states=torch.randn(1, tokens, 32, dtype=torch.float64))
 
 
 def test_evaluation_and_generation_between_steps():

@@ -8,7 +8,7 @@ from torch import nn
 
 import longtrain as lt
 from longtrain.nn.replacements.frozen import BLOCK, FrozenLinear, dequantized, normal_levels, quantized
-from tests.held import Alive
+from longtrain.stream.work import Alive
 
 PLAN = lt.Plan(chunk_tokens=8, loss_chunk_tokens=8)
 FORMATS = ["int8", "float8", "nf4"]

@@ -110,7 +110,8 @@ def test_logits_that_were_edited_in_place_are_what_loss_and_log_probabilities_ar
         logits[..., 8] = -30.0  # as families do that have tokens of images
     assert type(lazy * 0.5) is torch.Tensor and torch.equal(lazy * 0.5, expected * 0.5)
     (found,), (wanted,) = (
-        torch.autograd.grad(streamed_loss(ForCausalLMLoss, logits, labels, 9), head.weight, retain_graph=True) for logits in (lazy, expected)
+        torch.autograd.grad(streamed_loss(ForCausalLMLoss, logits, labels, 9), head.weight, retain_graph=True)
+        for logits in (lazy, expected)
     )
     assert torch.equal(found, wanted) and (wanted[8] == 0).all()
     for found, wanted in zip(*(_from_logits(logits, labels, 1.0, None) for logits in (lazy, expected)), strict=True):

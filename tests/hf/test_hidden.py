@@ -8,7 +8,7 @@ import torch
 
 import longtrain as lt
 from longtrain.hf.promise import LazyHidden
-from tests.held import Alive
+from longtrain.stream.work import Alive
 from tests.hf.test_families import UPCASTS
 
 PLAN = lt.Plan(chunk_tokens=8, loss_chunk_tokens=8)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import longtrain as lt
-from tests.held import Alive, made
+from longtrain.stream.work import Alive, made
 
 TOKENS = 1024
 

@@ -59,6 +59,13 @@ def test_generation_and_evaluation_between_steps():
     assert hf_families.difference(hf_families.gradients(model, batch), own) <= 1e-6
 
 
+def test_layers_with_states_are_no_part_of_a_segment():
+    model = hf_families.build("lfm2")
+    with pytest.raises(ValueError, match=r"layers.0 carries states from chunk to chunk.*use Plan\(segment_layers=1\)"):
+        lt.apply(model, lt.Plan(chunk_tokens=8, segment_layers=2))
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
 EDGES = (0, 1, 9, 10, 20, 29)
 """Documents of one token, and in chunks of 8 one whose last token a chunk begins with: a single token would be taken for decoding."""
 

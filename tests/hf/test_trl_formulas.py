@@ -131,8 +131,9 @@ def test_grpo(tmp_path, loss_type, unbiased_kl):
     with torch.no_grad():
         logp = FullLogits(model, 0.9)(ids, True, input_ids=ids, attention_mask=mask, use_cache=False).log_probs[:, PROMPT - 1 :]
     old, ref = (logp + 0.3 * torch.randn(logp.shape, generator=generator) for _ in range(2))
-    batch = dict(prompt_ids=ids[:, :PROMPT], prompt_mask=prompt, completion_ids=ids[:, PROMPT:], completion_mask=completion, advantages=advantages,
-                 old_per_token_logps=old, ref_per_token_logps=ref, num_items_in_batch=torch.tensor(50.0))  # fmt: skip
+    batch = dict(prompt_ids=ids[:, :PROMPT], prompt_mask=prompt, completion_ids=ids[:, PROMPT:], completion_mask=completion,
+                 advantages=advantages, old_per_token_logps=old, ref_per_token_logps=ref,
+                 num_items_in_batch=torch.tensor(50.0))  # fmt: skip
     expected = outcome(model, trainer.compute_loss(FullLogits(model, 0.9), batch))
     lt.apply(model, PLAN)
     found, _ = lt.token_logprobs(model, ids, attention_mask=mask, temperature=0.9)

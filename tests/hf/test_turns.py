@@ -16,7 +16,9 @@ from tests.processes import run_ranks
 
 EXACT = 1e-12
 TOKENS = 57
-CALLS = {"one row": batch, "two rows": lambda: batch(rows=2), "packed": lambda: batch(packed=True), "documents": lambda: documents()}
+CALLS = {
+    "one row": batch, "two rows": lambda: batch(rows=2), "packed": lambda: batch(packed=True), "documents": lambda: documents(),
+}  # fmt: skip
 WAYS = {
     "contiguous": lt.Parallel(),
     "zigzag": lt.Parallel(layout="zigzag"),

@@ -1,7 +1,7 @@
 """The Triton kernels of linear attention in Triton's interpreter, against the recurrence in float64: a process of its own, since Triton
 reads TRITON_INTERPRET when a kernel is defined.
 
-    TRITON_INTERPRET=1 python -m tests.kernels.linear_attention_interpreted 3 17 documents    # drawn cases by number, functions below by name
+    TRITON_INTERPRET=1 python -m tests.kernels.linear_attention_interpreted 3 17 documents    # drawn cases by number, functions by name
 """
 
 import random
@@ -47,9 +47,9 @@ def drawn(number):
     draw = random.Random(number)
     T = draw.choice([1, 2, 15, 16, 17, 31, 33, 64, 65, draw.randint(1, 140)])
     data = make(
-        B=draw.choice([1, 1, 2]), T=T, H=draw.choice([1, 2]), D=draw.choice([1, 5, 16, 20, 64]), V=draw.choice([1, 7, 16, 80]), forget=draw.choice(KINDS),
-        beta=draw.random() < 0.5, state=draw.random() < 0.5, strength=draw.choice([1e-3, 0.3, 5.0, 300.0]), seed=number,
-        dtype=HALF if draw.random() < 0.3 else FLOAT,
+        B=draw.choice([1, 1, 2]), T=T, H=draw.choice([1, 2]), D=draw.choice([1, 5, 16, 20, 64]), V=draw.choice([1, 7, 16, 80]),
+        forget=draw.choice(KINDS), beta=draw.random() < 0.5, state=draw.random() < 0.5, strength=draw.choice([1e-3, 0.3, 5.0, 300.0]),
+        seed=number, dtype=HALF if draw.random() < 0.3 else FLOAT,
     )  # fmt: skip
     if "beta" in data and data["q"].shape[3] < 16:  # keys that are nearly all parallel cost the system of a chunk a digit
         data = make(T=T, D=16, forget=draw.choice(KINDS), beta=True, seed=number)

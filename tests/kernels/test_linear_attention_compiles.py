@@ -33,7 +33,8 @@ def launches(D: int, V: int, dtype: torch.dtype, features: int, delta: bool) -> 
 def check(launch, capability: int) -> None:
     found, what = compiled(launch, capability), {n: x for n, x in launch.arguments.items() if n.isupper()}
     print(
-        f"sm_{capability} {launch.kernel.__name__} {what}: {found.registers} registers, {found.shared} bytes shared, {found.spilled} spilled"
+        f"sm_{capability} {launch.kernel.__name__} {what}: {found.registers} registers, {found.shared} bytes shared, "
+        f"{found.spilled} spilled"
     )
     assert found.shared <= SHARED[capability], (launch.kernel.__name__, found.shared)
     delta_grads = launch.kernel.__name__ == "linear_grads" and launch.arguments["beta"] is not None

@@ -126,8 +126,8 @@ def test_a_streamed_step_is_named_from_its_carries_to_its_extents(plan, allocato
 def qwen3() -> nn.Module:
     transformers = pytest.importorskip("transformers", reason='needs pip install "longtrain[hf]"')
     config = transformers.AutoConfig.for_model(
-        "qwen3", vocab_size=256, hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=1, head_dim=16,
-        use_cache=False, pad_token_id=0,
+        "qwen3", vocab_size=256, hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=1,
+        head_dim=16, use_cache=False, pad_token_id=0,
     )  # fmt: skip
     return transformers.AutoModelForCausalLM.from_config(config)
 

@@ -11,6 +11,9 @@ from torch import nn
 
 import longtrain as lt
 from longtrain import cli
+from longtrain.commands.profile import predictable
+from longtrain.config import load_config
+from longtrain.memory.account import row_name
 from longtrain.memory.advice import changes_that_fit
 from longtrain.memory.compare import difference, items_of
 from longtrain.memory.page import page
@@ -18,6 +21,7 @@ from longtrain.memory.table import table
 from longtrain.nn import LanguageModel, ModelConfig
 from longtrain.offload import DeviceStore
 from longtrain.planner import measure_model, peak, step_memory
+from longtrain.planner.cost import Phase
 from longtrain.span import Span
 from tests.browser import open_page
 from tests.processes import run_ranks
@@ -218,6 +222,37 @@ def test_the_command_predicts_measures_and_draws_peak_against_length(tmp_path, c
     assert [p["tokens"] for p in result["lengths"]] == [128, 256] and all(p["predicted"] and p["measured"] for p in result["lengths"])
     assert result["peak"]["unattributed"] <= 0.02 * result["peak"]["bytes"]
     assert all(row["measured"] for row in result["phases"] if row["predicted"])
+
+
+@pytest.mark.parametrize("band", ["model.embed", "model.embed_tokens", "transformer.wte", "gpt_neox.embed_in"])
+def test_the_embedding_is_known_by_the_names_that_it_has(band):
+    predicted = [Phase("backward of the embedding", {})]
+    assert row_name({"phase": "backward", "band": band}, predicted) == predicted[0].name
+    assert row_name({"phase": "backward", "band": "model.norm"}, predicted) == "backward of model.norm"
+
+
+@pytest.mark.parametrize("settings, each", [(["train.dtype=bfloat16"], 2 + 4 + 8 + 4), (["memory.optimizer=host"], 4 + 4 + 8 + 4)])
+def test_masters_and_wide_gradients_are_predicted(settings, each, tmp_path, capsys):
+    """Bytes a parameter when the embedding, the last, has its gradient: the weight, its master, two moments, the gradient."""
+    config = tmp_path / "tiny.yaml"
+    config.write_text(CONFIG.replace("OUT", str(tmp_path / "out")))
+    settings = [*settings, "model.hidden_size=128", "model.intermediate_size=512"]
+    found, at = load_config(config, settings)
+    footprint = predictable(found, at)
+    assert footprint.parameters + footprint.optimizer == (each - 4) * footprint.trained
+    last = step_memory(footprint, lt.Plan(chunk_tokens=64), 256)[-1].items
+    assert last["gradients"] >= 4 * footprint.trained
+    assert cli.main(["profile", str(config), *settings]) == 0
+    result = json.loads((tmp_path / "out" / "memory" / "profile.json").read_text())
+    by_category = result["peak"]["by_category"]
+    assert by_category["parameters"] + by_category["optimizer"] == pytest.approx(footprint.parameters + footprint.optimizer, rel=0.02)
+
+
+def test_a_directory_that_cannot_be_made_is_said_before_the_step(tmp_path, capsys):
+    config = tmp_path / "tiny.yaml"
+    config.write_text(CONFIG.replace("OUT", str(tmp_path / "tiny.yaml")))
+    assert cli.main(["profile", str(config)]) == 1
+    assert "cannot be written (" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("end, status", [("", 0), ("sys.exit(3)", 3), ("sys.exit('no')", 1), ("raise OSError('gone')", OSError)])

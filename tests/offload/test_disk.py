@@ -165,7 +165,7 @@ def test_an_address_that_is_used_again_is_no_duplicate(tmp_path):
 
 
 RUN = """
-import resource, sys, tempfile, time, torch, warnings
+import os, queue, resource, sys, tempfile, threading, time, torch, warnings
 from longtrain.offload import DiskSettings, Place, TieredStore
 from longtrain.offload.system import System
 from longtrain.span import Span
@@ -173,9 +173,9 @@ from tests.offload.test_disk import Here
 """
 
 
-def python(code: str, *arguments: str) -> subprocess.Popen:
+def python(code: str, *arguments: str, first: str = "") -> subprocess.Popen:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", RUN + textwrap.dedent(code), *arguments]
+    command = [sys.executable, "-c", first + RUN + textwrap.dedent(code), *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
 
 
@@ -238,6 +238,17 @@ def test_threads_end_with_the_store(tmp_path):
     for thread in set(threading.enumerate()) - before:
         thread.join(60)
         assert not thread.is_alive()
+
+
+def test_an_interpreter_that_ends_before_its_store_says_nothing(tmp_path):
+    """Modules are emptied last come, first gone: the store, in one that came early, outlives what it is made of."""
+    process = python("""
+        os.dup2(1, 2)
+        sys.keeper.store = TieredStore("cpu", disk=DiskSettings(path=sys.argv[1], budget=1 << 20), system=Here())
+        sys.keeper.store.put("x", Span(0, 1), torch.ones(1, 1, 8), Place(tier="disk"))
+        sys.alive = queue, threading
+    """, str(tmp_path), first="import sys, types; sys.modules['keeper'] = sys.keeper = types.ModuleType('keeper')\n")
+    assert process.communicate()[0] == "" and process.returncode == 0
 
 
 def test_regions_join_and_reuse():

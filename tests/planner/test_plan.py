@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import longtrain as lt
+from longtrain.commands.verify import two_passes
 from longtrain.nn import LanguageModel, ModelConfig
 from longtrain.planner import measure_model, peak, step_memory
 from longtrain.planner.asked import candidates
 from longtrain.planner.cost import EXTENT, PAGE, extents_bytes
 from longtrain.stream.footprint import probe_layer
-from longtrain.verify import two_passes
 
 
 def model(**changes) -> LanguageModel:
@@ -87,7 +87,7 @@ def test_a_budget_that_is_named_has_room_for_a_process_that_begins_with_a_little
     assert 7 <= int(named) - int(needs) <= 9
 
 
-@pytest.mark.parametrize("budget", ["lots", "-3GiB", "0", "GiB", "3 parsecs"])
+@pytest.mark.parametrize("budget", ["lots", "-3GiB", "0", "GiB", "3 parsecs", None, -1])
 def test_budgets_that_are_none(budget):
     with pytest.raises(ValueError, match="budget"):
         lt.plan(model(), seq_len=100, budget=budget)
@@ -96,6 +96,12 @@ def test_budgets_that_are_none(budget):
 def test_lengths_that_are_none():
     with pytest.raises(ValueError, match="at least 1"):
         lt.plan(model(), seq_len=0, budget="1GiB")
+
+
+@pytest.mark.parametrize("setting", [{"seq_len": "512"}, {"seq_len": 512.0}, {"seq_len": 512, "batch": 1.5}, {"seq_len": 512, "steps": "3"}])
+def test_numbers_that_are_none(setting):
+    with pytest.raises(ValueError, match=rf"{list(setting)[-1]} must be a whole number of at least 1, found {list(setting.values())[-1]!r}"):
+        lt.plan(torch.nn.Linear(2, 2), budget="1GiB", **setting)
 
 
 def test_a_model_without_layers():

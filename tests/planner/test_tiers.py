@@ -21,7 +21,7 @@ from longtrain.planner.rates import usual_rates
 from longtrain.planner.search import fastest_plan
 from longtrain.planner.smallest import smallest_plan, what_to_change
 from longtrain.planner.tiers import describe, tier_use
-from longtrain.train.budget import step_count
+from longtrain.train.schedule import step_count
 
 TOKENS = 4096
 

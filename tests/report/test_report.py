@@ -52,7 +52,8 @@ RUN = {
     "device": "cpu",
 }
 RESUMED = [
-    RUN, step(1), step(2, seq_len=256), validation(2, 2.5), step(3, 9.0), {"kind": "resume", "step": 2, "notes": ["going on from step 2"], "torch": "2.14"},
+    RUN, step(1), step(2, seq_len=256), validation(2, 2.5), step(3, 9.0),
+    {"kind": "resume", "step": 2, "notes": ["going on from step 2"], "torch": "2.14"},
     step(3, 1.9), step(4), validation(4, 2.0), {"kind": "checkpoint", "step": 4, "bytes": 10**6, "seconds": 1.0},
     {"kind": "spike", "step": 5, "found": "loss 9"}, step(6, 1.5), {"kind": "result", "step": 6, "seconds": 360.0},
 ]  # fmt: skip
@@ -74,9 +75,9 @@ def test_one_sentence_says_what_the_run_did(directory, capsys):
     write(directory, RESUMED)
     assert cli.main(["report", str(directory)]) == 0
     assert sentence(read_run(directory)) == (
-        "A model of 410 thousand parameters learned from 2,560 tokens of the Python standard library's source code in 6 updates, in sequences of up to "
-        "512 tokens, in 6m00s (taken up again 1 time); its validation loss went from 2.500 to 2.000 nats a token, where counting pairs of "
-        "tokens gives 2.400; a step took 1.00 GiB at most of the 1.50 GiB allowed."
+        "A model of 410 thousand parameters learned from 2,560 tokens of the Python standard library's source code in 6 updates, in "
+        "sequences of up to 512 tokens, in 6m00s (taken up again 1 time); its validation loss went from 2.500 to 2.000 nats a token, where "
+        "counting pairs of tokens gives 2.400; a step took 1.00 GiB at most of the 1.50 GiB allowed."
     )
     page = (directory / "report.html").read_text()
     for part in ("2.0000", "12,346", "1.00 GiB", "books", "90.0%", "3.1%", "2.14", "first &lt;run&gt;", "0 to 63"):

@@ -50,6 +50,15 @@ def test_accumulates_into_existing_gradients(ids, plan):
         assert torch.equal(p.grad, 2 * g)
 
 
+def test_int32_labels_are_refused_streamed_or_not(ids, plan):
+    model = make_model()
+    for streamed in (False, True):
+        if streamed:
+            lt.apply(model, plan)
+        with pytest.raises(ValueError, match=r"target must be int64, not torch.int32"):
+            model(ids, labels=ids.int())
+
+
 def test_second_backward_is_refused(ids, plan):
     model = make_model()
     lt.apply(model, plan)
@@ -180,6 +189,22 @@ def test_an_edited_argument_is_refused(plan):
     positions.zero_()
     with pytest.raises(RuntimeError, match="modified in place"):
         y.sum().backward()
+
+
+def test_a_tensor_that_a_hook_brings_in_is_refused(ids, plan):
+    """Its gradient would be lost: a vector that is trained and added to what a module gives out. Brought in before apply, or later."""
+    model, steer = make_model(layers=3), torch.zeros(24, requires_grad=True)
+    bring = lambda: model.model.layers[1].mlp.register_forward_hook(lambda module, args, y: y + steer)
+    handle = bring()
+    with pytest.raises(ValueError, match=r"layers.1 cannot be streamed: .* shape \[24\] that wants a gradient.*register it as a parameter"):
+        lt.apply(model, plan)
+    handle.remove()
+    lt.apply(model, plan)
+    bring()
+    with pytest.raises(RuntimeError, match="register it as a parameter"):
+        model(ids, labels=ids).loss.backward()
+    steer.requires_grad_(False)
+    model(ids, labels=ids).loss.backward()
 
 
 def test_anomaly_detection_needs_tensor_boundaries(ids):

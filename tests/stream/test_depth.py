@@ -13,7 +13,7 @@ import torch
 
 import longtrain as lt
 from longtrain.offload.system import System
-from tests.held import Alive
+from longtrain.stream.work import Alive
 from tests.stream.conftest import VOCAB, make_model
 
 ROOT = Path(__file__).resolve().parents[2]

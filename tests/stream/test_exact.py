@@ -143,6 +143,33 @@ def test_loss_options(options):
     )
 
 
+@pytest.mark.parametrize("settings, message", [
+    (dict(token_weights=torch.ones(1, TOKENS, requires_grad=True)), "token_weights are data and get no gradient"),
+    (dict(reduction="sum", normalizer=3), "it would have no effect"),
+    (dict(reduction="avg"), "reduction must be one of"),
+])  # fmt: skip
+def test_settings_of_the_loss_are_refused_streamed_or_not(settings, message):
+    plain, streamed = make_model(), make_model()
+    lt.apply(streamed, lt.Plan(chunk_tokens=16))
+    for model in (plain, streamed):
+        with pytest.raises(ValueError, match=message):
+            model(**call(**settings))
+
+
+def test_autocast_leaves_float64_as_it_is():
+    model, inputs = make_model(), call()
+    loss, grads = loss_and_grads(model, inputs)
+    grads = {name: grad.clone() for name, grad in grads.items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        plain_loss, plain = loss_and_grads(model, inputs)
+        plain = {name: grad.clone() for name, grad in plain.items()}
+        lt.apply(model, lt.Plan(chunk_tokens=16))
+        streamed_loss, streamed = loss_and_grads(model, inputs)
+    for found_loss, found in ((plain_loss, plain), (streamed_loss, streamed)):
+        assert abs(float(found_loss - loss)) <= 1e-12 * float(loss)
+        assert_same(found, grads)
+
+
 def test_per_token_losses():
     model, inputs = make_model(), masked()
     weights = torch.rand(1, TOKENS)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import longtrain as lt
-from longtrain import verify
+from longtrain.commands import verify
 from longtrain.config import load_config
 from longtrain.config.memory import MemoryConfig
 from longtrain.stream.kv_blocks import BlockKVCarry

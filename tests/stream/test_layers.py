@@ -368,6 +368,38 @@ def test_layers_that_cannot_run_in_chunks(kind, why):
         lt.apply(stack_of(kind, 1), lt.Plan(chunk_tokens=8))
 
 
+class NormOfTheBatch(Base):
+    """Over all tokens, while it trains."""
+
+    def __init__(self, statistics: bool) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(WIDTH, track_running_stats=statistics)
+
+    def forward(self, x: Tensor, *, mix=None) -> Tensor:
+        y = super().forward(x, mix=mix)
+        return y + (self.norm(y.mT).mT if self.training or self.norm.track_running_stats else 0)
+
+
+class DropsAndScales(Base):
+    """Something else while it trains, token by token; and dropout, which is no reason."""
+
+    def forward(self, x: Tensor, *, mix=None) -> Tensor:
+        y = super().forward(F.dropout(x, 0.5, training=self.training), mix=mix)
+        return 2 * y if self.training else y
+
+
+@pytest.mark.parametrize("trains", [True, False])
+@pytest.mark.parametrize("statistics, why", [(True, "changes its buffers in forward.*while it trains: norm"), (False, "while it trains its output")])
+def test_a_layer_that_looks_across_tokens_while_it_trains_is_refused(statistics, why, trains):
+    model = stack_of(lambda: NormOfTheBatch(statistics), 1).train(trains)
+    with pytest.raises(ValueError, match=why):
+        lt.apply(model, lt.Plan(chunk_tokens=8))
+
+
+def test_dropout_is_no_reason_to_refuse_a_layer():
+    lt.apply(stack_of(DropsAndScales, 1), lt.Plan(chunk_tokens=8))
+
+
 def test_a_refused_model_is_left_as_it_was():
     model = stack_of(Base)
     model.others = nn.ModuleList([MeanOverTokens()])

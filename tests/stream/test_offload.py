@@ -75,6 +75,13 @@ def test_lengths_around_the_chunk(tokens, tiers):
     assert_same_bits(make_model(layers=3, window=(None, 5, 5)), lt.Plan(chunk_tokens=16, store_kv=0.5), offload, inputs(tokens))
 
 
+@pytest.mark.parametrize("store_kv", [(1.0, 0.0, 1.0), (0.3, 0.6, 1.0), (0.0, 1.0, 1.0)])
+def test_layers_of_a_segment_behind_the_last_that_is_restored(store_kv, tiers):
+    """All their keys and values are in the tiers, and they do not run in the restoring pass."""
+    plan = lt.Plan(chunk_tokens=16, segment_layers=3, store_outputs=0.0, store_kv=store_kv)
+    assert_same_bits(make_model(layers=3), plan, lt.Offload(kv=(HOST, MIXED, DISK), **tiers), inputs())
+
+
 def test_packed_documents_and_dropout(tiers):
     call = inputs(cu_seqlens=torch.tensor([0, 20, 37, TOKENS], dtype=torch.int32))
     model = make_model(layers=3, attention_dropout=0.2)

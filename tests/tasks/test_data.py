@@ -80,6 +80,27 @@ def test_a_seed_draws_the_same_examples_again(name):
     assert first.train.ids.max() < TASKS[name][1]
 
 
+def test_noise_stands_around_each_sequence():
+    plain, noisy = (make_task("pathfinder", 64, 30, 10, 0, noise=noise) for noise in (0, 50))
+    starts = set()
+    for sequence, ids in zip(plain.train.ids, noisy.train.ids, strict=True):
+        (start,) = [at for at in range(51) if (ids[at : at + 64] == sequence).all()]
+        starts.add(start)
+        assert len(ids) == 114 and set(ids) == {EMPTY, PATH, DOT}
+    assert len(starts) > 10 and (noisy.train.labels == plain.train.labels).all()
+
+
+@pytest.mark.parametrize("name", ["listops", "digits"])
+def test_validation_examples_are_in_neither_set(name):
+    if name == "digits":
+        pytest.importorskip("sklearn")
+    noise = 20 if name == "digits" else 0
+    final, choosing = (make_task(name, 64, 100, 50, 0, noise=noise, validation=validation) for validation in (False, True))
+    assert (final.train.ids == choosing.train.ids).all() and len(choosing.test.ids) == 50
+    parts = [{ids.tobytes() for ids in part.ids} for part in (final.train, final.test, choosing.test)]
+    assert sum(map(len, parts)) == len(set.union(*parts)) == 200
+
+
 def test_chance_is_the_commonest_label():
     task = make_task("listops", 30, 500, 400, seed=0)
     commonest = int(torch.from_numpy(task.test.labels).mode().values)

@@ -61,6 +61,25 @@ def test_a_run_records_every_model_and_prints_the_margins(config, tmp_path, caps
     assert [r["accuracy"] for r in read_metrics(tmp_path / "out" / "metrics.jsonl")[1:]] == before
 
 
+def test_margins_are_taken_seed_by_seed():
+    head = {"kind": "task", "squash": [0.01, 0.0], "seeds": [0, 1], "chance": 0.1}
+    accuracies = {(0, 0.01): 0.9, (0, 0.0): 0.8, (1, 0.01): 0.7, (1, 0.0): 0.72}
+    records = [
+        {"kind": "measurement", "seed": seed, "squash": squash, "accuracy": a - earlier}
+        for earlier in (0.5, 0.0)
+        for (seed, squash), a in accuracies.items()
+    ]
+    assert summary([head, *records]).split("\n")[2:] == [
+        "squash 0.01 less squash 0: +4.0 points (standard error 6.0), better from 1 of 2 seeds",
+        "squash 0.01 less chance (10.0%): +70.0 points",
+    ]
+
+
+def test_a_run_may_measure_on_validation_examples(config, capsys):
+    assert cli.main(["task", str(config), "measure_on=validation", "seeds=[0]", "squash=[0]"]) == 0
+    assert "of the validation examples" in capsys.readouterr().out
+
+
 def test_the_tasks_that_can_be_named_are_those_there_are():
     assert set(typing.get_args(typing.get_type_hints(TaskConfig)["task"])) == set(TASKS)
 
@@ -99,6 +118,7 @@ def test_padding_changes_nothing(center):
         ("squash=[]", "squash: must list different values"),
         ("batch=65", "batch: 65 is more than the 64 train_examples"),
         ("speed=3", "speed=3: is not setting=value"),
+        ("noise=5", "noise: is for images"),
         ("dropout=1.0", "dropout: must be from 0 to below 1"),
         ("task=pathfinder", "square image"),
     ],

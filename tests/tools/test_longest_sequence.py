@@ -66,8 +66,9 @@ def test_a_search_goes_on_where_it_was_and_methods_add_up(tmp_path, monkeypatch)
 @pytest.mark.slow
 def test_a_real_search_writes_what_it_found(tmp_path):
     assert not longest_sequence.main([
-        "--budget", "400MiB", "--layers", "1", "--vocab", "2048", "--chunk", "256", "--methods", "checkpoint", "checkpoint+chunked", "streamed",
-        "streamed+disk", "--path", str(tmp_path), "--longest", "16384", "--rounds", "1", "--resolution", "0.2", "--out", str(tmp_path)])  # fmt: skip
+        "--budget", "400MiB", "--layers", "1", "--vocab", "2048", "--chunk", "256", "--methods", "checkpoint", "checkpoint+chunked",
+        "streamed", "streamed+disk", "--path", str(tmp_path), "--longest", "16384", "--rounds", "1", "--resolution", "0.2",
+        "--out", str(tmp_path)])  # fmt: skip
     found = json.loads((tmp_path / "longest_sequence.json").read_text())["methods"]
     assert 0 < found["checkpoint"]["longest"] <= found["checkpoint+chunked"]["longest"] <= found["streamed"]["longest"]
     assert (tmp_path / "longest_sequence.md").exists()

@@ -10,7 +10,7 @@ from longtrain.config import ConfigError, load_config
 from longtrain.train import budget
 from longtrain.train.budget import make_plan
 from longtrain.train.distribute import Work
-from longtrain.train.prepare import build_model
+from longtrain.train.model import build_model
 
 HELD = 300 * 2**20
 """What each process is said to hold already."""

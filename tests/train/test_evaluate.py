@@ -13,6 +13,7 @@ from longtrain import cli
 from longtrain.config import load_config
 from longtrain.config.schema import EvalConfig
 from longtrain.data.packing import Batch
+from longtrain.errors import RunError
 from longtrain.nn import LanguageModel, ModelConfig
 from longtrain.train.console import StepBar
 from longtrain.train.evaluate import position_edges, probe_distances, validate
@@ -71,6 +72,15 @@ def test_every_target_is_counted_once_where_it_stands_in_its_own_document():
         assert part["targets"] == len(inside) and part["loss"] == pytest.approx(np.mean(inside), rel=1e-12)
 
 
+def test_sequences_without_a_target_are_no_evaluation():
+    class Prompts(Rows):
+        def read_row(self, row, held=None):
+            return dataclasses.replace(super().read_row(row, held), labels_BT=torch.full((1, TOKENS), -100))
+
+    with pytest.raises(RunError, match="none of the 80 validation tokens is a target"):
+        evaluated(Prompts())
+
+
 @pytest.mark.parametrize("changed, untouched", [(3, "two"), (24, "two"), (25, "one"), (30, "one")])
 def test_a_token_of_another_document_changes_no_bit_of_a_document_s_loss(changed, untouched):
     for streamed in (False, True):
@@ -118,6 +128,16 @@ def test_eval_reads_the_newest_checkpoint_where_a_run_has_not_ended(config_file,
     assert cli.main(["train", "--eval", str(out)]) == 0
     assert json.loads((out / "evaluation.json").read_text())["loss"] == last["loss"]
     assert "weights " + str(out / "checkpoints") in capsys.readouterr().out
+
+
+def test_eval_in_the_middle_of_a_length_schedule_has_the_positions_of_that_moment(config_file, out, crash_after, monkeypatch, capsys):
+    stages = "train.length_schedule=[{from_step: 0, seq_len: 32}, {from_step: 3, seq_len: 64, rope_base: 1e6, rope_scaling: 4}]"
+    crash_after(3)
+    with pytest.raises(SystemExit):
+        cli.main(["train", str(config_file), stages, "checkpoint.every_steps=2", "checkpoint.asynchronous=false"])
+    (last,) = [r for r in read_metrics(out / "metrics.jsonl") if r["kind"] == "validation"]
+    assert last["step"] == 2 and cli.main(["train", "--eval", str(out)]) == 0
+    assert json.loads((out / "evaluation.json").read_text())["loss"] == last["loss"]
 
 
 def test_an_evaluation_ends_with_the_weights_it_is_of(config_file, out):

@@ -16,6 +16,8 @@ def test_without_the_extension_a_run_is_refused_unless_it_is_allowed(config_file
     assert f"{WHY}; or set warn" in capsys.readouterr().err and not out.exists()
     assert cli.main(["train", str(config_file), "train.steps=1", "train.kernel_fallback=warn"]) == 0
     assert f"pure torch, slower: {WHY}" in capsys.readouterr().out
+    assert cli.main(["train", "--eval", str(out), "train.kernel_fallback=error"]) == 2
+    assert cli.main(["train", "--eval", str(out)]) == 0
 
 
 def test_every_attention_call_of_a_run_gets_the_setting(config_file):

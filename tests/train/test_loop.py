@@ -2,19 +2,25 @@
 
 import io
 import mmap
+import re
 
 import pytest
 import torch
 
 from longtrain.config import load_config
+from longtrain.config.run import CheckpointConfig
 from longtrain.data.corpus import corpus_in_memory
-from longtrain.data.loader import Loader, pack, validation_rows
 from longtrain.data.sources import read_text
 from longtrain.nn import LanguageModel, RotaryEmbedding, count_targets
-from longtrain.train import loop, prepare, step
+from longtrain.train import loop, step
+from longtrain.train.checkpoint import one_process
 from longtrain.train.console import StepBar
+from longtrain.train.loader import Loader, pack, validation_rows
+from longtrain.train.model import set_rotary
 from longtrain.train.optimizer import Optimizer
 from longtrain.train.peak_memory import read_peak, reset_peak
+from longtrain.train.saving import Saver
+from longtrain.train.schedule import remaining_tokens, stage_at
 from longtrain.units import format_bytes, format_time, parse_time
 
 
@@ -59,9 +65,9 @@ def test_updates_read_each_sequence_once_before_any_twice(config_file):
 def test_remaining_tokens_follow_the_length_schedule(config_file):
     schedule = "train.length_schedule=[{from_step: 0, seq_len: 16}, {from_step: 3, seq_len: 64}]"
     config, _ = load_config(config_file, ["train.steps=5", schedule])
-    assert [prepare.remaining_tokens(config, step) for step in range(6)] == [176, 160, 144, 128, 64, 0]
+    assert [remaining_tokens(config, step) for step in range(6)] == [176, 160, 144, 128, 64, 0]
     config, _ = load_config(config_file, ["train.steps=5", schedule.replace("16}", "16, tokens_per_update: 32}")])
-    assert [prepare.remaining_tokens(config, step) for step in range(6)] == [224, 192, 160, 128, 64, 0]
+    assert [remaining_tokens(config, step) for step in range(6)] == [224, 192, 160, 128, 64, 0]
 
 
 def test_validation_tokens_are_whole_sequences_and_the_same_each_time(config_file):
@@ -139,9 +145,24 @@ def test_each_stage_has_its_own_rotary(config_file):
     model = LanguageModel(config.model)
     rotaries = [m for m in model.modules() if isinstance(m, RotaryEmbedding)]
     for at, base, scaling in ((0, 10_000.0, 1.0), (1, 10_000.0, 1.0), (2, 5e5, 2.0), (3, 5e5, 2.0)):
-        prepare.set_rotary(model, prepare.stage_at(config, at))
+        set_rotary(model, stage_at(config, at))
         assert [(r.base, r.scaling) for r in rotaries] == [(base, scaling)] * config.model.num_layers
     positions = torch.arange(0, 20, 2)[None]
     stretched = rotaries[0].angles(positions, torch.float64)
     for ours, plain in zip(stretched, RotaryEmbedding(8, base=5e5).angles(positions // 2, torch.float64), strict=True):
         torch.testing.assert_close(ours, plain, rtol=0, atol=1e-15)
+
+
+def test_a_checkpoint_that_is_done_while_a_bar_is_drawn_gets_a_line_of_its_own(tmp_path, monkeypatch):
+    screen = Terminal()
+    bar = StepBar(screen)
+    monkeypatch.setattr("builtins.print", lambda *said, **_: screen.write(f"{said[0]}\n"))
+    saver = Saver(tmp_path / "checkpoints", CheckpointConfig(), before_print=bar.clear)
+    bar.begin("step 1/2", 64, 1)
+    bar.span_done("forward", 1, 4)
+    with one_process():
+        saver.save(1, {"a": torch.zeros(3)}, {}, "")
+        saver.finish()
+    drawn = re.split(r"\n|\r\x1b\[K", screen.getvalue())
+    assert [line for line in drawn if "checkpoint of step 1" in line] == [line for line in drawn if line.startswith("checkpoint of step 1")]
+    assert any("[" in line and "forward 1/4" in line for line in drawn)

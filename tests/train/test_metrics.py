@@ -157,5 +157,17 @@ def test_model_flops_are_those_that_torch_counts_in_a_full_attention(config_file
     assert update_flops(costs_of(LanguageModel(config)), [batch]) == pytest.approx(expected)
 
 
+def test_linear_attention_of_transformers_sees_no_pairs():
+    transformers = pytest.importorskip("transformers")
+    kinds = ["linear_attention", "full_attention"]
+    described = transformers.AutoConfig.for_model(
+        "qwen3_next", vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=8, layer_types=kinds, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=8, shared_expert_intermediate_size=8,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(described)
+    assert costs_of(model).attention == ((16, None),)
+
+
 def test_the_measured_rate_is_a_rate():
     assert 1e8 < measure_rate(torch.device("cpu"), torch.float32) < 1e16

@@ -18,13 +18,15 @@ from transformers import AutoModelForCausalLM
 
 from longtrain import cli
 from longtrain.config import load_config
-from longtrain.data.loader import open_data, pack
 from longtrain.hf.call import packed_loss
 from longtrain.train import prepare
 from longtrain.train.checkpoint import newest_whole, read_facts
 from longtrain.train.console import StepBar
+from longtrain.train.loader import open_data, pack
+from longtrain.train.model import build_model
 from longtrain.train.output import read_metrics
 from longtrain.train.rotary import rotary_embeddings
+from longtrain.train.schedule import stage_at
 from longtrain.train.step import gradients
 from tests.train.tiny_hf import write_run, write_shape, write_weights
 
@@ -252,22 +254,22 @@ def test_only_adapters_have_gradients_moments_and_checkpoints(run_file, out, tmp
 def test_positions_are_those_that_transformers_makes_of_the_saved_configuration(family, rope, wanted, run_file, tmp_path):
     file = run_file(write_shape(tmp_path / "shape", family))
     config, where = load_config(file, [f"model.rope={rope}", "data.seq_len=256"])
-    changed, *_ = prepare.build_model(config, where)
+    changed, *_ = build_model(config, where)
     schedule = "train.length_schedule=[{from_step: 0, seq_len: 64}, {from_step: 2, seq_len: 256, rope: ROPE}]".replace("ROPE", rope)
     config, where = load_config(file, [schedule, "data.seq_len=256"])
     torch.manual_seed(0)
-    staged, set_rotary, _ = prepare.build_model(config, where)
-    plain, *_ = prepare.build_model(load_config(file)[0], where)
+    staged, set_rotary, _ = build_model(config, where)
+    plain, *_ = build_model(load_config(file)[0], where)
     ids = torch.arange(200)[None]
     for step, same, other in ((0, plain, changed), (2, changed, plain), (1, plain, changed)):
-        set_rotary(prepare.stage_at(config, step))
+        set_rotary(stage_at(config, step))
         for (*_, mine), (*_, theirs), (*_, others) in zip(*map(rotary_embeddings, (staged, same, other)), strict=True):
             kinds = getattr(mine, "layer_types", [None])
             for kind in kinds:
                 arguments = (torch.zeros(1), ids) if kind is None else (torch.zeros(1), ids, kind)
                 for a, b, c in zip(mine(*arguments), theirs(*arguments), others(*arguments), strict=True):
                     assert torch.equal(a, b) and torch.equal(a, c) == (kind == "sliding_attention")
-    set_rotary(prepare.stage_at(config, 2))
+    set_rotary(stage_at(config, 2))
     staged.save_pretrained(tmp_path / "saved")
     described = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").config
     found = described.rope_parameters.get("full_attention", described.rope_parameters)
@@ -322,9 +324,12 @@ WRONG = {
     "a width that is text": (changed(hidden_size="wide"), [], "model.hf", "describes no model", "hidden_size"),
     "heads that do not fit": (changed(num_key_value_heads=3), [], "model.hf", "correct its files"),
     "balanced experts": (changed(output_router_logits=True), [], "model.hf", "output_router_logits: true", "set it false"),
-    "a target that matches nothing": (None, ["model.lora={target_modules: [q_proj, zebra]}"], "model.lora.target_modules[1]", "zebra matches no layer", "q_proj, up_proj"),
-    "a target that is no linear layer": (None, ["model.lora={target_modules: [input_layernorm]}"], "model.lora.target_modules", "name linear layers"),
-    "adapters on the head": (None, ["model.lora={target_modules: [lm_head]}"], "memory", "lm_head cannot be streamed", "without the section memory"),
+    "a target that matches nothing": (None, ["model.lora={target_modules: [q_proj, zebra]}"], "model.lora.target_modules[1]",
+                                      "zebra matches no layer", "q_proj, up_proj"),
+    "a target that is no linear layer": (None, ["model.lora={target_modules: [input_layernorm]}"], "model.lora.target_modules",
+                                         "name linear layers"),
+    "adapters on the head": (None, ["model.lora={target_modules: [lm_head]}"], "memory", "lm_head cannot be streamed",
+                             "without the section memory"),
     "documents beyond the positions": (changed(max_position_embeddings=16), [], "model.rope", "is missing", "16 positions", "rope: {}"),
 }  # fmt: skip
 
@@ -360,12 +365,14 @@ def test_an_adapter_that_is_not_the_model_s_is_refused_in_one_located_line(wrong
         (adapter / "adapter_model.safetensors").unlink()
     assert train(run_file(weights), f"model.lora={{adapter: {adapter}}}") == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    words = {"another model's": "does not fit Qwen3ForCausalLM", "another method": "is not LoRA alone (IA3)", "no weights": "holds no adapter_model.safetensors",
+    words = {"another model's": "does not fit Qwen3ForCausalLM", "another method": "is not LoRA alone (IA3)",
+             "no weights": "holds no adapter_model.safetensors",
              "whole modules": "is not LoRA alone (modules_to_save: ['lm_head'])"}  # fmt: skip
     assert error.startswith("command line: model.lora.adapter: ") and words[wrong] in error and not out.exists()
 
 
-def test_conversations_are_trained_on_with_the_model_s_own_tokenizer_alone(run_file, out, tmp_path, capsys):
+def test_conversations_are_trained_on_with_the_model_s_own_tokenizer_alone(run_file, out, tmp_path, monkeypatch, capsys):
+    """Others are refused before weights are read, which may take minutes."""
     pytest.importorskip("jinja2")
     shape = write_shape(tmp_path / "shape", vocab_size=259, max_position_embeddings=512)
     built = tmp_path / "built"
@@ -377,6 +384,7 @@ def test_conversations_are_trained_on_with_the_model_s_own_tokenizer_alone(run_f
     (step,) = (r for r in read_metrics(out / "metrics.jsonl") if r["kind"] == "step")
     assert 0 < step["targets"] < 200 and (out / "model" / "tokenizer.json").exists()
     (shape.parent / "tokenizer.json").write_text("{}")
+    monkeypatch.setattr(prepare, "build_model", None)
     assert train(file, *data, "output.overwrite=true") == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert "data: its tokens were made by tokenizers" in error and f"--tokenizer {shape.parent}" in error
@@ -395,7 +403,7 @@ def test_every_attention_call_gets_the_kernel_setting(run_file, tmp_path):
     file = run_file(write_shape(tmp_path / "shape"))
     for chosen in ("error", "warn"):
         config, where = load_config(file, [f"train.kernel_fallback={chosen}"])
-        model, *_ = prepare.build_model(config, where)
+        model, *_ = build_model(config, where)
         prepare.settle_fallback(model, torch.device("cuda"), config, where)
         report = prepare.stream(model, prepare.make_plan(model, config, where), where)
         mixers = [mixer for layer in model.model.layers for mixer in layer.mixers(**layer.example(13)[1])]

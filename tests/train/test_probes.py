@@ -76,7 +76,9 @@ def test_the_same_seed_asks_the_same_questions():
 
 
 @pytest.mark.parametrize(
-    "name, distance, words", [("recall", 7, "odd"), ("recall", 0, "from 2 to 63"), ("recall", 64, "from 2 to 63"), ("needle", 11, "from 12 to 53"), ("needle", 54, "from 12 to 53")]
+    "name, distance, words",
+    [("recall", 7, "odd"), ("recall", 0, "from 2 to 63"), ("recall", 64, "from 2 to 63"), ("needle", 11, "from 12 to 53"),
+     ("needle", 54, "from 12 to 53")],
 )  # fmt: skip
 def test_a_distance_that_cannot_be_asked_is_refused(name, distance, words):
     with pytest.raises(ValueError, match=words):

@@ -272,7 +272,8 @@ def test_different_data_under_the_same_name_is_found(tmp_path, config_file, text
 
 
 def other_data(rank: int) -> None:
-    from longtrain.data import loader, sources
+    from longtrain.data import sources
+    from longtrain.train import loader
 
     original = sources.read_text
     loader.read_text = lambda files: original(files)[rank:]

@@ -11,7 +11,8 @@ transformers = pytest.importorskip("transformers", reason='needs pip install "lo
 from tests.train.tiny_hf import write_run, write_weights  # noqa: E402  (needs transformers)
 
 SETTINGS = (
-    "train.steps=4", "train.tokens_per_update=128", "train.validation_tokens=256", "train.eps=1e-3", "train.threads=1", "eval.probes=[recall]",
+    "train.steps=4", "train.tokens_per_update=128", "train.validation_tokens=256", "train.eps=1e-3", "train.threads=1",
+    "eval.probes=[recall]",
     "eval.examples=4",
 )  # fmt: skip
 LORA = "model.lora={rank: 4, alpha: 8, target_modules: [q_proj, down_proj]}"

@@ -193,6 +193,39 @@ def test_a_finished_run_goes_on_with_more_steps_and_another_begins_from_its_chec
     assert weights(out) == weights(tmp_path / "alone") == weights(tmp_path / "other")
 
 
+def test_a_run_that_began_elsewhere_goes_on_by_the_command_that_it_names(config_file, out, tmp_path, monkeypatch, capsys):
+    """`checkpoint.resume` with a path, or never, would not go on with what was saved since."""
+    update = loop.Trainer.update
+
+    def signalled(self):
+        update(self)
+        if self.done == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert train(config_file, f"output.dir={tmp_path / 'first'}", "train.steps=2") == 0
+    for begun in (f"checkpoint.resume={tmp_path / 'first'}", "checkpoint.resume=never"):
+        shutil.rmtree(out, ignore_errors=True)
+        with monkeypatch.context() as inner:
+            inner.setattr(loop.Trainer, "update", signalled)
+            assert train(config_file, begun) == 128 + signal.SIGTERM
+        assert "; the same command with checkpoint.resume=auto goes on from there" in capsys.readouterr().out
+        assert train(config_file, begun) == 2
+        assert "already holds a run; set checkpoint.resume=auto to go on with it" in capsys.readouterr().err
+        assert train(config_file) == 0
+
+
+def test_a_damaged_line_of_the_metrics_is_named(config_file, out, crash_after, monkeypatch, capsys):
+    crash_after(3)
+    die(config_file)
+    monkeypatch.undo()
+    lines = (out / "metrics.jsonl").read_bytes().split(b"\n")
+    (out / "metrics.jsonl").write_bytes(b"\n".join([lines[0], b"\0" * 9, *lines[2:]]))
+    capsys.readouterr()
+    assert train(config_file) == 1
+    error = capsys.readouterr().err
+    assert "metrics.jsonl:2 is no record of a run" in error and error.count("\n") == 1
+
+
 def test_resume_names_what_is_not_a_checkpoint(config_file, out, tmp_path, capsys):
     for path, said in ((tmp_path / "nowhere", "there is no "), (tmp_path, "is damaged: ")):
         assert train(config_file, f"checkpoint.resume={path}") == 2

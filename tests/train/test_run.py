@@ -11,7 +11,9 @@ import pytest
 
 from longtrain import cli
 from longtrain.config import load_config
+from longtrain.data.baselines import Baselines
 from longtrain.nn import LanguageModel
+from longtrain.train.console import verdict
 from longtrain.train.optimizer import Optimizer
 from longtrain.train.output import read_metrics
 
@@ -102,6 +104,13 @@ def test_training_learns_and_the_verdict_counts_in_the_same_targets(config_file,
     result = next(r for r in read_metrics(out / "metrics.jsonl") if r["kind"] == "result")
     assert result["validation_loss"] < result["unigram"] - 0.3
     assert result["bits_per_byte"] == result["validation_loss"] / math.log(2)
+
+
+def test_the_verdict_names_what_tokens_are_and_which_side_the_loss_is_on():
+    counted = Baselines(unigram=3.0, bigram=2.0, unigram_k=1.0, bigram_k=1.0)
+    said = verdict(2.5, 10, counted, "token")
+    assert "2.5000 nats a token = 3.607 bits a token" in said and "byte" not in said
+    assert "the model is 0.5000 above, that is, it is worse" in said and "the model is 0.5000 below" in said
 
 
 def test_a_run_is_not_overwritten_unless_asked(config_file, out, capsys):

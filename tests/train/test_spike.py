@@ -27,6 +27,12 @@ def test_a_spike_is_above_the_median_of_a_full_window_of_one_length():
     assert list(guard.losses) == [50.0]
 
 
+def test_above_a_median_of_zero():
+    guard = SpikeGuard(SpikeConfig(action="skip", window=2))
+    assert guard.spike(0.0, 64) is None and guard.spike(0.0, 64) is None
+    assert guard.spike(0.5, 64) == "loss 0.5000, above a zero median of 2"
+
+
 def test_what_is_not_finite_is_a_spike_and_ten_in_a_row_are_the_most():
     guard = SpikeGuard(SpikeConfig(action="skip"))
     for _ in range(MOST_IN_A_ROW):

@@ -141,7 +141,8 @@ def _not_token_local(module: nn.Module, features: int) -> str | None:
             try:
                 whole, again = copied(x_BTE), copied(x_BTE)
                 if not isinstance(whole, Tensor) or whole.shape[:2] != x_BTE.shape[:2]:
-                    return f"it gives out {type(whole).__name__ if not isinstance(whole, Tensor) else list(whole.shape)} for [1, {PROOF_TOKENS}, E]"
+                    given = list(whole.shape) if isinstance(whole, Tensor) else type(whole).__name__
+                    return f"it gives out {given} for [1, {PROOF_TOKENS}, E]"
                 chunked = torch.cat([copied(part.contiguous()) for part in x_BTE.split(PROOF_CHUNK, dim=1)], dim=1)
             except Exception as error:  # whatever it is, it is the reason: reported by name, never dropped
                 return f"{type(error).__name__}: {error}"

@@ -56,18 +56,12 @@ def refuse_options(call: AttentionCall, head_dim: int = 256) -> str | None:
         return f"bfloat16 and float16 only, not {str(call.dtype).removeprefix('torch.')}"
     if call.partials == "fp32":
         return f"returns {str(call.dtype).removeprefix('torch.')} partial results, and partials='fp32' was asked for"
-    if call.value_dim != call.head_dim:
-        return f"value dim {call.value_dim} differs from head dim {call.head_dim}"
+    if (reason := pieces.refuse(call)) is not None:
+        return reason
     if call.head_dim % 8 or call.head_dim > head_dim:
         return f"head dim {call.head_dim} is not a multiple of 8 up to {head_dim}"
     if call.scale <= 0:
         return "positive scales only"
-    if call.dropout_p > 0:
-        return "no counter-based dropout"
-    if call.sink_tokens or call.stride:
-        return "no sink tokens or strided blocks"
-    if call.has_dlse:
-        return "its backward takes no gradient of the LSE"
     return None
 
 

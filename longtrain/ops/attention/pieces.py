@@ -68,6 +68,19 @@ class Library:
     """Most keys of one backward call, which bounds the partial dK, dV that it returns."""
 
 
+def refuse(call: AttentionCall) -> str | None:
+    """What the kernels of no library do, or None."""
+    if call.value_dim != call.head_dim:
+        return f"value dim {call.value_dim} differs from head dim {call.head_dim}"
+    if call.dropout_p > 0:
+        return "no counter-based dropout"
+    if call.sink_tokens or call.stride:
+        return "no sink tokens or strided blocks"
+    if call.has_dlse:
+        return "its backward takes no gradient of the LSE"
+    return None
+
+
 def pieces(call: AttentionCall, library: Library, key_block: int | None = None) -> Iterator[Piece]:
     """Pieces that hold every visible pair once. Rows that see no key are in none; pieces with the same rows follow each other."""
     pack: list[Document] = []

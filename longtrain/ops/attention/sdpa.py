@@ -27,18 +27,12 @@ def refuse(call: AttentionCall) -> str | None:
     """Why the call cannot be served exactly, or None."""
     if call.device.type != "cpu":
         return f"torch's CPU flash kernel: the tensors are on {call.device.type}"
-    if call.value_dim != call.head_dim:
-        return f"value dim {call.value_dim} differs from head dim {call.head_dim}"
+    if (reason := pieces.refuse(call)) is not None:
+        return reason
     if call.softcap is not None:
         return "no softcap"
     if call.scale <= 0:
         return "its causal mask is wrong unless the scale is positive"
-    if call.dropout_p > 0:
-        return "no counter-based dropout"
-    if call.sink_tokens or call.stride:
-        return "no sink tokens or strided blocks"
-    if call.has_dlse:
-        return "its backward takes no gradient of the LSE"
     if call.windowed:
         left, right = call.left_reach(), call.right_reach()
         if left is None or right is None or left + right + STRIP > WIDEST_BAND:

@@ -16,7 +16,7 @@ import torch
 from longtrain.kernels.attention_configs import Tiles, candidates
 from longtrain.ops.attention.call import AttentionCall, Document
 from longtrain.ops.attention.mask import dropout_threshold
-from longtrain.ops.launch import Launch, interpreted, refuse_device
+from longtrain.ops.launch import Launch, interpreted, padded, refuse_kernels
 
 LONGEST = 2**29
 LOG2E = 1.4426950408889634
@@ -24,13 +24,8 @@ LOG2E = 1.4426950408889634
 
 def refuse(call: AttentionCall) -> str | None:
     """Why the call cannot be served, or None."""
-    reason = refuse_device(call.device)
-    if reason is not None:
+    if (reason := refuse_kernels(call.device, call.dtype, call.wide)) is not None:
         return reason
-    if call.dtype == torch.float64:
-        return "no float64"
-    if call.dtype == torch.bfloat16 and interpreted():
-        return "Triton's interpreter computes bfloat16 wrongly"
     if max(call.head_dim, call.value_dim) > 256:
         return f"head dim {max(call.head_dim, call.value_dim)} is above 256"
     if max(call.queries, call.keys, call.block * call.stride) >= LONGEST:
@@ -99,19 +94,15 @@ def _arguments(call: AttentionCall, q, k, v) -> dict[str, Any]:
         "GROUP": call.group, "DIM": call.head_dim, "VALUE_DIM": call.value_dim, "PACKED": call.packed,
         "SOFTCAP": cap is not None, "DROPOUT": call.dropout_p > 0,
         "BLOCK": call.block, "PERIOD": call.block * call.stride,
-        "BLOCK_DIM": _padded(call.head_dim), "BLOCK_VALUE": _padded(call.value_dim),
+        "BLOCK_DIM": padded(call.head_dim), "BLOCK_VALUE": padded(call.value_dim),
         # Three tf32 products are as exact as float32's own and faster, but wide heads leave no registers for them.
         "PRECISION": "tf32x3" if call.dtype == torch.float32 and widest(call) <= 128 else "ieee",
     }
 
 
-def _padded(dim: int) -> int:
-    return max(16, 1 << (dim - 1).bit_length())
-
-
 def widest(call: AttentionCall) -> int:
     """The wider head dim as the kernels pad it."""
-    return max(_padded(call.head_dim), _padded(call.value_dim))
+    return max(padded(call.head_dim), padded(call.value_dim))
 
 
 def _specials(call: AttentionCall) -> bool:
@@ -125,8 +116,8 @@ def _grid(tokens: int, block: int, call: AttentionCall) -> int:
 
 def _key_boxes(call: AttentionCall, tiles: Tiles, k, v) -> dict[str, Any]:
     return {
-        "k_box": _box(k, tiles.block_k, _padded(call.head_dim), tiles.boxes),
-        "v_box": _box(v, tiles.block_k, _padded(call.value_dim), tiles.boxes),
+        "k_box": _box(k, tiles.block_k, padded(call.head_dim), tiles.boxes),
+        "v_box": _box(v, tiles.block_k, padded(call.value_dim), tiles.boxes),
         "BLOCK_MASKED": max(16, tiles.block_k // 2),
     }
 
@@ -169,8 +160,8 @@ def dk_dv_launches(call: AttentionCall, tiles: Tiles, q, k, v, dout, lse_BHT, de
     arguments |= {"dk": dk, "dv": dv, "dk_strides": dk.stride(), "dv_strides": dv.stride()}
     arguments |= {
         "BLOCK_MASKED": max(16, tiles.block_q // 2),
-        "q_box": _box(q, tiles.block_q, _padded(call.head_dim), tiles.boxes),
-        "dout_box": _box(dout, tiles.block_q, _padded(call.value_dim), tiles.boxes),
+        "q_box": _box(q, tiles.block_q, padded(call.head_dim), tiles.boxes),
+        "dout_box": _box(dout, tiles.block_q, padded(call.value_dim), tiles.boxes),
     }
     options = {"kernel": attention_dk_dv, "warps": tiles.warps, "stages": tiles.stages}
     grid = (_grid(call.keys, tiles.block_k, call), call.kv_heads, call.batch)
@@ -252,7 +243,7 @@ def row_delta(call: AttentionCall, dout, out, dlse):
     arguments = {
         "dout": dout, "out": out, "dlse": dlse, "delta": delta_BHT, "queries": call.queries,
         "dout_strides": dout.stride(), "out_strides": out.stride(), "dlse_strides": None if dlse is None else dlse.stride(),
-        "VALUE_DIM": call.value_dim, "DLSE": dlse is not None, "BLOCK_VALUE": _padded(call.value_dim), "BLOCK_Q": 64,
+        "VALUE_DIM": call.value_dim, "DLSE": dlse is not None, "BLOCK_VALUE": padded(call.value_dim), "BLOCK_Q": 64,
     }
     grid = (-(-call.queries // 64), call.heads, call.batch)
     with torch.cuda.device_of(dout):

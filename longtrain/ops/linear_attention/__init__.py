@@ -10,8 +10,8 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from . import chunked, cpp, reference, triton
-from .call import Call, checked
+from longtrain.ops.linear_attention import chunked, cpp, reference, triton
+from longtrain.ops.linear_attention.call import Call, checked
 
 __all__ = ["explain", "flops", "footprint_bytes", "linear_attention", "linear_attention_backward"]
 

@@ -27,8 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import decay
-from .call import Call
+from longtrain.ops.linear_attention import decay
+from longtrain.ops.linear_attention.call import Call
 
 PIECE_TOKENS = {"cpu": 1024, "other": 8192}
 

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from longtrain._extension import MISSING
-
-from .call import Call
-from .chunked import PIECE_TOKENS, pieces_of
+from longtrain.ops.linear_attention.call import Call
+from longtrain.ops.linear_attention.chunked import PIECE_TOKENS, pieces_of
 
 CHUNK, WIDEST, SHARED_TOKENS = 64, 128, 256
 """Of `csrc/linear_attention_args.h` and `csrc/linear_attention.cpp`."""

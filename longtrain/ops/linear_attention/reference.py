@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .call import Call
+from longtrain.ops.linear_attention.call import Call
 
 
 def refuse(call: Call) -> str | None:

@@ -13,30 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longtrain.ops.launch import Launch, interpreted, refuse_device
-
-from .call import Call
-from .chunked import pieces_of
+from longtrain.ops.launch import Launch, padded, refuse_kernels
+from longtrain.ops.linear_attention.call import Call
+from longtrain.ops.linear_attention.chunked import pieces_of
 
 WIDEST = 128
 
 
 def refuse(call: Call) -> str | None:
     """Why the call cannot be served, or None."""
-    reason = refuse_device(call.q_BTHD.device)
-    if reason is not None:
+    if (reason := refuse_kernels(call.q_BTHD.device, call.q_BTHD.dtype, call.wide)) is not None:
         return reason
-    if call.wide == torch.float64:
-        return "no float64"
-    if call.q_BTHD.dtype == torch.bfloat16 and interpreted():
-        return "Triton's interpreter computes bfloat16 wrongly"
     if call.q_BTHD.shape[3] > WIDEST:
         return f"{call.q_BTHD.shape[3]} key features are above {WIDEST}"
     return None
-
-
-def _padded(dim: int) -> int:
-    return max(16, 1 << (dim - 1).bit_length())
 
 
 def _chunk_tokens(call: Call) -> int:
@@ -83,8 +73,8 @@ def _piece(call: Call, marked_BTHG: Tensor | None, tokens: slice) -> _Piece:
     if call.beta_BTH is not None:
         named |= {"u": empty(B, T, H, V), "w": empty(B, T, H, D), "x": empty(B, H, T, chunk)}
     return _Piece(grid=(H, B), named=named | {
-        "tokens": T, "chunks": chunks, "scale": call.scale, "DIM": D, "VALUE_DIM": V, "BLOCK_DIM": _padded(D),
-        "BLOCK_VALUE": min(64 if D <= 64 else 32, _padded(V)), "CHUNK": chunk, "LEVELS": chunk.bit_length() - 1,
+        "tokens": T, "chunks": chunks, "scale": call.scale, "DIM": D, "VALUE_DIM": V, "BLOCK_DIM": padded(D),
+        "BLOCK_VALUE": min(64 if D <= 64 else 32, padded(V)), "CHUNK": chunk, "LEVELS": chunk.bit_length() - 1,
         "FEATURES": 0 if marked_BTHG is None else 1 if marked_BTHG.shape[3] == 1 else 2, "TRANSPOSED": False,
         # Of float32 three tf32 products are as exact as its own; numbers of 16 bits are whole in one.
         "PRECISION": "tf32x3" if call.q_BTHD.dtype == torch.float32 else "tf32",

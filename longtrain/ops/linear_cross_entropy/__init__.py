@@ -8,12 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import chunked, reference, torch_core
-from .call import REDUCTIONS, Call, LossOptions, check_shapes, check_targets, wide_dtype
-from .chunked import ChunkLoss, chunk_loss_and_grad, default_chunk_tokens, footprint_bytes, workspace
+from longtrain.ops.linear_cross_entropy import chunked, reference, torch_core
+from longtrain.ops.linear_cross_entropy.call import Call, LossOptions, check_settings, check_shapes, check_targets, wide_dtype
+from longtrain.ops.linear_cross_entropy.chunked import ChunkLoss, chunk_loss_and_grad, default_chunk_tokens, footprint_bytes, workspace
 
-__all__ = ["ChunkLoss", "LossOptions", "check_targets", "chunk_loss_and_grad", "default_chunk_tokens", "explain", "footprint_bytes",
-           "linear_cross_entropy", "loss_scale", "workspace"]
+__all__ = ["ChunkLoss", "LossOptions", "check_settings", "check_targets", "chunk_loss_and_grad", "default_chunk_tokens", "explain",
+           "footprint_bytes", "linear_cross_entropy", "loss_scale", "workspace"]
 
 # In order of preference of backend="auto". Ours is first on measurement: see chunked.py.
 BACKENDS = {"chunked": chunked, "torch": torch_core, "reference": reference}
@@ -55,9 +55,11 @@ def linear_cross_entropy(
     Raises ValueError for shapes, dtypes and options that do not fit, for a target outside the vocabulary (position and value named),
     and for a backend that cannot serve the call (with its reason).
     """
-    check_shapes(input, weight, target, bias, token_weights)
+    check_shapes(input, weight, target, bias)
     call = _call(
-        input, weight, target, bias, ignore_index, reduction, normalizer, token_weights, softcap, z_loss, label_smoothing, chunk_tokens
+        input, weight, target, bias=bias, ignore_index=ignore_index, reduction=reduction, normalizer=normalizer,
+        token_weights=token_weights,
+        softcap=softcap, z_loss=z_loss, label_smoothing=label_smoothing, chunk_tokens=chunk_tokens,
     )
     check_targets(target, weight.shape[0], ignore_index)
     with torch.autocast(input.device.type, enabled=False):
@@ -65,25 +67,10 @@ def linear_cross_entropy(
     return loss.view(target.shape) if reduction == "none" else loss
 
 
-def explain(
-    input: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    *,
-    bias: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    normalizer: float | Tensor | None = None,
-    token_weights: Tensor | None = None,
-    softcap: float | None = None,
-    z_loss: float = 0.0,
-    label_smoothing: float = 0.0,
-    chunk_tokens: int | None = None,
-) -> dict[str, str | None]:
-    """Each backend, in order of preference, and why it does not serve this call (None: it could)."""
-    call = _call(
-        input, weight, target, bias, ignore_index, reduction, normalizer, token_weights, softcap, z_loss, label_smoothing, chunk_tokens
-    )
+def explain(input: Tensor, weight: Tensor, target: Tensor, **options) -> dict[str, str | None]:
+    """Each backend, in order of preference, and why it does not serve this call (None: it could). `options`: the others of
+    `linear_cross_entropy`."""
+    call = _call(input, weight, target, **options)
     return {name: module.refuse(call) for name, module in BACKENDS.items()}
 
 
@@ -99,17 +86,15 @@ def _choose(call: Call, backend: str) -> str:
 
 
 def _call(
-    input, weight, target, bias, ignore_index, reduction, normalizer, token_weights, softcap, z_loss, label_smoothing, chunk_tokens
+    input, weight, target, *, bias=None, ignore_index=-100, reduction="mean", normalizer=None, token_weights=None, softcap=None,
+    z_loss=0.0, label_smoothing=0.0, chunk_tokens=None,
 ) -> Call:
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"linear_cross_entropy: reduction must be one of {', '.join(REDUCTIONS)}, not {reduction!r}")
-    if normalizer is not None and reduction != "mean":
-        raise ValueError(f"linear_cross_entropy: normalizer= divides a mean; with reduction={reduction!r} it would have no effect")
+    check_settings(target, token_weights, reduction, normalizer)
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"linear_cross_entropy: chunk_tokens must be at least 1, not {chunk_tokens}")
     options = LossOptions(ignore_index=ignore_index, softcap=softcap, z_loss=z_loss, label_smoothing=label_smoothing)
     device = input.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         input, weight = input.to(dtype), weight.to(dtype)
     wide = wide_dtype(input.dtype)

@@ -56,7 +56,7 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def check_shapes(input: Tensor, weight_VE: Tensor, target: Tensor, bias_V: Tensor | None, token_weights: Tensor | None) -> None:
+def check_shapes(input: Tensor, weight_VE: Tensor, target: Tensor, bias_V: Tensor | None) -> None:
     """Raise ValueError for tensors that do not belong together."""
     name = "linear_cross_entropy"
     if input.dim() < 1 or weight_VE.dim() != 2 or input.shape[-1] != weight_VE.shape[1]:
@@ -64,13 +64,20 @@ def check_shapes(input: Tensor, weight_VE: Tensor, target: Tensor, bias_V: Tenso
     if target.shape != input.shape[:-1]:
         raise ValueError(f"{name}: target must have the shape of input without its last axis, {list(input.shape[:-1])}, "
                          f"not {list(target.shape)}")
-    if target.dtype != torch.int64:
-        raise ValueError(f"{name}: target must be int64, not {target.dtype}; class probabilities are not taken")
     if input.dtype != weight_VE.dtype or not input.dtype.is_floating_point:
         raise ValueError(f"{name}: input and weight must share one floating dtype, not {input.dtype} and {weight_VE.dtype}; "
                          "convert one of them, or run under torch.autocast")
     if bias_V is not None and bias_V.shape != weight_VE.shape[:1]:
         raise ValueError(f"{name}: bias must have shape [V] = {list(weight_VE.shape[:1])}, not {list(bias_V.shape)}")
+
+
+def check_settings(target: Tensor, token_weights: Tensor | None, reduction: str, normalizer: float | Tensor | None) -> None:
+    """Raise ValueError for what makes one number of the losses, where it does not fit or would have no effect."""
+    name = "linear_cross_entropy"
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"{name}: reduction must be one of {', '.join(REDUCTIONS)}, not {reduction!r}")
+    if normalizer is not None and reduction != "mean":
+        raise ValueError(f"{name}: normalizer= divides a mean; with reduction={reduction!r} it would have no effect")
     if token_weights is not None:
         if token_weights.shape != target.shape:
             raise ValueError(f"{name}: token_weights must have target's shape {list(target.shape)}, not {list(token_weights.shape)}")
@@ -80,11 +87,13 @@ def check_shapes(input: Tensor, weight_VE: Tensor, target: Tensor, bias_V: Tenso
 
 
 def check_targets(target: Tensor, vocab: int, ignore_index: int) -> None:
-    """Raise one ValueError that names the first target outside the vocabulary.
+    """Raise one ValueError that names the first target outside the vocabulary, or another dtype than int64.
 
     One reduction over N integers; on a GPU it waits for the device once. Skipped while a graph is captured or compiled,
     where nothing can be read back.
     """
+    if target.dtype != torch.int64:
+        raise ValueError(f"linear_cross_entropy: target must be int64, not {target.dtype}; class probabilities are not taken")
     if torch.compiler.is_compiling() or target.numel() == 0:
         return
     if target.is_cuda and torch.cuda.is_current_stream_capturing():

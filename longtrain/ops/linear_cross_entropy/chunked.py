@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .call import Call, LossOptions, wide_dtype
+from longtrain.ops.linear_cross_entropy.call import Call, LossOptions, wide_dtype
 
 # Half-precision weights are widened this many vocabulary rows at a time where the device has no half x half -> float32 product.
 WIDEN_ROWS = 2048

@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .call import wide_dtype
-from .chunked import _gradients, _logits
+from longtrain.ops.linear_cross_entropy.call import wide_dtype
+from longtrain.ops.linear_cross_entropy.chunked import _gradients, _logits
 
 
 def chunk_logprobs(

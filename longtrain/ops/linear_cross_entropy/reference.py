@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .call import Call, wide_dtype
+from longtrain.ops.linear_cross_entropy.call import Call, wide_dtype
 
 
 def refuse(call: Call) -> str | None:

@@ -6,9 +6,9 @@ Read `reference.py` for what is computed, `interface.py` for the public function
 
 from math import log2
 
-from .fft import footprint_bytes
-from .images import long_conv_2d
-from .interface import explain, long_conv, long_conv_backward
+from longtrain.ops.long_conv.fft import footprint_bytes
+from longtrain.ops.long_conv.images import long_conv_2d
+from longtrain.ops.long_conv.interface import explain, long_conv, long_conv_backward
 
 __all__ = ["direct_flops", "explain", "footprint_bytes", "long_conv", "long_conv_2d", "long_conv_backward", "transform_flops"]
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from longtrain._extension import MISSING
-
-from .call import Call, Gradients, Wanted
+from longtrain.ops.long_conv.call import Call, Gradients, Wanted
 
 
 def refuse(call: Call) -> str | None:

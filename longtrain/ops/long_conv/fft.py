@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.fft import irfft, rfft
 
-from .call import Call, Gradients, Wanted, reach, wrong
+from longtrain.ops.long_conv.call import Call, Gradients, Wanted, reach, wrong
 
 # Bytes of one padded block [B, channels, n]: it and its few companions should stay in the last-level cache of a CPU.
 BLOCK_BYTES_CPU, BLOCK_BYTES_GPU = 4 << 20, 256 << 20

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .call import wrong
-from .interface import long_conv
+from longtrain.ops.long_conv.call import wrong
+from longtrain.ops.long_conv.interface import long_conv
 
 
 def long_conv_2d(

@@ -11,8 +11,8 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from . import cpp, fft, reference, triton
-from .call import Call, Gradients, Wanted, build_call, check_like, check_tensors, wrong
+from longtrain.ops.long_conv import cpp, fft, reference, triton
+from longtrain.ops.long_conv.call import Call, Gradients, Wanted, build_call, check_like, check_tensors, wrong
 
 BACKENDS: dict[str, Any] = {"cpp": cpp, "triton": triton, "fft": fft, "reference": reference}
 """In order of preference of backend="auto": modules with `refuse(call)` -> why not, or None; `forward(call)` -> y; `backward(call, dy,

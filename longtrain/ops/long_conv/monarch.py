@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .call import Call, reach
+from longtrain.ops.long_conv.call import Call, reach
 
 FUSED, INNER, OUTER = 32_768, 16_384, 256
 """Longest row of order 2; what is left of a longer one behind its outer matrix; the largest outer matrix: 4 Mi tokens in all."""

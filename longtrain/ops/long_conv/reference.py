@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .call import Call, Gradients, Wanted, reach
+from longtrain.ops.long_conv.call import Call, Gradients, Wanted, reach
 
 
 def refuse(call: Call) -> str | None:

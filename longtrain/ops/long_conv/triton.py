@@ -17,10 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longtrain.ops.launch import Launch, interpreted, refuse_device
-
-from .call import Call, Gradients, Wanted
-from .monarch import FUSED, INNER, OUTER, Matrices, Piece, Work, matrices, narrow, works
+from longtrain.ops.launch import Launch, refuse_kernels
+from longtrain.ops.long_conv.call import Call, Gradients, Wanted
+from longtrain.ops.long_conv.monarch import FUSED, INNER, OUTER, Matrices, Piece, Work, matrices, narrow, works
 
 WORKSPACE = 256 << 20
 """Bytes that a group of channels may take, unless even LEAST channels take more."""
@@ -34,13 +33,8 @@ TOKENS, CHANNELS, SPAN = 64, 64, 4096
 
 def refuse(call: Call) -> str | None:
     """Why the call cannot be served, or None."""
-    reason = refuse_device(call.u_BTE.device)
-    if reason is not None:
+    if (reason := refuse_kernels(call.u_BTE.device, call.u_BTE.dtype, call.wide)) is not None:
         return reason
-    if call.wide == torch.float64:
-        return "no float64"
-    if call.u_BTE.dtype == torch.bfloat16 and interpreted():
-        return "Triton's interpreter computes bfloat16 wrongly"
     if works(call) is None:
         return f"a document of more than {OUTER * INNER:,} tokens, and a filter too long to take it in pieces of {FUSED:,}"
     return None

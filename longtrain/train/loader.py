@@ -11,6 +11,7 @@ import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import pairwise
 
 import numpy as np
 
@@ -72,6 +73,16 @@ class Mixture:
     def __len__(self) -> int:
         return sum(map(len, self.packed))
 
+    @property
+    def padding(self) -> float:
+        """Share of all sequences, each read once, that is padding."""
+        return 1 - sum(int(packed.pieces.length_P.sum()) for packed in self.packed) / (len(self) * self.seq_len)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest document in a sequence, or of the longest piece of one."""
+        return max(int(packed.pieces.length_P.max()) for packed in self.packed)
+
     def batch(self, number: int, held: Sequence[Span] | None = None, into_2T: np.ndarray | None = None) -> Batch:
         """The sequence that is read as number `number`, or the part of it that a process holds."""
         if len(self.packed) == 1:
@@ -99,6 +110,11 @@ def weighted_parts(corpus: Corpus, data: DataConfig) -> list[tuple[np.ndarray, f
         return [(np.arange(len(corpus)), 1.0)]
     usable_N = corpus.length_N >= max(2, data.min_document_tokens)
     long_N = corpus.length_N >= (data.long_from_tokens or np.inf)
+    if data.long_from_tokens is not None and not long_N.any():
+        raise DataError(
+            f"data.long_from_tokens: no training document has {data.long_from_tokens} tokens (the longest has {int(corpus.length_N.max())}), "
+            "so none is read more often; lower it, or remove it and data.long_weight"
+        )
     parts = []
     for source, weight in enumerate(weights):
         mine_N = usable_N & (corpus.source_N == source)
@@ -185,9 +201,12 @@ class Loader:
         return batches
 
     def read(self, step: int) -> list[Batch]:
-        stage = self.stages[bisect_right([s.from_step for s in self.stages], step) - 1]
+        index = bisect_right([s.from_step for s in self.stages], step) - 1
+        stage = self.stages[index]
         sequences = stage.tokens_per_update // stage.seq_len
         first = (step - stage.from_step) * sequences
+        for before, after in pairwise(self.stages[: index + 1]):  # stages of the same length read on, not again
+            first += (after.from_step - before.from_step) * (before.tokens_per_update // before.seq_len) * (before.seq_len == stage.seq_len)
         held = self.held(stage.seq_len)
         mixture, mine = self.mixtures[stage.seq_len], self.mine(range(first, first + sequences))
         rooms = self._rooms.take(len(mine), 2, stage.seq_len)

@@ -22,6 +22,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from longtrain.apply import apply
+from longtrain.commands.verify import FLOAT64_BOUND, Row, compared, limits_of, shrink, shrink_plan, shrink_transformers, throughout
 from longtrain.config import Config, Locations, load_config
 from longtrain.config.hf import HfModelConfig
 from longtrain.config.parallel import DIMENSIONS, ParallelConfig
@@ -32,7 +33,6 @@ from longtrain.parallel.settings import Parallel
 from longtrain.plan import Plan
 from longtrain.span import Layout
 from longtrain.train.distribute import Work, shard
-from longtrain.verify import FLOAT64_BOUND, Row, compared, limits_of, shrink, shrink_plan, shrink_transformers, throughout
 
 SECONDS = 600
 """A process that takes longer prints where it is and exits."""

@@ -14,11 +14,11 @@ from longtrain.config.run import LengthStage
 from longtrain.data.build import Settings, build
 from longtrain.data.built import open_built
 from longtrain.data.corpus import corpus_in_memory, join
-from longtrain.data.loader import PERIOD, Loader, Mixture, fingerprint, open_data, pack, validation_rows, whole_shares
 from longtrain.data.sources import DataError, Document
 from longtrain.nn import count_targets
 from longtrain.parallel.layout import spread
 from longtrain.span import Layout
+from longtrain.train.loader import PERIOD, Loader, Mixture, fingerprint, open_data, pack, validation_rows, whole_shares
 
 DATA = DataConfig(source="text", files=("x",), seq_len=32)
 STAGES = (LengthStage(from_step=0, seq_len=16, tokens_per_update=32), LengthStage(from_step=3, seq_len=32, tokens_per_update=96))
@@ -57,6 +57,15 @@ def test_an_update_depends_on_its_number_alone(packing, loader):
     assert [len(update) for update in in_order] == [2, 2, 2, 3, 3, 3, 3, 3]
     assert {len(ids[0]) for update in in_order[3:] for _, ids, _ in update} == {32}
     assert read(loader(replace(data, seed=1)), range(8)) != in_order
+
+
+def test_stages_of_the_same_length_read_on():
+    """A stage that changes only the rotary positions, or comes back to a length, begins with what was not read yet."""
+    ends = LengthStage(from_step=5, seq_len=16, tokens_per_update=48, rope_base=1e5)
+    one, several = (Loader(stages, replace(DATA, seq_len=16), corpus(*range(5, 60)), 8) for stages in (STAGES[:1], (*STAGES, ends)))
+    in_order = [sequence for update in read(one, range(7)) for sequence in update]
+    assert [sequence for step in (0, 1, 2, 5, 6) for sequence in read(several, [step])[0]] == in_order[:12]
+    one.close(), several.close()
 
 
 class Counted(np.ndarray):
@@ -155,6 +164,10 @@ def test_long_documents_are_read_more_often_within_their_source():
     mixture = Mixture(documents, 32, data)
     long = [int(mixture.batch(i).documents[0].split("[")[0].removeprefix("documents")) >= 300 for i in range(PERIOD)]
     assert np.mean(long) == pytest.approx(3 * 0.25 / (3 * 0.25 + 0.75), abs=1 / PERIOD)
+    assert mixture.longest == 32 and mixture.padding == 0 and Mixture(documents, 128, replace(DATA, packing="one_document")).longest == 128
+    assert Mixture(corpus(*[32] * 4), 128, replace(DATA, packing="one_document")).padding == 0.75
+    with pytest.raises(DataError, match="no training document has 321 tokens \\(the longest has 320\\)"):
+        Mixture(documents, 32, replace(data, long_from_tokens=321))
 
 
 def test_what_somebody_still_holds_is_not_written_over(loader):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from longtrain import verify
+from longtrain.commands import verify
 from longtrain.config import load_config
 from longtrain.nn import LanguageModel, ModelConfig
 from longtrain.ops.mixers import AttentionMixer

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from longtrain.config import Config, Locations, load_config
+from longtrain.files import said_plainly
 from longtrain.memory.advice import changes_that_fit
 from longtrain.memory.profile import profile
 from longtrain.planner.asked import held_beside_model
-from longtrain.planner.cost import ModelFootprint, measure_model, peak, step_memory
+from longtrain.planner.axes import Axes, on_one_device
+from longtrain.planner.cost import peak, step_memory
+from longtrain.planner.footprint import ModelFootprint, measure_model
+from longtrain.planner.shapes import with_wide_gradients
 from longtrain.train.console import StepBar
-from longtrain.train.prepare import Setup, build_model, prepare, stage_at
-from longtrain.train.schedule import learning_rate
+from longtrain.train.distribute import choose_device
+from longtrain.train.model import build_model
+from longtrain.train.prepare import Setup, prepare
+from longtrain.train.schedule import learning_rate, stage_at
 from longtrain.train.step import gradients
 from longtrain.units import parse_bytes
 
@@ -29,6 +36,8 @@ def run(config_path: str, overrides: Sequence[str], *, out: str | None = None, s
     config, where = load_config(config_path, overrides)
     directory = Path(out) if out else Path(config.output.dir) / "memory"
     title = Path(config_path).stem
+    with said_plainly(directory):
+        directory.mkdir(parents=True, exist_ok=True)
     points = []
     for tokens in lengths:
         alone = [f"data.seq_len={tokens}", f"train.length_schedule=[{{from_step: 0, seq_len: {tokens}}}]"]
@@ -53,7 +62,9 @@ def one(
     if setup.plan is not None and footprint is not None:
         predicted = step_memory(footprint, setup.plan, stage.seq_len)
         if budget is not None:
-            changes = partial(changes_that_fit, footprint, setup.plan, stage.seq_len, budget - held_beside_model(footprint))
+            counted = 4 * footprint.trained * has_masters(config) * (footprint.optimizer > 0)  # masters are there, moments not yet
+            room = budget - held_beside_model(footprint, counted)
+            changes = partial(changes_that_fit, footprint, setup.plan, stage.seq_len, room, tiers=config.memory.tiers())
     top = sum(size for what, size in peak(predicted).items.items() if what != "workspace") if predicted else None
     watched = profile(directory, sampling=sampling, budget=budget, predicted=predicted, changes=changes, title=title, quiet=quiet)
     point = {"tokens": stage.seq_len, "predicted": top, "measured": None}
@@ -69,13 +80,22 @@ def one(
 
 
 def predictable(config: Config, where: Locations) -> ModelFootprint | None:
-    """What the planner's formulas need, of a model that is not streamed yet; None where they do not cover it, which is said."""
+    """What the planner's formulas need, of a model that is not streamed yet, with the masters and gradients that its optimizer will have;
+    None where they do not cover it, which is said."""
     model, *_ = build_model(config, where, read_weights=False)
+    device = choose_device(config, where)
     try:
-        return measure_model(model.to(getattr(torch, config.train.dtype)))
+        found = measure_model(with_wide_gradients(model.to(getattr(torch, config.train.dtype))))
     except ValueError as error:
         print(f"nothing is predicted: {error}")
         return None
+    place = config.memory.optimizer if device.type == "cuda" else "device"
+    return on_one_device(replace(found, device=device), Axes(), optimizer=place, masters=has_masters(config))
+
+
+def has_masters(config: Config) -> bool:
+    """Whether float32 weights stand beside the model's own (`longtrain.train.optimizer`)."""
+    return config.train.dtype == "bfloat16" or config.memory.optimizer == "host"
 
 
 def update(setup: Setup, config: Config, step: int) -> None:

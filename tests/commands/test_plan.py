@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+from dataclasses import replace
 
 import pytest
 import yaml
 
 from longtrain import cli
+from longtrain.commands import plan as command
 from longtrain.config import load_config
 from longtrain.plan import Plan
+from longtrain.planner.explore import combinations, lacks, refusal, smallest
 from tests.browser import open_page
 
 SHAPE = {
@@ -117,6 +121,70 @@ def test_a_model_that_is_no_plain_decoder(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps({**SHAPE, "num_experts": 8}))
     assert cli.main(["plan", str(tmp_path), "--seq-len", "8192"]) == 2
     assert "num_experts" in capsys.readouterr().err
+
+
+def test_what_is_no_model_is_said_with_what_there_is(tmp_path, capsys):
+    (tmp_path / "config.json").write_text("[1, 2")
+    for given, said in (("llama3-7b", "llama3-8b, "), (str(tmp_path.parent), "holds no config.json"), (str(tmp_path), "is no config.json of")):
+        assert cli.main(["plan", given, "--seq-len", "8192"]) == 2
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1
+
+
+def test_a_plan_by_hand_that_does_not_fit_is_said_to(run_file, tmp_path, capsys):
+    by_hand = ["plan", run_file, "memory.chunk_tokens=4096", "--device", "rtx4090"]
+    assert cli.main(by_hand) == 0
+    assert cli.main([*by_hand, "data.seq_len=134217728"]) == 1
+    assert re.search(r"this plan does not fit: .* are needed in the .*, of 22.57 GiB", capsys.readouterr().out)
+    tier = [f"memory.disk={{path: {tmp_path}, budget: 1MiB}}", "memory.offload={inputs: disk}", "data.seq_len=65536"]
+    assert cli.main([*by_hand, *tier]) == 1
+    assert "memory.disk holds less than it sends there" in capsys.readouterr().out
+    devices = ["parallel.cp_ulysses=2", "parallel.dp_shard=2"]
+    capsys.readouterr()
+    assert cli.main([*by_hand, *devices]) == 0
+    said = capsys.readouterr().out
+    assert "4 x rtx4090" in said and "2 x 2" in said and "chunks of 4096 tokens" in said
+    for option in (["--gpus", "2"], ["--batch", "1", "2"]):
+        assert cli.main([*by_hand, *option]) == 2
+        assert f"{option[0]} is for plans that are looked for" in capsys.readouterr().err
+
+
+def test_a_budget_that_is_named_has_room_for_what_is_taken(run_file):
+    """Beside the smallest plan, what the process holds already."""
+    args = cli.build_parser().parse_args(["plan", run_file, "--budget", "1GiB"])
+    wanted = replace(command.read(args)[0], room=1 << 20, taken=1 << 30)
+    named = int(re.search(r"set the budget to (\d+)MiB", refusal(wanted))[1]) << 20
+    assert lacks(wanted, small := smallest(wanted, *combinations(wanted)[0])) is not None
+    assert lacks(replace(wanted, room=named - wanted.taken), small) is None
+
+
+def test_every_peak_that_is_told_holds_what_is_taken(run_file, tmp_path, capsys):
+    args = cli.build_parser().parse_args(["plan", run_file, "memory.chunk_tokens=512", "--out", str(tmp_path / "plan")])
+    wanted, title, plan, _ = command.read(args)
+    wanted = replace(wanted, taken=5 << 40, room=1 << 30)
+    assert command.show(wanted, args, title, plan) == 0
+    said = capsys.readouterr().out + (tmp_path / "plan" / "plan.yaml").read_text() + (tmp_path / "plan" / "plan.html").read_text()
+    for place in (r"{} +512 +1 ", r"predicted {} a device", r"Fits: {} of 5121\.00 GiB", r"{}  in all, of 5121\.00 GiB"):
+        assert re.search(place.format(r"51\d\d\.\d\d GiB"), said), place
+
+
+def test_a_short_sequence_is_planned_for_one_device(shape, capsys):
+    assert cli.main(["plan", shape, "--seq-len", "32", "--device", "h100", "--gpus", "2", "--quick"]) == 0
+
+
+def test_without_a_budget_this_machine_has_its_own_memory(run_file, capsys):
+    assert cli.main(["plan", run_file, "memory.chunk_tokens=512"]) == 0
+    said = float(re.search(r"this machine, ([\d.]+) GiB each", capsys.readouterr().out)[1])
+    assert 0 < said * 2**30 < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def test_a_place_that_cannot_be_written_is_said_first(shape, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert cli.main(["plan", shape, "--seq-len", "8192", "--out", str(tmp_path / "file" / "plan")]) == 1
+    assert "cannot be written (Not a directory)" in capsys.readouterr().err
+    for option, place in (("--out", tmp_path / "none" / "machine.json"), ("--path", tmp_path / "none")):
+        assert cli.main(["calibrate", option, str(place)]) == 2
+        assert f"{option}: {tmp_path / 'none'} is no directory that can be written to" in capsys.readouterr().err
 
 
 def test_what_would_make_it_possible(shape, capsys):

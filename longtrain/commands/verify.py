@@ -33,8 +33,8 @@ TIER_BYTES = 64 * 2**20
 FLOAT64_BOUND = 1e-12
 """Relative norm per tensor: 1.1e-16 of rounding times the 10^4 terms, at most, of sums whose order changes."""
 ROUNDINGS = 4
-"""Or so many times what the model itself makes, one process and plain autograd, of one rounding of what each of its layers is given: recurrences
-under random weights can take that further (`noise_of`)."""
+"""Or so many times what the model itself makes, one process and plain autograd, of one rounding of what each of its layers is given:
+recurrences under random weights can take that further (`noise_of`)."""
 DTYPE_BOUND = 2.0
 """In the training dtype the streamed gradient may be this many times as far from the float64 one as the plain gradient is."""
 
