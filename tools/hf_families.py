@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -203,22 +204,29 @@ def difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return max(float("inf") if error != error else error for error in errors)
 
 
-def rounding(model: nn.Module, batch: dict[str, Tensor], own: dict[str, Tensor]) -> float:
-    """How far its own gradients go when what each layer is given is rounded to float32 once: recurrences in float32 kernels, under random
-    weights, take a rounding error in the eighth digit to the fourth. The model as it was before longtrain."""
+@contextmanager
+def rounded(model: nn.Module, unit: float = 2**-24) -> Iterator[None]:
+    """Inside, what each layer of the model is given is rounded once, by at most `unit` of it. The model as it was before longtrain."""
     generator = torch.Generator().manual_seed(1)
 
-    def rounded(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def round_input(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         x, *others = args
-        return (x * (1 + (2 * torch.rand(x.shape, generator=generator, dtype=x.dtype) - 1) * 2**-24), *others), kwargs
+        return (x * (1 + (2 * torch.rand(x.shape, generator=generator, dtype=x.dtype) - 1) * unit), *others), kwargs
 
     layers = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
-    handles = [layer.register_forward_pre_hook(rounded, with_kwargs=True) for layer in layers]
+    handles = [layer.register_forward_pre_hook(round_input, with_kwargs=True) for layer in layers]
     try:
-        return difference(gradients(model, batch, use_cache=False), own)
+        yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def rounding(model: nn.Module, batch: dict[str, Tensor], own: dict[str, Tensor]) -> float:
+    """How far its own gradients go when what each layer is given is rounded to float32 once: recurrences in float32 kernels, under random
+    weights, take a rounding error in the eighth digit to the fourth. The model as it was before longtrain."""
+    with rounded(model):
+        return difference(gradients(model, batch, use_cache=False), own)
 
 
 def bound(model: nn.Module, batch: dict[str, Tensor], own: dict[str, Tensor]) -> float:

@@ -366,8 +366,8 @@ class _ReadOnly(UserDict):
     """What layers hand each other; a write is refused."""
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        raise ValueError(f"it hands later layers what it made of all tokens (it sets {key!r} of a mapping that it is given), and a chunk is a "
-                         "part of them")
+        raise ValueError(f"it hands later layers what it made of all tokens (it sets {key!r} of a mapping that it is given), and a chunk "
+                         "has a part of them")
 
 
 def _watched(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -202,7 +202,7 @@ def row_name(part: dict[str, Any], predicted: Sequence[Phase]) -> str:
             layers = re.fullmatch(r"backward of layers (\d+) to (\d+)", phase.name)
             if layers and number and int(layers[1]) <= int(number[1]) <= int(layers[2]):
                 return phase.name
-        if re.search(r"\b(embed\w*|wte)$", part["band"]) and any(phase.name == "backward of the embedding" for phase in predicted):
+        if re.search(r"(embed\w*|\bwte)$", part["band"]) and any(phase.name == "backward of the embedding" for phase in predicted):
             return "backward of the embedding"
         return f"backward of {part['band']}" if part["band"] else "backward"
     if part["phase"] == "forward" and not number and re.search(r"loss|head", part["band"]):

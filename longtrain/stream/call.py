@@ -197,9 +197,9 @@ def check_leaves(ys: Iterable[Tensor], known: Iterable[Tensor]) -> None:
         seen.add(node)
         if type(node).__name__ == "AccumulateGrad" and id(node.variable) not in ids:
             raise RuntimeError(
-                f"a streamed layer makes use of a tensor of shape {list(node.variable.shape)} that wants a gradient and is neither a parameter "
-                "of the layer nor an argument of it (a hook may have brought it in), so its gradient would be lost: register it as a parameter "
-                "of the layer, or undo() the report"
+                f"a streamed layer makes use of a tensor of shape {list(node.variable.shape)} that wants a gradient and is neither a "
+                "parameter of the layer nor an argument of it (a hook may have brought it in), so its gradient would be lost: register it as "
+                "a parameter of the layer, or undo() the report"
             )
         nodes += [before for before, _ in node.next_functions]
 

@@ -233,7 +233,8 @@ def test_layers_that_number_their_tokens_go_on_where_the_chunk_before_ended(chun
     for layer in model.model.layers[1:]:
         layer.self_attn.__class__ = type("Numbering", (type(layer.self_attn),), {"forward": numbers_its_tokens})
     batches = dict(hf_families.batches())
-    compare(model, batches["one row"], batches["packed"], batches["masked prompts"], plan=lt.Plan(chunk_tokens=chunk_tokens, loss_chunk_tokens=8))
+    chosen = (batches[name] for name in ("one row", "packed", "masked prompts"))
+    compare(model, *chosen, plan=lt.Plan(chunk_tokens=chunk_tokens, loss_chunk_tokens=8))
 
 
 def test_the_temperature_of_llama_4_follows_the_token():
