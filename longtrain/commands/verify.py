@@ -142,7 +142,8 @@ def shrink_transformers(config: Config, plan: Plan, tokens: int, where: Location
         sizes |= {"sliding_window": max(min(window, 5), window * tokens // config.data.seq_len)} if window else {}
         sizes |= {name: None for name in ("pad_token_id", "bos_token_id", "eos_token_id") if hasattr(text, name)}
         for name, value in sizes.items():
-            setattr(text, name, value)
+            if getattr(text, name, None) != value:  # kinds that follow from the number of layers cannot be set
+                setattr(text, name, value)
 
     built = pretrained.build(config.model, config.data.seq_len, torch.float64, where, read_weights=False, change=shrunk)
     model = built.model.double()

@@ -89,7 +89,8 @@ def _take_part(
     mask, positions, labels = given.pop("attention_mask", None), given.pop("position_ids", None), given.pop("labels", None)
     if mask is not None and (mask.ndim != 2 or not bool(mask.all())):
         raise ValueError("attention_mask with padding cannot be spread over processes: leave it out, pad at the end with labels of -100")
-    unknown = [name for name, value in given.items() if name not in (*CUT, *CU_SEQLENS) and isinstance(value, Tensor) and tokens in value.shape]
+    others = {name: value for name, value in given.items() if name not in (*CUT, *CU_SEQLENS)}
+    unknown = [name for name, value in others.items() if isinstance(value, Tensor) and tokens in value.shape]
     if unknown and tokens > 1:
         raise ValueError(f"{unknown[0]} runs along the tokens, and it is not known how to cut it for several processes; leave it out")
     device = given[CUT[0] if CUT[0] in given else CUT[1]].device

@@ -25,7 +25,9 @@ WAYS = {
     "striped, no heads": lt.Parallel(layout="striped", stripe=2, heads=1, way="queries"),
     "ring": lt.Parallel(heads=1, way="ring"),
 }
-FAMILIES = ("lfm2", "qwen3_next", "qwen3_5_text", "olmo_hybrid", "bamba", "granitemoehybrid", "nemotron_h", "mamba2", "lfm2_moe", "falcon_h1")
+FAMILIES = (
+    "lfm2", "qwen3_next", "qwen3_5_text", "olmo_hybrid", "bamba", "granitemoehybrid", "nemotron_h", "mamba2", "lfm2_moe", "falcon_h1",
+)  # fmt: skip
 
 
 EDGES = (0, 1, 16, 17, 31, 32, 57)
