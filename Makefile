@@ -1,7 +1,7 @@
 # make quickstart    set up .venv, then train a language model on long documents (about five minutes on two cores)
 # make test          set up .venv, then the quick suite (at most 15 minutes on two cores)
 # make test-all      the long suite too (at most 75 minutes)
-# make lint          ruff: unused names, order of imports (pip install ruff)
+# make lint          ruff: unused names, order of imports, lines of at most 140 (pip install ruff)
 # make verify        check streamed gradients against plain autograd on the quickstart's model
 # make doctor        this machine: which backend serves which op, and a self-test
 # make clean         remove what was built; make distclean: the environment too

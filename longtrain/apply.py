@@ -31,7 +31,7 @@ from longtrain.stream.embed import streamed_token_embed
 from longtrain.stream.loss import streamed_token_loss
 from longtrain.stream.protocol import StreamableLayer
 from longtrain.stream.replay import forward_of
-from longtrain.stream.segment import Chain, Progress, Segment, is_streamed
+from longtrain.stream.segment import Chain, Progress, Segment, is_streamed, same_arguments
 
 if TYPE_CHECKING:
     from longtrain.parallel.spread import Sharing
@@ -104,6 +104,8 @@ class Candidate:
     """Whether it is given something else than what the layer before it gave out."""
     counts: bool = True
     """Whether it is a layer of the model, and not the norm behind them."""
+    given: dict[str, Any] | None = None
+    """The arguments that it was traced with, of a transformers model."""
     promise: Callable[[Tensor, Boundary], Tensor] | None = None
     """What gives out the hidden states behind it so that they may stay in the token store; None gathers them."""
 
@@ -252,6 +254,11 @@ def _stream_chain(report: Report, candidates: Sequence[tuple[int, Candidate]]) -
                 f"{carrying[0]} carries states from chunk to chunk through its own cache, and the layers of a segment are given the same "
                 "arguments; use Plan(segment_layers=1)"
             )
+        given = [c.given for _, c in members if c.given is not None]
+        if not all(same_arguments(arguments, given[0]) for arguments in given):
+            names = f"{members[0][1].name} to {members[-1][1].name.rpartition('.')[2]}"
+            raise ValueError(f"{names} would be one segment, and the model gives them different arguments (masks, rotary positions): use "
+                             "Plan(segment_layers=1)")
         segment = Segment(
             chain, [c.layer for _, c in members], [i for i, _ in members], first=members is groups[0], last=members is groups[-1]
         )
@@ -298,6 +305,7 @@ def _find_transformers_layers(model: nn.Module, report: Report) -> list[list[Can
                 call=None if found.adapted is None else found.adapted.call,
                 leave=None if found.adapted is None else found.adapted.uninstall,
                 kind=None if found.adapted is None else found.adapted.kind,
+                given=None if found.adapted is None or not found.is_layer else found.adapted.arguments,
                 starts=not found.follows,
                 counts=found.is_layer,
                 promise=None if found.is_layer or adapted.head is None or adapted.head[1] else hf.LazyHidden.behind,

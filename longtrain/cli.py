@@ -53,7 +53,8 @@ def explain_error(error: BaseException) -> tuple[str, int] | None:
 
     if out_of_memory(error):
         said = str(error).partition("\n")[0] or type(error).__name__
-        return f"longtrain: out of memory ({said}); `longtrain profile CONFIG` shows what takes it, `longtrain plan CONFIG` what would fit", 1
+        advice = "`longtrain profile CONFIG` shows what takes it, `longtrain plan CONFIG` what would fit"
+        return f"longtrain: out of memory ({said}); {advice}", 1
     return None
 
 

@@ -35,7 +35,8 @@ def test_settings_may_stand_before_and_behind_options(monkeypatch):
     assert seen == [("a.yaml", ["train.lr=1", "train.steps=2", "train.seed=3"], 3600.0)]
 
 
-@pytest.mark.parametrize("arguments", [[], ["trian"], ["train"], ["doctor", "x"], ["train", "a.yaml", "--stop-afer", "1h", "train.steps=2"]])
+@pytest.mark.parametrize("arguments",
+                         [[], ["trian"], ["train"], ["doctor", "x"], ["train", "a.yaml", "--stop-afer", "1h", "train.steps=2"]])
 def test_wrong_usage_exits_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(arguments)

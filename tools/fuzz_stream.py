@@ -4,8 +4,8 @@
     python tools/fuzz_stream.py --families own qwen3_next         # these only; "own" are longtrain's models
 
 All is computed in float64, and what transformers converts to float32 stays as it is on both sides (`Wide`), so BOUND holds for every
-family. Under autocast gradients may be twice as far from the float64 ones as the plain model's are; stored in FP8, as far as four roundings of
-what every layer is given. Exit status 1 where a case was wrong, or ended in an error that is not clear.
+family. Under autocast gradients may be twice as far from the float64 ones as the plain model's are; stored in FP8, as far as four roundings
+of what every layer is given. Exit status 1 where a case was wrong, or ended in an error that is not clear.
 """
 
 import argparse

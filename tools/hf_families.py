@@ -1,7 +1,7 @@
 """Which families of transformers stream, how exactly, and why the others do not: python tools/hf_families.py [--write] [FAMILY ...]
 
-Every family is built tiny with random weights, in float64. Its gradients with longtrain are compared with its own (sdpa attention, or
-eager where it has no other), over five batches: one row, packed by position_ids, left-padded, right-padded, masked prompts; and with dropout,
+Every family is built tiny with random weights, in float64. Its gradients with longtrain are compared with its own (sdpa attention, or eager
+where it has no other), over five batches: one row, packed by position_ids, left-padded, right-padded, masked prompts; and with dropout,
 against its own eager graph given the masks that the streamed one drew. With --write the table goes to docs/hf_families.md; a family whose
 gradients are off stops the command.
 """
@@ -46,30 +46,36 @@ FAMILIES: dict[str, dict] = {
     "gemma2": dict(sliding_window=7, query_pre_attn_scalar=8, final_logit_softcapping=2.0, attn_logit_softcapping=1.5),
     "gemma3_text": dict(sliding_window=7, query_pre_attn_scalar=8, sliding_window_pattern=2), "phi": dict(partial_rotary_factor=0.5),
     "phi3": {}, "gpt_neox": dict(rotary_pct=0.5), "cohere": dict(logit_scale=0.3), "cohere2": dict(sliding_window=7, logit_scale=0.3),
-    "olmo": {}, "olmo2": {}, "olmo3": dict(sliding_window=7), "glm": {}, "glm4": {}, "granite": dict(logits_scaling=3.0, residual_multiplier=0.5),
+    "olmo": {}, "olmo2": {}, "olmo3": dict(sliding_window=7), "glm": {}, "glm4": {},
+    "granite": dict(logits_scaling=3.0, residual_multiplier=0.5),
     "starcoder2": dict(sliding_window=7), "stablelm": dict(use_parallel_residual=True),
     "smollm3": {}, "nemotron": {}, "helium": {}, "exaone4": dict(sliding_window=7, sliding_window_pattern=2), "seed_oss": {}, "arcee": {},
     "apertus": {}, "ernie4_5": {}, "hunyuan_v1_dense": {}, "persimmon": {}, "gpt2": dict(n_embd=32, n_head=4, n_layer=3, n_positions=64),
     "opt": dict(ffn_dim=48, word_embed_proj_dim=32), "biogpt": {}, "gpt_bigcode": dict(n_embd=32, n_head=4, n_layer=3, n_positions=64),
-    "vaultgemma": {}, "ministral3": {}, "gemma4_text": dict(sliding_window=7, vocab_size_per_layer_input=VOCAB, hidden_size_per_layer_input=8),
+    "vaultgemma": {}, "ministral3": {},
+    "gemma4_text": dict(sliding_window=7, vocab_size_per_layer_input=VOCAB, hidden_size_per_layer_input=8),
     # mixture of experts
     "mixtral": EXPERTS, "qwen2_moe": dict(EXPERTS, shared_expert_intermediate_size=24), "qwen3_moe": EXPERTS, "olmoe": EXPERTS,
     "gpt_oss": dict(EXPERTS, sliding_window=7), "granitemoe": EXPERTS, "phimoe": EXPERTS,
-    "deepseek_v2": dict(EXPERTS, kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, n_group=1, topk_group=1,
-                        num_key_value_heads=4, first_k_dense_replace=1),
-    "deepseek_v3": dict(EXPERTS, kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, n_group=1, topk_group=1,
-                        num_key_value_heads=4, first_k_dense_replace=1),
-    "llama4_text": dict(EXPERTS, attention_chunk_size=9, intermediate_size_mlp=48, num_experts_per_tok=1, layer_types=["chunked_attention"] * 2 + ["full_attention"]),
+    "deepseek_v2": dict(EXPERTS, kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, n_group=1,
+                        topk_group=1, num_key_value_heads=4, first_k_dense_replace=1),
+    "deepseek_v3": dict(EXPERTS, kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, n_group=1,
+                        topk_group=1, num_key_value_heads=4, first_k_dense_replace=1),
+    "llama4_text": dict(EXPERTS, attention_chunk_size=9, intermediate_size_mlp=48, num_experts_per_tok=1,
+                        layer_types=["chunked_attention"] * 2 + ["full_attention"]),
     "glm4_moe": EXPERTS, "ernie4_5_moe": EXPERTS, "flex_olmo": EXPERTS,
     # with layers that are no attention
     "lfm2_moe": dict(EXPERTS, layer_types=["conv", "full_attention", "conv"], num_dense_layers=1),
     "olmo_hybrid": DELTA, "qwen3_5_text": DELTA, "mamba2": dict(STATE, state_size=8, num_heads=8, head_dim=8, n_groups=2),
-    "falcon_h1": dict(STATE, mamba_d_ssm=64), "bamba": dict(STATE, attn_layer_indices=[1]), "granitemoehybrid": dict(EXPERTS, **STATE, layer_types=["mamba", "attention", "mamba"], shared_intermediate_size=24),
-    "nemotron_h": dict(layers_block_type=["mamba", "attention", "mlp"], mamba_num_heads=8, mamba_head_dim=8, n_groups=1, ssm_state_size=8, chunk_size=16),
+    "falcon_h1": dict(STATE, mamba_d_ssm=64), "bamba": dict(STATE, attn_layer_indices=[1]),
+    "granitemoehybrid": dict(EXPERTS, **STATE, layer_types=["mamba", "attention", "mamba"], shared_intermediate_size=24),
+    "nemotron_h": dict(layers_block_type=["mamba", "attention", "mlp"], mamba_num_heads=8, mamba_head_dim=8, n_groups=1, ssm_state_size=8,
+                       chunk_size=16),
     "lfm2": dict(layer_types=["conv", "full_attention", "conv"]),
     "qwen3_next": dict(EXPERTS, **DELTA, shared_expert_intermediate_size=24),
     "jamba": dict(EXPERTS, attn_layer_period=2, attn_layer_offset=1, mamba_d_state=4, mamba_dt_rank=4, use_mamba_kernels=False),
-    "minimax": EXPERTS, "diffllama": dict(attention_dropout=0.0), "doge": {}, "bloom": dict(n_head=4, n_layer=3), "gptj": dict(n_embd=32, n_head=4, n_layer=3, rotary_dim=4), "mamba": {},
+    "minimax": EXPERTS, "diffllama": dict(attention_dropout=0.0), "doge": {}, "bloom": dict(n_head=4, n_layer=3),
+    "gptj": dict(n_embd=32, n_head=4, n_layer=3, rotary_dim=4), "mamba": {},
 }
 
 
@@ -130,8 +136,8 @@ def own_gradients(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tenso
 
 
 class Dropouts(TorchFunctionMode):
-    """Around a streamed step: notes the masks of every dropout of hidden states, chunk by chunk, and the seeds of attention's. Around a plain
-    one (`given`): its dropouts, those of attention probabilities too, have these masks."""
+    """Around a streamed step: notes the masks of every dropout of hidden states, chunk by chunk, and the seeds of attention's. Around a
+    plain one (`given`): its dropouts, those of attention probabilities too, have these masks."""
 
     def __init__(self, given: Dropouts | None = None) -> None:
         super().__init__()
@@ -155,7 +161,8 @@ class Dropouts(TorchFunctionMode):
             self.seeds.append(int(drawn))
             return drawn
         if func is F.softmax and self.given is not None and kwargs.get("dtype") == torch.float32 and args[0].dtype == torch.float64:
-            return func(*args, **kwargs | {"dtype": torch.float64})  # eager attention rounds its probabilities, which dropout makes no better
+            # Eager attention rounds its probabilities, which dropout makes no better.
+            return func(*args, **kwargs | {"dtype": torch.float64})
         if func is not F.dropout or not (args[2] if len(args) > 2 else kwargs.get("training", True)):
             return func(*args, **kwargs)
         x, p = args[0], args[1] if len(args) > 1 else kwargs.get("p", 0.5)
@@ -263,14 +270,15 @@ HEADER = f"""# Families of transformers
 
 Made by `python tools/hf_families.py --write` with transformers {{version}}; there is no code for any family. Each is built tiny with random
 weights in float64, and its gradients with longtrain are compared with its own over one row, a packed row, left padding, right padding,
-masked prompts ({TOKENS} tokens in chunks of {CHUNK}), and dropout where it has any, against its eager graph given the masks that were drawn. The error is
-that of the worst: norm of the difference over norm, of all gradients or of the loss. transformers computes the loss, and many families their norms
-and eager attention, in float32 whatever the model: hence 1e-7. Recurrent layers (delta rules, state spaces) compute in
-float32 altogether, and take the error of one rounding of their input as far as the error here; the command stops where an error is more than 1e-6 and more than four such roundings.
+masked prompts ({TOKENS} tokens in chunks of {CHUNK}), and dropout where it has any, against its eager graph given the masks that were
+drawn. The error is that of the worst: norm of the difference over norm, of all gradients or of the loss. transformers computes the loss,
+and many families their norms and eager attention, in float32 whatever the model: hence 1e-7. Recurrent layers (delta rules, state spaces)
+compute in float32 altogether, and take the error of one rounding of their input as far as the error here; the command stops where an error
+is more than 1e-6 and more than four such roundings.
 
 A layer that is not streamed is left as it is (with `Plan(layer_fallback="unstreamed")`; by default the model is refused), and its attention
-still runs on longtrain's kernels. Convolutions and recurrent states of hybrid models are carried from chunk to chunk through the layer's own cache; jamba's
-and mamba's full-sequence kernels take no state to begin with, and are left.
+still runs on longtrain's kernels. Convolutions and recurrent states of hybrid models are carried from chunk to chunk through the layer's
+own cache; jamba's and mamba's full-sequence kernels take no state to begin with, and are left.
 
 | family | layers streamed | error | not streamed, and why |
 |---|---|---|---|

@@ -250,7 +250,8 @@ class PackedDocuments:
         for piece in pieces:
             here = Span(edges[-1], edges[-1] + len(piece))
             at = piece.start - here.start
-            for i in range(bisect_left(needed, here.start, key=attrgetter("stop")), bisect_left(needed, here.stop, key=attrgetter("start"))):
+            for i in range(bisect_left(needed, here.start, key=attrgetter("stop")),
+                           bisect_left(needed, here.stop, key=attrgetter("start"))):
                 part = needed[i] & here
                 ids[part.slice()] = self.corpus.tokens(piece.document, at + part.start, at + part.stop)
                 if (target := self.corpus.is_target(piece.document, at + part.start, at + part.stop)) is not None:

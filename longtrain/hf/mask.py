@@ -268,6 +268,6 @@ def _difference(ask: Callable, mask: Mask, batch: int) -> str | None:
         return None
     row, query, key = (int(t[differs][0]) for t in pairs)
     return (
-        f"the model's attention mask cannot be honoured: it is not causal or two-sided attention with a window, documents and padding (found "
-        f"in row {row}, token {query}, key {key}); longtrain has no prefix, image-block or custom masks"
+        "the model's attention mask cannot be honoured: it is not causal or two-sided attention with a window, documents and padding "
+        f"(found in row {row}, token {query}, key {key}); longtrain has no prefix, image-block or custom masks"
     )

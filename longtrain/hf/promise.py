@@ -87,8 +87,8 @@ class LazyHidden(Promise):
     def compute(self) -> Tensor:
         if self.taken:
             raise RuntimeError(
-                "hidden states or logits were read after the streamed loss had taken the hidden states out of the token store, chunk by chunk: "
-                'read them from a call without labels or under torch.no_grad(), or use Plan(boundaries="tensor")'
+                "hidden states or logits were read after the streamed loss had taken the hidden states out of the token store, chunk "
+                'by chunk: read them from a call without labels or under torch.no_grad(), or use Plan(boundaries="tensor")'
             )
         if self.values is None:
             self.values = gather(self.boundary.value, self.boundary)

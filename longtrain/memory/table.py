@@ -53,9 +53,9 @@ def closing(result: dict[str, Any]) -> str:
     text = "; ".join(lines)
     if found := result.get("reuse"):
         text += (
-            f"\nreuse of memory, {found['blocks']} largest blocks: an allocator that takes them as they come reserves {gib(found['cached'])} GiB, "
-            f"planned offsets {gib(found['planned'])} GiB (fragmentation avoided: {gib(max(0, found['cached'] - found['planned']))} GiB), "
-            f"no arena less than {gib(found['bound'])} GiB"
+            f"\nreuse of memory, {found['blocks']} largest blocks: an allocator that takes them as they come reserves "
+            f"{gib(found['cached'])} GiB, planned offsets {gib(found['planned'])} GiB (fragmentation avoided: "
+            f"{gib(max(0, found['cached'] - found['planned']))} GiB), no arena less than {gib(found['bound'])} GiB"
         )
     if result["scratch_unseen"]:
         text += f"\nScratch memory inside kernels was not seen: {result['missing']}."

@@ -70,6 +70,10 @@ class ModelConfig:
     initializer_range: float = 0.02
     """Standard deviation of the initial weights."""
 
+    embedding_range: float | None = None
+    """Standard deviation of the initial embeddings; `initializer_range` when not given. Larger ones are heard beside what the layers add to
+    them from the start. Example: 0.5."""
+
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim")
         for name in (*sizes, "conv_taps", "lact_chunk"):
@@ -104,6 +108,10 @@ class ModelConfig:
         for name in ("rope_base", "norm_eps", "initializer_range"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"model.{name} must be above 0, found {getattr(self, name)!r}")
+        if self.embedding_range is not None and not self.embedding_range > 0:
+            raise ValueError(f"model.embedding_range must be above 0, found {self.embedding_range!r}")
+        if self.embedding_range is not None and self.tie_embeddings:
+            raise ValueError("model.embedding_range would be the head's too, which model.tie_embeddings makes of the embedding; remove one of them")
 
     @property
     def resolved_head_dim(self) -> int:

@@ -36,7 +36,8 @@ class LanguageModel(nn.Module):
         self.make_layout = Layout.make
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=config.initializer_range)
+                own = config.embedding_range if isinstance(module, nn.Embedding) else None
+                nn.init.normal_(module.weight, std=own or config.initializer_range)
         if config.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 

@@ -5,8 +5,9 @@
 Products of many rows with matrices of several sizes, attention and other mixers by the backends that serve them, the operations that layers
 and losses are made of one by one, the time that streaming takes for an operation on next to nothing, new memory, AdamW, copies to the host,
 the disk tier's own code on --path, what a whole step takes longer than its parts, and all-gather where several processes run it (torchrun).
-Each is repeated until `measure.SECONDS` are over, and the median counts; half a minute in all. New memory costs what the allocator makes of it, so calibrate under the settings that
-training will have: with glibc's MALLOC_MMAP_THRESHOLD_ every larger block is fetched from the system, cleared, and given back.
+Each is repeated until `measure.SECONDS` are over, and the median counts; half a minute in all. New memory costs what the allocator makes of
+it, so calibrate under the settings that training will have: with glibc's MALLOC_MMAP_THRESHOLD_ every larger block is fetched from the
+system, cleared, and given back.
 """
 
 from __future__ import annotations

@@ -15,14 +15,14 @@ from longtrain.stream.footprint import LayerFootprint
 from longtrain.stream.work import highest
 
 CPU_WORKSPACE = 112 * 2**20
-"""Resident memory of a CPU step that no tensor accounts for: kernel scratch, thread pools, freed blocks that the allocator keeps. Nearly all
-of it is the last: where malloc keeps nothing back (MALLOC_MMAP_THRESHOLD_=65536) twenty steps took 1 to 12 MiB beside their tensors and
-`extents_bytes` (tools/predicted_measured.py); as it is, configs/quickstart.yaml peaked at 595 to 603 MiB where the tensors and what was held
-before add up to 486."""
+"""Resident memory of a CPU step that no tensor accounts for: kernel scratch, thread pools, freed blocks that the allocator keeps. Nearly
+all of it is the last: where malloc keeps nothing back (MALLOC_MMAP_THRESHOLD_=65536) twenty steps took 1 to 12 MiB beside their tensors and
+`extents_bytes` (tools/predicted_measured.py); as it is, configs/quickstart.yaml peaked at 595 to 603 MiB where the tensors and what was
+held before add up to 486."""
 
 EXTENT, TIERED_EXTENT, PAGE, MAPPED = 460, 1600, 4096, 1 << 16
-"""Resident bytes of an extent of the token store beside its tensor, without tiers and with them (measured: 4,096 extents of a few bytes), and
-the page that malloc adds to a block that it maps by itself, of so many bytes and more (MALLOC_MMAP_THRESHOLD_=65536)."""
+"""Resident bytes of an extent of the token store beside its tensor, without tiers and with them (measured: 4,096 extents of a few bytes),
+and the page that malloc adds to a block that it maps by itself, of so many bytes and more (MALLOC_MMAP_THRESHOLD_=65536)."""
 
 GPU_WORKSPACE = 2 * 10**9
 """Of a GPU: the CUDA context, libraries' workspaces, and what the caching allocator cannot use (the design's "context" of 3 GB with

@@ -22,8 +22,9 @@ def table(found: Sequence[Found], wanted: Wanted) -> list[str]:
     header = ["s a step", "tokens/s", "MFU", "peak", "chunk", "segment", "outputs", "K/V", "micro-batch", "optimizer", "written to disk"]
     rows = [
         (
-            f"{f.time.total:,.1f}", f"{f.rate:,.0f}", f"{f.utilisation(wanted.machine.peak_flops):.1%}", format_bytes(f.peak.total + wanted.taken),
-            str(f.plan.chunk_tokens), str(f.plan.segment_layers), mean(f.plan.store_outputs), mean(f.plan.store_kv), str(f.batch), f.optimizer,
+            f"{f.time.total:,.1f}", f"{f.rate:,.0f}", f"{f.utilisation(wanted.machine.peak_flops):.1%}",
+            format_bytes(f.peak.total + wanted.taken), str(f.plan.chunk_tokens), str(f.plan.segment_layers), mean(f.plan.store_outputs),
+            mean(f.plan.store_kv), str(f.batch), f.optimizer,
             format_bytes(f.tiers["disk"].written * wanted.devices), *([str(f.axes), f.ways] if several else []),
         )
         for f in found
@@ -71,8 +72,8 @@ def binding(found: Found, wanted: Wanted) -> str:
 
 def time(found: Found, wanted: Wanted) -> list[str]:
     spent, total = found.time, found.time.total
-    lines = [f"time: {total:,.1f} s a step ({total / 3600:.3f} h), {found.rate:,.0f} tokens/s, MFU {found.utilisation(wanted.machine.peak_flops):.1%} "
-             f"of {wanted.machine.peak_flops / 1e12:,.4g} TFLOP/s"]  # fmt: skip
+    lines = [f"time: {total:,.1f} s a step ({total / 3600:.3f} h), {found.rate:,.0f} tokens/s, "
+             f"MFU {found.utilisation(wanted.machine.peak_flops):.1%} of {wanted.machine.peak_flops / 1e12:,.4g} TFLOP/s"]  # fmt: skip
     lines += [f"  {seconds:12,.2f} s  {seconds / total:6.1%}  {name}" for name, seconds in spent.parts.items() if seconds]
     lines.append(f"  {spent.model_flops:.3e} FLOP that the model needs, {spent.done_flops:.3e} done, on each device")
     for tier, (written, read) in spent.moved.items():
@@ -93,15 +94,19 @@ def formulas(found: Found, wanted: Wanted) -> list[str]:
     lines = [
         "by hand (a layer's bytes a token: " + f"input {f.x}, output and LSE {f.output}, K/V {f.carry}, their sums {f.adjoint}; GB = 1e9):",
         f"  parameters             {model.parameters / 1e9:.2f} GB / {shards} = {model.parameters / shards / 1e9:.2f} GB",
-        f"  gradients              4 x {model.trained / 1e9:.3f} G / {shards} = {4 * model.trained / shards / 1e9:.2f} GB at the end of the backward pass",
+        f"  gradients              4 x {model.trained / 1e9:.3f} G / {shards} = {4 * model.trained / shards / 1e9:.2f} GB "
+        "at the end of the backward pass",
         f"  optimizer              {'8 + 4' if wanted.masters else '8'} bytes x {model.trained / 1e9:.3f} G / {shards} = "
         f"{(model.optimizer + 4 * model.trained * wanted.masters) / shards / 1e9:.2f} GB on the {found.optimizer}",
         f"  layer inputs           L / k x {f.x} n = {-(-L // k)} x {f.x} x {n:,} = {-(-L // k) * f.x * n / 1e9:,.2f} GB in all tiers",
-        f"  outputs, LSE           L x {f.output} n = {L} x {f.output} x {n:,} = {L * f.output * n / 1e9:,.2f} GB in all tiers if all are stored",
+        f"  outputs, LSE           L x {f.output} n = {L} x {f.output} x {n:,} = {L * f.output * n / 1e9:,.2f} GB in all tiers "
+        "if all are stored",
         f"  gradient of the hidden states   {f.x} n = {f.x * n / 1e9:.2f} GB in all tiers",
-        f"  K/V and sums           k x ({f.carry} + {f.adjoint}) n = {k} x {f.carry + f.adjoint} x {n:,} = {k * (f.carry + f.adjoint) * n / 1e9:.2f} GB",
+        f"  K/V and sums           k x ({f.carry} + {f.adjoint}) n = {k} x {f.carry + f.adjoint} x {n:,} = "
+        f"{k * (f.carry + f.adjoint) * n / 1e9:.2f} GB",
         f"  graph of a chunk       {f.graph} a token and layer at the highest, {f.saved[0]:.0f} for each layer before it: "
-        f"{(f.graph + (k - 1) * f.saved[0]) * chunk / 1e9:.2f} GB of {chunk:,} tokens, and {k} x {f.chunk_gradients / 1e9:.2f} GB of a chunk's parameter gradients",
+        f"{(f.graph + (k - 1) * f.saved[0]) * chunk / 1e9:.2f} GB of {chunk:,} tokens, and {k} x {f.chunk_gradients / 1e9:.2f} GB of a "
+        "chunk's parameter gradients",
     ]  # fmt: skip
     if f.lse:
         dim = round((f.output - f.lse) / model.dtype.itemsize)
@@ -111,8 +116,9 @@ def formulas(found: Found, wanted: Wanted) -> list[str]:
         size = max((size for (size, _), _ in f.forward.products), default=0)
         at_products = rates.at(rates.products, size)
         lines += [
-            f"  attention, one layer   A = 4 x {dim} x T^2 / 2 = {attention:.3e} FLOP (full causal; windows less), L A / {at[0] / 1e12:.4g} T/s + "
-            f"2.5 L A / {at[1] / 1e12:.4g} T/s = {L * attention * (1 / at[0] + 2.5 / at[1]):,.1f} s; printed above {spent['attention']:,.1f} s",
+            f"  attention, one layer   A = 4 x {dim} x T^2 / 2 = {attention:.3e} FLOP (full causal; windows less), "
+            f"L A / {at[0] / 1e12:.4g} T/s + 2.5 L A / {at[1] / 1e12:.4g} T/s = {L * attention * (1 / at[0] + 2.5 / at[1]):,.1f} s; "
+            f"printed above {spent['attention']:,.1f} s",
             f"  products, one layer    N = {flops:.4e} FLOP a token x n = {flops * n:.3e}, 4 L N / {at_products / 1e12:.4g} T/s = "
             f"{4 * L * flops * n / at_products:,.1f} s; with what moves memory and launches {spent['token-local']:,.1f} s",
         ]  # fmt: skip
@@ -122,7 +128,8 @@ def formulas(found: Found, wanted: Wanted) -> list[str]:
 def front(found: Sequence[Found], wanted: Wanted) -> list[str]:
     """Plans of which none is both smaller and faster."""
     rows = [
-        (format_bytes(f.peak.total + wanted.taken), f"{f.time.total:,.1f}", str(f.plan.chunk_tokens), str(f.plan.segment_layers), mean(f.plan.store_outputs))
+        (format_bytes(f.peak.total + wanted.taken), f"{f.time.total:,.1f}", str(f.plan.chunk_tokens), str(f.plan.segment_layers),
+         mean(f.plan.store_outputs))
         for f in found
     ]  # fmt: skip
     return ["less memory or less time (Pareto front):", columns(("peak", "s a step", "chunk", "segment", "outputs"), rows, right=range(4))]
@@ -144,8 +151,8 @@ def as_yaml(found: Found, wanted: Wanted, title: str) -> str:
     if found.optimizer == "host":
         settings["optimizer"] = "host"
     about = [
-        f"# {title}, {wanted.tokens:,} tokens on {wanted.devices} x {wanted.machine.name}: predicted {format_bytes(found.peak.total + wanted.taken)} a device, "
-        f"{found.time.total:,.1f} s a step ({found.rate:,.0f} tokens/s).",
+        f"# {title}, {wanted.tokens:,} tokens on {wanted.devices} x {wanted.machine.name}: predicted "
+        f"{format_bytes(found.peak.total + wanted.taken)} a device, {found.time.total:,.1f} s a step ({found.rate:,.0f} tokens/s).",
     ]  # fmt: skip
     sections = {"memory": settings}
     if wanted.devices > 1:

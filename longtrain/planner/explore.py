@@ -195,7 +195,8 @@ def refusal(wanted: Wanted) -> str:
     """What would make it possible, for the way that comes closest."""
     least = [(one.peak.total, c) for c in combinations(wanted) if (one := smallest(wanted, *c)) is not None]
     if not least:
-        return f"the optimizer needs {format_bytes((wanted.model.optimizer + 4 * wanted.model.trained) // wanted.devices)} of host memory a device; give more"
+        needed = (wanted.model.optimizer + 4 * wanted.model.trained) // wanted.devices
+        return f"the optimizer needs {format_bytes(needed)} of host memory a device; give more"
     _, (axes, optimizer, batch) = min(least, key=lambda entry: entry[0])
     asked, _ = of_one_device(wanted, axes, optimizer, batch)
     text = what_to_change(asked, wanted.room + wanted.taken, wanted.taken)

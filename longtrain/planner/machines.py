@@ -57,7 +57,8 @@ def _gpu(name: str, gb: float, tflops: float, memory_tbs: float, pcie_gbs: float
         name=name, device="cuda", memory=int(0.99 * gb * 2**30), peak_flops=tflops * 1e12, source=source,
         rates=Rates(
             flops=products, products=((512, 0.4 * products), (1024, 0.65 * products), (4096, products)),
-            attention=((64, 0.75e12 * forward), (128, 1e12 * forward)), attention_backward=((64, 0.75e12 * backward), (128, 1e12 * backward)),
+            attention=((64, 0.75e12 * forward), (128, 1e12 * forward)),
+            attention_backward=((64, 0.75e12 * backward), (128, 1e12 * backward)),
             moved=MOVED_SHARE * memory_tbs * 1e12, optimizer=MOVED_SHARE * memory_tbs * 1e12, host_optimizer=60e9, launch=5e-6,
             host_write=LINK_SHARE * pcie_gbs * 1e9, host_read=LINK_SHARE * pcie_gbs * 1e9, link=LINK_SHARE * link_gbs * 1e9, **NVME,
         ),
@@ -74,10 +75,14 @@ MACHINES = {
         _gpu("a800", 80, 312, 2.039, 32, 200, 225, 190, f"NVIDIA A800 datasheet (SXM 80 GB: an A100 with NVLink at 400 GB/s); {FA2}"),
         _gpu("h100", 80, 989, 3.35, 64, 450, 566, 470, f"NVIDIA H100 datasheet (SXM); {CUDNN}"),
         _gpu("h200", 141, 989, 4.8, 64, 450, 566, 470, f"NVIDIA H200 datasheet (SXM); {CUDNN}"),
-        _gpu("b200", 180, 2250, 7.7, 64, 900, 1240, 1030, "NVIDIA DGX B200 datasheet, an eighth; attention: the H100's share of peak, assumed"),
-        _gpu("rtx3090", 24, 71, 0.936, 32, 24, 55, 45, "NVIDIA GA102 whitepaper (bf16, float32 sums); attention: the A100's share, assumed"),
-        _gpu("rtx4090", 24, 165, 1.008, 32, 24, 120, 100, "NVIDIA Ada whitepaper (bf16, float32 sums); attention: the A100's share, assumed"),
-        _gpu("rtx5090", 32, 209.5, 1.792, 64, 48, 150, 126, "NVIDIA RTX Blackwell whitepaper (bf16, float32 sums); attention: the A100's share, assumed"),
+        _gpu("b200", 180, 2250, 7.7, 64, 900, 1240, 1030, 
+             "NVIDIA DGX B200 datasheet, an eighth; attention: the H100's share of peak, assumed"),
+        _gpu("rtx3090", 24, 71, 0.936, 32, 24, 55, 45,
+             "NVIDIA GA102 whitepaper (bf16, float32 sums); attention: the A100's share, assumed"),
+        _gpu("rtx4090", 24, 165, 1.008, 32, 24, 120, 100, 
+             "NVIDIA Ada whitepaper (bf16, float32 sums); attention: the A100's share, assumed"),
+        _gpu("rtx5090", 32, 209.5, 1.792, 64, 48, 150, 126, 
+             "NVIDIA RTX Blackwell whitepaper (bf16, float32 sums); attention: the A100's share, assumed"),
     )
 }  # fmt: skip
 """By name; --device takes one of them."""

@@ -202,8 +202,8 @@ def launch(device: torch.device, dtype: torch.dtype, known: Rates) -> float:
 
 
 def slower_in_step(device: torch.device, dtype: torch.dtype, shape: dict, known: Rates) -> float:
-    """How many times as long everything beside products and mixers takes in a streamed step as it does by itself, again and again: in a step
-    other memory is used in between, and nothing is found in the caches."""
+    """How many times as long everything beside products and mixers takes in a streamed step as it does by itself, again and again: in a
+    step other memory is used in between, and nothing is found in the caches."""
     width, chunk = shape["width"] // 2, shape["rows"]
     heads = max(1, width // 64)
     config = ModelConfig(vocab_size=256, num_layers=4, hidden_size=width, intermediate_size=4 * width, num_heads=heads, num_kv_heads=heads)

@@ -30,13 +30,15 @@ def page(title: str, found: Sequence[Found], front: Sequence[Found], wanted: Wan
     best = found[0]
     name = f"{title}: {wanted.tokens:,} tokens on {wanted.devices} x {wanted.machine.name}"
     sentence = (
-        f"Fits: {format_bytes(best.peak.total + wanted.taken)} of {format_bytes(wanted.room + wanted.taken)} a device, {best.time.total:,.1f} s a step, {best.rate:,.0f} tokens a "
-        f"second, {best.utilisation(wanted.machine.peak_flops):.1%} of what the device can do; {explain.binding(best, wanted)}."
+        f"Fits: {format_bytes(best.peak.total + wanted.taken)} of {format_bytes(wanted.room + wanted.taken)} a device, "
+        f"{best.time.total:,.1f} s a step, {best.rate:,.0f} tokens a second, {best.utilisation(wanted.machine.peak_flops):.1%} of what the "
+        f"device can do; {explain.binding(best, wanted)}."
     )
     drawn = [
         {
-            "id": "front", "title": "Time against memory", "note": "Plans of which none is both smaller and faster, and the best of every way to use "
-            "the devices.", "x": "GiB at the peak of a step, of one device", "y": "seconds a million tokens", "digits": 4,
+            "id": "front", "title": "Time against memory",
+            "note": "Plans of which none is both smaller and faster, and the best of every way to use the devices.",
+            "x": "GiB at the peak of a step, of one device", "y": "seconds a million tokens", "digits": 4,
             "series": [
                 {"name": "Pareto front", "role": "reference", "points": [point(f) for f in front]},
                 {"name": "other ways to use the devices", "role": "compared", "dots": True, "points": [point(f) for f in found[1:]]},

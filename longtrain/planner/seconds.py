@@ -119,8 +119,8 @@ def token_seconds(work: Work, rates: Rates) -> float:
 
 
 def carry_seconds(layer: LayerFootprint, tokens: int, batch: int, chunk: int, rates: Rates) -> tuple[float, float]:
-    """What an attention layer's carry copies (`longtrain.stream.sliding`), forward and backward: everything once into its buffers, and where
-    these slide what is held once more into new memory and back whenever they are full; backward the gradient sums too, which begin as
+    """What an attention layer's carry copies (`longtrain.stream.sliding`), forward and backward: everything once into its buffers, and
+    where these slide what is held once more into new memory and back whenever they are full; backward the gradient sums too, which begin as
     zeros of a chunk."""
     if not layer.lse:
         return 0.0, 0.0

@@ -10,9 +10,12 @@ import torch
 from longtrain.nn import LanguageModel, ModelConfig
 
 SHAPES = {
-    "llama3-8b": ModelConfig(vocab_size=128256, num_layers=32, hidden_size=4096, intermediate_size=14336, num_heads=32, num_kv_heads=8, rope_base=5e5),
-    "llama3-70b": ModelConfig(vocab_size=128256, num_layers=80, hidden_size=8192, intermediate_size=28672, num_heads=64, num_kv_heads=8, rope_base=5e5),
-    "qwen3-8b": ModelConfig(vocab_size=151936, num_layers=36, hidden_size=4096, intermediate_size=12288, num_heads=32, num_kv_heads=8, head_dim=128),
+    "llama3-8b": ModelConfig(vocab_size=128256, num_layers=32, hidden_size=4096, intermediate_size=14336, num_heads=32, num_kv_heads=8,
+                             rope_base=5e5),
+    "llama3-70b": ModelConfig(vocab_size=128256, num_layers=80, hidden_size=8192, intermediate_size=28672, num_heads=64, num_kv_heads=8,
+                              rope_base=5e5),
+    "qwen3-8b": ModelConfig(vocab_size=151936, num_layers=36, hidden_size=4096, intermediate_size=12288, num_heads=32, num_kv_heads=8,
+                            head_dim=128),
     "gpt-7b": ModelConfig(vocab_size=50257, num_layers=32, hidden_size=4096, intermediate_size=10923, num_heads=32, num_kv_heads=32),
 }  # fmt: skip
 """Public configurations; gpt-7b is MEMO's 7B GPT (arXiv:2407.12117, table 1) with its MLP of 2 x 4E as three matrices of as many
@@ -20,7 +23,8 @@ parameters."""
 
 KEYS = {
     "vocab_size": "vocab_size", "num_layers": "num_hidden_layers", "hidden_size": "hidden_size", "intermediate_size": "intermediate_size",
-    "num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads", "head_dim": "head_dim", "tie_embeddings": "tie_word_embeddings",
+    "num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads", "head_dim": "head_dim",
+    "tie_embeddings": "tie_word_embeddings",
 }  # fmt: skip
 """Ours by the name that config.json has."""
 

@@ -198,8 +198,8 @@ def check_leaves(ys: Iterable[Tensor], known: Iterable[Tensor]) -> None:
         if type(node).__name__ == "AccumulateGrad" and id(node.variable) not in ids:
             raise RuntimeError(
                 f"a streamed layer makes use of a tensor of shape {list(node.variable.shape)} that wants a gradient and is neither a "
-                "parameter of the layer nor an argument of it (a hook may have brought it in), so its gradient would be lost: register it as "
-                "a parameter of the layer, or undo() the report"
+                "parameter of the layer nor an argument of it (a hook may have brought it in), so its gradient would be lost: register it "
+                "as a parameter of the layer, or undo() the report"
             )
         nodes += [before for before, _ in node.next_functions]
 

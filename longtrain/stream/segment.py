@@ -128,7 +128,7 @@ class Segment:
             raise self.skipped()
         given, expected = self._given
         changed = x.data_ptr() != given.data_ptr() or x.shape != given.shape or version_of(x) != version_of(given)
-        if changed or not _same(arguments, expected):
+        if changed or not same_arguments(arguments, expected):
             raise RuntimeError(
                 f"layers {self.indices[0]} to {self.indices[-1]} are streamed as one segment, and a layer of it was given other hidden "
                 "states or arguments than the one before; use Plan(segment_layers=1)"
@@ -160,7 +160,7 @@ def _leads_to_segment(forward: Any) -> bool:
     return isinstance(getattr(forward, "__self__", None), Segment)
 
 
-def _same(a: dict[str, Any], b: dict[str, Any]) -> bool:
+def same_arguments(a: dict[str, Any], b: dict[str, Any]) -> bool:
     return a.keys() == b.keys() and all(_same_value(a[k], b[k]) for k in a)
 
 

@@ -48,7 +48,8 @@ class TaskConfig:
     """Share of the features that are dropped behind each layer."""
 
     center: bool = True
-    """Whether a layer convolves what differs from the sequence's mean. An image's background comes out of a filter as the sum of its taps."""
+    """Whether a layer convolves what differs from the sequence's mean. An image's background comes out of a filter as the sum of its
+    taps."""
 
     squash: tuple[float, ...] = (0.003, 0.0)
     """Soft thresholds of the filters to compare, the first one with the others; 0 is none."""

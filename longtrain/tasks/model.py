@@ -9,10 +9,10 @@ from longtrain.nn import LongConv, RMSNorm
 
 
 class ConvLayer(nn.Module):
-    """``x + dropout(GLU(linear(gelu(conv(n)))))``, ``n = norm(x)``, ``[B, T, E] -> [B, T, E]``; with `center` less n's mean over the sequence.
+    """``x + dropout(GLU(linear(gelu(conv(n)))))``, ``n = norm(x)``, ``[B, T, E] -> [B, T, E]``; with `center` less n's mean over them.
 
-    What all tokens have in common (an image's background) comes out of each filter as the sum of its taps, many times what a few tokens that
-    differ come to, and training stays at chance for long.
+    What all tokens have in common (an image's background) comes out of each filter as the sum of its taps, many times what a few tokens
+    that differ come to, and training stays at chance for long.
     """
 
     def __init__(self, width: int, tokens: int, *, center: bool, dropout: float, layer_index: int, **filter_settings) -> None:

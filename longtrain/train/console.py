@@ -35,7 +35,8 @@ def step_line(
 
 
 def verdict(validation_loss: float, targets: int, baselines: Baselines | None, unit: str = "byte") -> str:
-    """The validation loss beside what counting achieves. Logarithms are natural; bits are those divided by ln 2. `unit`: what a token is."""
+    """The validation loss beside what counting achieves. Logarithms are natural; bits are those divided by ln 2. `unit`: what a token
+    is."""
     if baselines is None:
         return f"validation loss  {validation_loss:.4f} nats a token, {targets:,} targets"
     better = validation_loss < baselines.bigram

@@ -112,8 +112,8 @@ def weighted_parts(corpus: Corpus, data: DataConfig) -> list[tuple[np.ndarray, f
     long_N = corpus.length_N >= (data.long_from_tokens or np.inf)
     if data.long_from_tokens is not None and not long_N.any():
         raise DataError(
-            f"data.long_from_tokens: no training document has {data.long_from_tokens} tokens (the longest has {int(corpus.length_N.max())}), "
-            "so none is read more often; lower it, or remove it and data.long_weight"
+            f"data.long_from_tokens: no training document has {data.long_from_tokens} tokens (the longest has "
+            f"{int(corpus.length_N.max())}), so none is read more often; lower it, or remove it and data.long_weight"
         )
     parts = []
     for source, weight in enumerate(weights):

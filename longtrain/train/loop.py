@@ -244,8 +244,8 @@ class Trainer:
                 self.save()
             self.note_saved(self.saver.finish())
             raise RunError(
-                f"step {step}: spike: {spike}; stopped before the update, as spike.action says or after {MOST_IN_A_ROW} in a row, with step "
-                f"{self.done} saved; lower train.lr, look at the documents in {output.METRICS}, or set spike.action"
+                f"step {step}: spike: {spike}; stopped before the update, as spike.action says or after {MOST_IN_A_ROW} in a row, with "
+                f"step {self.done} saved; lower train.lr, look at the documents in {output.METRICS}, or set spike.action"
             )
 
     def validate(self) -> None:

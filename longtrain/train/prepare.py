@@ -153,8 +153,9 @@ def check_fits(model: nn.Module, corpus: Corpus, config: Config, where: Location
     if rotary:
         raise where.error(
             "model.rope",
-            f"is missing: sequences have documents of {longest} tokens, and the model was trained for {limit} positions; say how they go on, "
-            "such as rope: {rope_type: yarn, factor: 4} or rope: {rope_theta: 8000000}, or rope: {} to train on with positions as they are",
+            f"is missing: sequences have documents of {longest} tokens, and the model was trained for {limit} positions; say how they go "
+            "on, such as rope: {rope_type: yarn, factor: 4} or rope: {rope_theta: 8000000}, or rope: {} to train on with positions as they "
+            "are",
         )
     raise where.error("data.seq_len", f"{config.data.seq_len} is more than the {limit} positions that the model has; lower it to {limit}")
 

@@ -102,13 +102,14 @@ def check_facts(facts: dict, fingerprint, frozen: int, checkpoint: Path, config:
     if facts["data"] != fingerprint:
         raise where.error(
             "data",
-            f"{checkpoint} was written while reading other data ({facts['data']} then, {fingerprint} now), and a position there means nothing "
-            "here; give it the same data, or begin anew with its weights (longtrain export, then train.init or model.hf)",
+            f"{checkpoint} was written while reading other data ({facts['data']} then, {fingerprint} now), and a position there means "
+            "nothing here; give it the same data, or begin anew with its weights (longtrain export, then train.init or model.hf)",
         )
     if facts.get("frozen", 0) != frozen:
         raise where.error(
             "model",
-            f"{checkpoint} was written beside other frozen weights than the model has now; give it the model it had, or begin anew elsewhere",
+            f"{checkpoint} was written beside other frozen weights than the model has now; give it the model it had, or begin anew "
+            "elsewhere",
         )
 
 

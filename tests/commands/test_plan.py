@@ -18,8 +18,8 @@ from longtrain.planner.explore import combinations, lacks, refusal, smallest
 from tests.browser import open_page
 
 SHAPE = {
-    "vocab_size": 4096, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 8,
-    "head_dim": 64,
+    "vocab_size": 4096, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4, "num_attention_heads": 8,
+    "num_key_value_heads": 8, "head_dim": 64,
 }  # fmt: skip
 
 
@@ -99,16 +99,20 @@ def test_the_plan_that_is_written_is_taken(run_file, tmp_path, capsys):
 
 def test_what_leaves_the_device_may_differ_by_layer(run_file, tmp_path):
     config, _ = load_config(run_file, [
-        "memory.chunk_tokens=512", "memory.host_budget=1GiB", "memory.offload={inputs: [host, device, {device: 0.5, host: 0.5}, host], kv: host}",
+        "memory.chunk_tokens=512", "memory.host_budget=1GiB",
+        "memory.offload={inputs: [host, device, {device: 0.5, host: 0.5}, host], kv: host}",
     ])  # fmt: skip
     offload = config.memory.plan_settings()["offload"]
     assert [split.device for split in offload.inputs] == [0.0, 1.0, 0.5, 0.0] and offload.kv.host == 1.0
 
 
 @pytest.mark.parametrize("options, problem", [
-    (["--seq-len", "0"], "--seq-len: must be at least 1"), (["--gpus", "0", "--seq-len", "8"], "--gpus: must be at least 1"), ([], "--seq-len is missing"),
-    (["--seq-len", "8192", "--budget=-3GiB"], "--budget"), (["--seq-len", "8192", "--budget", "200GiB", "--device", "h100"], "more than the"),
-    (["--seq-len", "8192", "--device", "h101"], "no machine that is known"), (["model.num_layers=2", "--seq-len", "8"], "settings are of a YAML file"),
+    (["--seq-len", "0"], "--seq-len: must be at least 1"), (["--gpus", "0", "--seq-len", "8"], "--gpus: must be at least 1"),
+    ([], "--seq-len is missing"),
+    (["--seq-len", "8192", "--budget=-3GiB"], "--budget"),
+    (["--seq-len", "8192", "--budget", "200GiB", "--device", "h100"], "more than the"),
+    (["--seq-len", "8192", "--device", "h101"], "no machine that is known"),
+    (["model.num_layers=2", "--seq-len", "8"], "settings are of a YAML file"),
     (["--seq-len", "8192", "--batch", "0"], "--batch: must be at least 1"),
 ])  # fmt: skip
 def test_requests_that_are_wrong(shape, options, problem, capsys):
@@ -125,7 +129,8 @@ def test_a_model_that_is_no_plain_decoder(tmp_path, capsys):
 
 def test_what_is_no_model_is_said_with_what_there_is(tmp_path, capsys):
     (tmp_path / "config.json").write_text("[1, 2")
-    for given, said in (("llama3-7b", "llama3-8b, "), (str(tmp_path.parent), "holds no config.json"), (str(tmp_path), "is no config.json of")):
+    refused = {"llama3-7b": "llama3-8b, ", str(tmp_path.parent): "holds no config.json", str(tmp_path): "is no config.json of"}
+    for given, said in refused.items():
         assert cli.main(["plan", given, "--seq-len", "8192"]) == 2
         error = capsys.readouterr().err
         assert said in error and error.count("\n") == 1

@@ -305,6 +305,15 @@ def test_hidden_states_inside_a_segment_are_refused():
         model(**batch, output_hidden_states=True)
 
 
+def test_layers_that_are_given_different_arguments_are_no_segment():
+    """Masks with a window and without; in Gemma 4 rotary positions for heads of another size too."""
+    for family in ("gemma3_text", "gemma4_text"):
+        model = hf_families.build(family)
+        with pytest.raises(ValueError, match=r"layers.0 to 2 would be one segment.*different arguments.*use Plan\(segment_layers=1\)"):
+            lt.apply(model, lt.Plan(chunk_tokens=8, segment_layers=3))
+        assert not any("forward" in module.__dict__ for module in model.modules())
+
+
 def test_an_argument_that_was_none_when_traced_is_refused():
     """Cross-attention: the encoder's states run along its own tokens, and the mixers of a chunk are those of self-attention."""
     model, batch = hf_families.build("gpt2", add_cross_attention=True), one_row()

@@ -40,6 +40,16 @@ def test_a_checkpoint_of_another_shape_is_refused(tmp_path):
             LanguageModel(ModelConfig(**{**SHAPE, **changes})).load_safetensors(tmp_path / "m.safetensors")
 
 
+def test_embeddings_begin_as_large_as_asked_and_everything_else_as_before():
+    torch.manual_seed(0)
+    usual = LanguageModel(ModelConfig(**SHAPE, initializer_range=0.06)).state_dict()
+    torch.manual_seed(0)
+    found = LanguageModel(ModelConfig(**SHAPE, initializer_range=0.06, embedding_range=0.5)).state_dict()
+    embedding = "model.embed_tokens.weight"
+    torch.testing.assert_close(found.pop(embedding), usual.pop(embedding) * (0.5 / 0.06))
+    assert all(torch.equal(found[name], usual[name]) for name in usual)
+
+
 def test_packed_documents_are_as_if_alone():
     model = LanguageModel(ModelConfig(**SHAPE)).double()
     ids = torch.randint(50, (1, 20))
@@ -106,6 +116,8 @@ def test_count_targets():
         (dict(attention_dropout=1.0), "attention_dropout"),
         (dict(rope_fraction=0.5, head_dim=6), "rope_fraction"),
         (dict(norm_eps=0), "norm_eps"),
+        (dict(embedding_range=0.0), "embedding_range"),
+        (dict(embedding_range=0.5, tie_embeddings=True), "embedding_range"),
         (dict(vocab_size=True), "vocab_size"),
     ],
 )

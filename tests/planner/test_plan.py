@@ -98,9 +98,11 @@ def test_lengths_that_are_none():
         lt.plan(model(), seq_len=0, budget="1GiB")
 
 
-@pytest.mark.parametrize("setting", [{"seq_len": "512"}, {"seq_len": 512.0}, {"seq_len": 512, "batch": 1.5}, {"seq_len": 512, "steps": "3"}])
+@pytest.mark.parametrize("setting",
+                         [{"seq_len": "512"}, {"seq_len": 512.0}, {"seq_len": 512, "batch": 1.5}, {"seq_len": 512, "steps": "3"}])
 def test_numbers_that_are_none(setting):
-    with pytest.raises(ValueError, match=rf"{list(setting)[-1]} must be a whole number of at least 1, found {list(setting.values())[-1]!r}"):
+    with pytest.raises(ValueError,
+                       match=rf"{list(setting)[-1]} must be a whole number of at least 1, found {list(setting.values())[-1]!r}"):
         lt.plan(torch.nn.Linear(2, 2), budget="1GiB", **setting)
 
 

@@ -389,7 +389,8 @@ class DropsAndScales(Base):
 
 
 @pytest.mark.parametrize("trains", [True, False])
-@pytest.mark.parametrize("statistics, why", [(True, "changes its buffers in forward.*while it trains: norm"), (False, "while it trains its output")])
+@pytest.mark.parametrize("statistics, why", [(True, "changes its buffers in forward.*while it trains: norm"),
+                                             (False, "while it trains its output")])
 def test_a_layer_that_looks_across_tokens_while_it_trains_is_refused(statistics, why, trains):
     model = stack_of(lambda: NormOfTheBatch(statistics), 1).train(trains)
     with pytest.raises(ValueError, match=why):

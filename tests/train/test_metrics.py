@@ -161,8 +161,9 @@ def test_linear_attention_of_transformers_sees_no_pairs():
     transformers = pytest.importorskip("transformers")
     kinds = ["linear_attention", "full_attention"]
     described = transformers.AutoConfig.for_model(
-        "qwen3_next", vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        head_dim=8, layer_types=kinds, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=8, shared_expert_intermediate_size=8,
+        "qwen3_next", vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, layer_types=kinds, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=8,
+        shared_expert_intermediate_size=8,
     )  # fmt: skip
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(described)
