@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (
-    "_extension columns errors span units", "files offload page", "ops plan", "backends sharded stream",
+    "_extension columns double errors span units", "files offload page", "ops plan", "backends sharded stream",
     "contrastive doctor hf parallel proof", "nn", "apply config data logprobs objectives", "planner", "memory", "longtrain", "train",
     "report tasks", "commands", "cli", "__main__",
 )  # fmt: skip

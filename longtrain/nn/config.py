@@ -111,7 +111,9 @@ class ModelConfig:
         if self.embedding_range is not None and not self.embedding_range > 0:
             raise ValueError(f"model.embedding_range must be above 0, found {self.embedding_range!r}")
         if self.embedding_range is not None and self.tie_embeddings:
-            raise ValueError("model.embedding_range would be the head's too, which model.tie_embeddings makes of the embedding; remove one of them")
+            raise ValueError(
+                "model.embedding_range would be the head's too, which model.tie_embeddings makes of the embedding; remove one of them"
+            )
 
     @property
     def resolved_head_dim(self) -> int:

@@ -16,6 +16,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Hashable, Iterable
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -56,6 +57,13 @@ class TieredStore:
         self._extents: dict[Hashable, dict[Span, Kept]] = {}
         self._released: deque[tuple[Hashable, Span | None]] = deque()
         self._closed = False
+
+    def __deepcopy__(self, memo: dict) -> TieredStore:
+        """Itself: a copied model uses the same tiers, and no name of its tensors is one of the other's."""
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a model that offloads holds open tiers, which cannot be saved: save its state_dict(), or undo() the report first")
 
     def put(self, name: Hashable, span: Span, tensor: Tensor, place: Place = DEVICE) -> None:
         with self._lock:

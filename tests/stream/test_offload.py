@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import itertools
 from collections import Counter
 from dataclasses import replace
@@ -86,6 +88,17 @@ def test_packed_documents_and_dropout(tiers):
     call = inputs(cu_seqlens=torch.tensor([0, 20, 37, TOKENS], dtype=torch.int32))
     model = make_model(layers=3, attention_dropout=0.2)
     assert_same_bits(model, lt.Plan(chunk_tokens=9), lt.Offload(**PLACEMENTS["every tier"], **tiers), call)
+
+
+def test_a_copied_model_uses_the_same_tiers_and_a_saved_one_is_refused(tiers):
+    model, call = make_model(layers=3), inputs()
+    report = lt.apply(model, lt.Plan(chunk_tokens=16, offload=lt.Offload(**PLACEMENTS["every tier"], **tiers)))
+    loss, grads = loss_and_grads(model, call)
+    copied_loss, copied = loss_and_grads(copy.deepcopy(model), call)
+    assert torch.equal(loss, copied_loss) and all(torch.equal(copied[name], grads[name]) for name in grads)
+    assert not report.store.names()
+    with pytest.raises(TypeError, match=r"open tiers, which cannot be saved: save its state_dict\(\), or undo\(\) the report first"):
+        torch.save(model, io.BytesIO())
 
 
 def test_compressed_outputs_are_lossy_and_named(tiers):
