@@ -23,6 +23,8 @@ from longtrain.data.sources import DataError
 from longtrain.span import IGNORE_INDEX, Span
 
 PADDING_ID = 0
+PADDING_TOKENS = 512
+"""Of a document of padding, at the most: tokens of padding see one another too, and the square of a long run of them would take time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +41,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """One packed sequence. Padding, if any, is a last document of its own whose labels are all ignored."""
+    """One packed sequence. Padding, if any, comes last, in documents of its own of at most `PADDING_TOKENS`, whose labels are all ignored."""
 
     input_ids_BT: Tensor
     """``[1, T]`` int64."""
@@ -267,8 +269,7 @@ class PackedDocuments:
         sources = [self.corpus.sources[self.corpus.source_N[p.document]] for p in pieces]
         if not self.isolate:
             edges, sources = [0, edges[-1]], ["+".join(sorted(set(sources)))]
-        if edges[-1] < self.seq_len:
-            edges.append(self.seq_len)
+        edges += [*range(edges[-1] + PADDING_TOKENS, self.seq_len, PADDING_TOKENS), self.seq_len] if edges[-1] < self.seq_len else []
         return Batch(
             torch.from_numpy(ids)[None],
             torch.from_numpy(labels)[None],

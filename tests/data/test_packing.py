@@ -111,6 +111,14 @@ def test_without_isolation_a_sequence_is_one_document_and_its_padding():
         check_ids(Batch(ids, ids, batch.cu_seqlens, batch.documents, batch.sources), 256)
 
 
+@pytest.mark.parametrize("isolate, tokens", [(True, 20), (False, 20), (True, 2068), (True, 1044)])
+def test_padding_is_cut_into_short_documents(isolate, tokens):
+    batch = PackedDocuments(corpus(20), tokens, isolate=isolate).read_row(0)
+    edges = batch.cu_seqlens.tolist()
+    assert edges == {20: [0, 20], 1044: [0, 20, 532, 1044], 2068: [0, 20, 532, 1044, 1556, 2068]}[tokens]
+    assert (batch.labels_BT[0, 20:] == -100).all() and len(batch.sources) == 1
+
+
 def test_one_document_per_sequence():
     packed = PackedDocuments(corpus(40, 5, 9), 32, packing="one_document")
     assert [[len(p) for p in packed.row(row)] for row in range(len(packed))] == [[32], [8], [5], [9]]
