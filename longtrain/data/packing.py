@@ -41,7 +41,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """One packed sequence. Padding, if any, comes last, in documents of its own of at most `PADDING_TOKENS`, whose labels are all ignored."""
+    """One packed sequence. Padding, if any, comes last, in documents of its own of `PADDING_TOKENS` at most; its labels are all ignored."""
 
     input_ids_BT: Tensor
     """``[1, T]`` int64."""
