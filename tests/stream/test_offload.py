@@ -180,5 +180,5 @@ def test_what_the_next_segment_begins_with_is_announced_before_this_one_ends(set
         assert announced < backward.index(("put", f"gradient of the input of layer {layer + k}", first))
     announced, asked = ([e[1:] for e in store.told if e[0] == call and "put of" in e[1]] for call in ("announce", "get"))
     assert Counter(announced) == Counter(asked)
-    assert store._fetched == 0 and not store._order, "what was announced was never asked for"
+    assert store._residence._fetched == 0 and not store._residence._order, "what was announced was never asked for"
     report.undo()
