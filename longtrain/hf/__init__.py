@@ -3,9 +3,10 @@
     model = AutoModelForCausalLM.from_pretrained(path)
     report = lt.apply(model, lt.Plan(chunk_tokens=4096))
 
-Read `mask.py` (what a mask is), `attention.py` (our attention under transformers' interface), `trace.py` (how layers are found), `layer.py`
-(how a layer becomes streamable), `head.py` (the loss without logits), `model.py` (all of it together). Importing this package registers
-"longtrain" with transformers, so that ``attn_implementation="longtrain"`` works alone too, for training and for generation.
+Read `mask.py` (what a mask is), `attention.py` (our attention under transformers' interface), `trace.py` (how layers are found),
+`observe.py` (what a layer shows when it is run), `layer.py` (how it becomes streamable), `head.py` (the loss without logits), `model.py`
+(all of it together). Importing this package registers "longtrain" with transformers, so that ``attn_implementation="longtrain"`` works
+alone too, for training and for generation.
 """
 
 try:

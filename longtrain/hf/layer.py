@@ -8,24 +8,21 @@ its calls of the attention interface. Which arguments run along the tokens, and 
 from __future__ import annotations
 
 import inspect
-from collections import UserDict
-from collections.abc import Callable, Mapping, MutableMapping
-from contextlib import nullcontext, suppress
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 from transformers.cache_utils import Cache
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from longtrain.hf.attention import MaskedAttention, Options, draw_seed, packed
 from longtrain.hf.mask import Mask
+from longtrain.hf.observe import asks_for_tokens_before, attention_calls, gives_attention_the_same, states_through, with_mix
 from longtrain.hf.router import Collected
-from longtrain.hf.state import ChunkCache, Key, NotCarried, States, TokensBefore
+from longtrain.hf.state import ChunkCache, Key, States, TokensBefore
 from longtrain.sharded import plain_copy
 from longtrain.span import Layout, Span
 from longtrain.stream.call import Enough
@@ -89,63 +86,19 @@ class AdaptedLayer:
         self._before.clear()
 
     def observe(self) -> None:
-        """Run the layer once in evaluation and once in training and note each call of the attention interface."""
-        seen: dict[bool, list[tuple[nn.Module, Options]]] = {}
-        modes = {module: module.training for module in self.layer.modules()}
-        for training in (False, True):
-            calls = seen[training] = []
-
-            def note(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: Options, calls=calls) -> Tensor:
-                calls.append((module, options))
-                return MaskedAttention.make(self.mask, options, draw_seed(options))(q, k, v)
-
-            self.layer.train(training)
-            try:
-                with torch.no_grad(), _Watch() as watch:
-                    self.original(self.x, **_watched(self._with_mix(self.arguments, note)))
-            finally:
-                for module, before in modes.items():
-                    module.training = before
-            self.chooses |= watch.chose
-        self.attentions = [(module, {False: a, True: b}) for (module, a), (_, b) in zip(seen[False], seen[True], strict=True)]
+        """Run the layer and note each call of the attention interface, and what it keeps in a cache (`observe.py`)."""
+        self.attentions, self.chooses = attention_calls(self.layer, self.original, self.x, self.arguments, self.mask)
         caches = [p.name for p in self.signature.parameters.values() if "Cache" in str(p.annotation) and self.arguments.get(p.name) is None]
-        if caches and (states := self._states_through(caches[0])):
+        run = partial(self.original, self.x)
+        if caches and (states := states_through(run, self.arguments, caches[0], attends=bool(self.attentions))):
             self.cache, self.state_bytes = caches[0], sum(state.nbytes for state in states.values()) // self.x.shape[0]
             names = [name for name in self.signature.parameters if name.endswith("attention_mask")]
             of_padding = [name for name in names if self.arguments.get(name) is None]
             self.token_args = {**dict.fromkeys(of_padding, 1), **self.token_args}  # ``[B, T]``; there was none in the traced run
-            self.attends_alone = self._attends_alone(states)
-        elif caches and self.attentions and self._asks_for_tokens_before(caches[0]):
+            same = gives_attention_the_same(partial(self._in_document, self.x), self.arguments, states)
+            self.attends_alone = len(self.attentions) < 2 and same
+        elif caches and self.attentions and asks_for_tokens_before(run, self.arguments, caches[0], self.mask):
             self.counts = caches[0]
-
-    def _states_through(self, cache: str) -> dict[Key, Tensor]:
-        """The states that the layer puts into what it is given by the name `cache`."""
-        carried = ChunkCache({})
-        with suppress(NotCarried) if self.attentions else nullcontext():  # attention that asks for more of its cache is proved without
-            with torch.no_grad():
-                self.original(self.x, **{**self.arguments, cache: carried})
-        return carried.after
-
-    def _attends_alone(self, states: dict[Key, Tensor]) -> bool:
-        """Whether it attends at most once, and what attention is given does not depend on its states."""
-        given: list[tuple[Tensor, ...]] = []
-
-        def note(module: nn.Module, *call: Any) -> None:
-            given.append(call[:3])
-            raise Enough
-
-        for before in ({}, {key: torch.ones_like(state) for key, state in states.items()}):
-            with torch.no_grad(), suppress(Enough):
-                self._in_document(self.x, self._with_mix(self.arguments, note), before)
-        return len(self.attentions) < 2 and all(map(torch.equal, *given)) if given else True
-
-    def _asks_for_tokens_before(self, cache: str) -> bool:
-        """Whether it numbers its tokens itself, from as many on as its cache says that came before."""
-        whole = lambda module, q, k, v, options: MaskedAttention.make(self.mask, options, draw_seed(options))(q, k, v)
-        before = TokensBefore(0)
-        with torch.no_grad(), suppress(NotCarried):  # one that wants more of its cache is proved without
-            self.original(self.x, **{**self._with_mix(self.arguments, whole), cache: before})
-        return before.asked
 
     def take_turns(self, over: Callable[[int], Any] | None) -> None:
         """From now on the processes of ``over(tokens)`` (`longtrain.parallel.spread.OnRank`) share sequences; None: no others do. Raises
@@ -199,7 +152,7 @@ class AdaptedLayer:
                                        "traced; call undo() of the report, then lt.apply again")
                 return mix(q, k, v)
 
-            arguments = self._with_mix(arguments, mix_as_expected)
+            arguments = with_mix(arguments, mix_as_expected)
             if self.attentions and "states" in arguments and (self._over is not None or "begins" in arguments):
                 arguments["mixed"] = self._mixed(x, arguments)
         collected, states, positions = (arguments.pop(name, None) for name in ("collected", "states", "chunk_positions"))
@@ -226,7 +179,7 @@ class AdaptedLayer:
 
         plain = {name: value for name, value in arguments.items() if name not in ("collected", "states", *CU_SEQLENS, *CUT)}
         try:
-            self.original(x, **self._with_mix(plain, note))
+            self.original(x, **with_mix(plain, note))
         except Enough:
             if not mixed:
                 raise
@@ -248,7 +201,7 @@ class AdaptedLayer:
         mixed, cache = arguments.get("mixed"), ChunkCache(before)
         arguments = {name: value for name, value in arguments.items() if name not in ("mixed", "seq_idx", *CU_SEQLENS)}
         if mixed is not None:
-            arguments = self._with_mix(arguments, lambda *call: mixed)
+            arguments = with_mix(arguments, lambda *call: mixed)
         y = _first(self.original(x, **{**arguments, self.cache: cache}))
         cache.check_unchanged()
         return y, cache.after
@@ -280,7 +233,7 @@ class AdaptedLayer:
         """The states behind one token: like those behind any, in the dtypes of this call."""
         devices = {x.device} if x.is_cuda else set()
         with torch.no_grad(), torch.random.fork_rng(devices=devices):
-            of_one = self._with_mix(Arguments(arguments, self.token_args).on(Span(0, 1)), _no_attention)
+            of_one = with_mix(Arguments(arguments, self.token_args).on(Span(0, 1)), _no_attention)
             return self._in_document(x.new_zeros(x.shape[0], 1, x.shape[2]), of_one, {})[1]
 
     def _route(self, forward: Callable[..., Any], place: int, *args: Any, **kwargs: Any) -> Any:
@@ -326,10 +279,6 @@ class AdaptedLayer:
         """Hidden states, and all other arguments by name."""
         return bind(self.signature, args, kwargs)
 
-    @staticmethod
-    def _with_mix(arguments: Mapping[str, Any], mix: Callable[..., Tensor]) -> dict[str, Any]:
-        return {name: replace(value, mix=mix) if isinstance(value, Mask) else value for name, value in arguments.items()}
-
     def copy_in_float64(self) -> nn.Module:
         """The layer to be proved on; experts in the implementation that has float64."""
         layer = plain_copy(self.layer).double().eval()
@@ -362,34 +311,8 @@ def _no_attention(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: O
     return v.new_zeros(*q.shape[:3], v.shape[3])
 
 
-class _ReadOnly(UserDict):
-    """What layers hand each other; a write is refused."""
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        raise ValueError(f"it hands later layers what it made of all tokens (it sets {key!r} of a mapping that it is given), and a chunk "
-                         "has a part of them")
-
-
-def _watched(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments, with mappings that cannot be written."""
-    watched = dict(arguments)
-    for name, value in watched.items():
-        if isinstance(value, MutableMapping):
-            watched[name] = _ReadOnly()
-            watched[name].data = dict(value)
-    return watched
-
-
 def _first(y: Tensor | tuple[Tensor, ...]) -> Tensor:
     return y[0] if isinstance(y, tuple) else y
-
-
-class _Watch(TorchFunctionMode):
-    chose = False
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        self.chose |= func in (torch.topk, Tensor.topk)
-        return func(*args, **(kwargs or {}))
 
 
 def _additive(mask: Mask, x: Tensor) -> Tensor:
