@@ -75,7 +75,7 @@ class DeviceStore:
 
     def release(self, name: Hashable, span: Span | None = None) -> None:
         extents = self._extents.get(name, {})
-        for gone in [s for s in extents if span is None or len(s & span) == len(s)]:
+        for gone in inside(extents, span):
             del extents[gone]
         if not extents:
             self._extents.pop(name, None)
@@ -104,6 +104,13 @@ def check_put(name: Hashable, span: Span, tensor: Tensor, extents: Iterable[Span
         raise ValueError(f"{name}: tensor {list(tensor.shape)} does not hold the {len(span)} tokens of {span}")
     if clash := next((s for s in extents if s.start < span.stop and span.start < s.stop), None):
         raise ValueError(f"{name}: {span} overlaps the extent {clash}")
+
+
+def inside(extents: Collection[Span], span: Span | None) -> list[Span]:
+    """Those of the extents, which do not overlap, that lie in `span` as a whole; None: all."""
+    if span in extents:
+        return [span]
+    return [s for s in extents if span is None or len(s & span) == len(s)]
 
 
 def covering(name: Hashable, extents: Collection[Span], span: Span) -> list[tuple[Span, slice | None]]:

@@ -24,7 +24,7 @@ from torch import Tensor
 from longtrain.offload.extent import State
 from longtrain.offload.place import DEVICE, DiskSettings, Place
 from longtrain.offload.residence import Kept, Residence
-from longtrain.offload.store import check_put, covering, join
+from longtrain.offload.store import check_put, covering, inside, join
 from longtrain.offload.system import System
 from longtrain.span import Span
 
@@ -148,7 +148,7 @@ class TieredStore:
         while self._released:
             name, span = self._released.popleft()
             extents = self._extents.get(name, {})
-            for gone in [s for s in extents if span is None or len(s & span) == len(s)]:
+            for gone in inside(extents, span):
                 self._residence.let_go(extents.pop(gone).extent)
             if not extents:
                 self._extents.pop(name, None)
