@@ -1,20 +1,21 @@
 """Twenty steps, predicted and then run: peak of the ledger, resident memory, time.
 
-    export MALLOC_MMAP_THRESHOLD_=65536 OMP_NUM_THREADS=1                               # as the cases run: rates are of the same process
+    python tools/predicted_measured.py --path /scratch             # the memory of those that are not there yet
+    python tools/predicted_measured.py --only 3 7 --redo           # of these again
+    python tools/predicted_measured.py --most-tokens 4096 --out FILE    # of shorter ones, in minutes
+    python tools/predicted_measured.py --table                     # the table again
+
+    export OMP_NUM_THREADS=1 MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=1099511627776 MALLOC_TOP_PAD_=67108864
     longtrain calibrate --path /scratch --out f32.json; longtrain calibrate --path /scratch --dtype bfloat16 --out bf16.json
-    python tools/predicted_measured.py --machine f32.json bf16.json --path /scratch    # those that are not there yet
-    python tools/predicted_measured.py --only 3 7 --redo                               # these again
-    python tools/predicted_measured.py --machine f32.json bf16.json --times            # only the times again, on an idle machine
-    python tools/predicted_measured.py --most-tokens 4096 --out FILE                   # the memory of shorter ones, in minutes
-    python tools/predicted_measured.py --table                                          # the table again
+    python tools/predicted_measured.py --times --machine f32.json bf16.json --path /scratch    # times, on a machine that does nothing else
 
 Shapes, lengths and plans are drawn with a fixed seed: 2 to 16 layers, 4K to 128K tokens, windows where the square of the length would take
 minutes; every third one is a model of transformers, and those of every fourth have stored tensors on disk. Each runs in a process of its
-own, which writes what it predicts before it takes a step: bytes of the ledger (what torch's allocator gives out, parameters included),
-resident memory (that, what the process held beside the model, and what extents take beside their tensors; malloc keeps nothing back with
-MALLOC_MMAP_THRESHOLD_=65536), seconds (with --machine, files of `longtrain calibrate` for the dtypes). Then AdamW steps: the first, of two
-chunks, makes moments, the second is timed and its resident peak read (VmHWM), the third is watched by lt.profile. With --times three are
-timed, and the median counts.
+own, which writes what it predicts before it takes a step: bytes of the ledger (what torch's allocator gives out, parameters included) and
+resident memory (that, what the process held beside the model, and what extents take beside their tensors). Then AdamW steps: the first, of
+two chunks, makes moments; the resident peak of the second is read (VmHWM); the third is watched by lt.profile. malloc gives back at once
+what is freed (`EXACT`). With --times seconds are predicted, three steps timed, and the median counts; malloc keeps what is freed (`TIMED`),
+as in calibration.
 
 Bounds: ledger 3%, resident the larger of 3% and 32 MiB, ledger unattributed 2%, time 15%.
 """
@@ -38,6 +39,11 @@ OUT = Path(__file__).resolve().parents[1] / "benchmarks" / "predicted_measured.j
 SEED, COUNT, MIB = 9, 20, 2**20
 BOUNDS = {"ledger": 0.03, "resident": 0.03, "unattributed": 0.02, "seconds": 0.15}
 LENGTHS, LAYERS = (4096, 8192, 16384, 32768, 65536, 131072), (2, 3, 4, 6, 8, 12, 16)
+EXACT = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+"""glibc gives back what is freed, so that what is resident is in use. It makes steps up to twice as long, by more or less from process to
+process."""
+TIMED = {"MALLOC_MMAP_THRESHOLD_": str(32 * MIB), "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_TOP_PAD_": str(64 * MIB)}
+"""It keeps what is freed."""
 FAMILIES = ("llama", "qwen3", "mistral", "gemma3_text", "olmo2", "phi3")
 MOST_FLOP = 2e12
 """Of a step: half a minute of one core."""
@@ -185,10 +191,10 @@ def child(case: Case, out: Path, machines: list[str], path: str, times: bool) ->
         step()
         taken.append((time.perf_counter() - began, time.process_time() - cpu))
     seconds, cpu_seconds = sorted(taken)[len(taken) // 2]
-    measured = {"seconds": seconds, "cpu_seconds": cpu_seconds, "resident": read_peak(torch.device("cpu"))}
     if times:
-        out.write_text(json.dumps({"predicted": predicted, "measured": measured}))
+        out.write_text(json.dumps({"predicted": predicted, "measured": {"seconds": seconds, "cpu_seconds": cpu_seconds}}))
         return
+    measured = {"resident": read_peak(torch.device("cpu"))}
     with tempfile.TemporaryDirectory() as directory:
         with lt.profile(directory, quiet=True, predicted=phases) as watched:
             step()
@@ -209,7 +215,7 @@ def run_case(case: Case, machines: list[str], path: str, times: bool = False) ->
         out = Path(scratch) / "case.json"
         command = [sys.executable, __file__, "--child", json.dumps(asdict(case)), str(out), "--path", path]
         command += ["--machine", *machines] * bool(machines) + ["--times"] * times
-        done = subprocess.run(command, env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}, capture_output=True, text=True)
+        done = subprocess.run(command, env=os.environ | (TIMED if times else EXACT), capture_output=True, text=True)
         found = json.loads(out.read_text()) if out.exists() else {}
     return found | ({"error": done.stderr[-2000:]} if done.returncode else {}) | {"case": str(case)}
 
@@ -273,6 +279,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     a = parser.parse_args(argv)
+    if a.times != bool(a.machine):
+        parser.error("--times and --machine go together: times are predicted with the files of longtrain calibrate, and only then measured")
     if a.child:
         child(Case(**json.loads(a.child[0])), Path(a.child[1]), a.machine, a.path, a.times)
         return 0
