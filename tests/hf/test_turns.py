@@ -124,6 +124,7 @@ def every_family(rank: int, world: int) -> None:
     for i, family in enumerate(FAMILIES):
         for k in range(2 if world == 2 else 1):
             way, call = list(ways)[(i + 2 * k) % len(ways)], list(CALLS)[(i + k) % len(CALLS)]
+            call = "packed" if family == "mamba2" and call == "documents" else call  # its model keeps cu_seq_lens from its layers
             plan = plans[(i + k) % len(plans)]
             check(family, plan, WAYS[way], CALLS[call](), f"P={world}, {family}, {way}, {call}, {plan}")
     for trained in ("embed", "layers.0.conv"):  # gradients that come through states alone
