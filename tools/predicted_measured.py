@@ -4,18 +4,15 @@
     python tools/predicted_measured.py --only 3 7 --redo           # of these again
     python tools/predicted_measured.py --most-tokens 4096 --out FILE    # of shorter ones, in minutes
     python tools/predicted_measured.py --table                     # the table again
-
-    export OMP_NUM_THREADS=1 MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=1099511627776 MALLOC_TOP_PAD_=67108864
-    longtrain calibrate --path /scratch --out f32.json; longtrain calibrate --path /scratch --dtype bfloat16 --out bf16.json
-    python tools/predicted_measured.py --times --machine f32.json bf16.json --path /scratch    # times, on a machine that does nothing else
+    python tools/predicted_measured.py --path /scratch --times     # how long they take, on a machine that does nothing else
 
 Shapes, lengths and plans are drawn with a fixed seed: 2 to 16 layers, 4K to 128K tokens, windows where the square of the length would take
 minutes; every third one is a model of transformers, and those of every fourth have stored tensors on disk. Each runs in a process of its
 own, which writes what it predicts before it takes a step: bytes of the ledger (what torch's allocator gives out, parameters included) and
 resident memory (that, what the process held beside the model, and what extents take beside their tensors). Then AdamW steps: the first, of
 two chunks, makes moments; the resident peak of the second is read (VmHWM); the third is watched by lt.profile. malloc gives back at once
-what is freed (`EXACT`). With --times seconds are predicted, three steps timed, and the median counts; malloc keeps what is freed (`TIMED`),
-as in calibration.
+what is freed (`EXACT`). With --times each process calibrates (what `longtrain calibrate` does), predicts seconds, and then times three
+steps, of which the median counts; malloc keeps what is freed (`TIMED`).
 
 Bounds: ledger 3%, resident the larger of 3% and 32 MiB, ledger unattributed 2%, time 15%.
 """
@@ -43,7 +40,8 @@ EXACT = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 """glibc gives back what is freed, so that what is resident is in use. It makes steps up to twice as long, by more or less from process to
 process."""
 TIMED = {"MALLOC_MMAP_THRESHOLD_": str(32 * MIB), "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_TOP_PAD_": str(64 * MIB)}
-"""It keeps what is freed."""
+TIMED |= {"OMP_NUM_THREADS": "1"}
+"""It keeps what is freed; other cores are left to transfers."""
 FAMILIES = ("llama", "qwen3", "mistral", "gemma3_text", "olmo2", "phi3")
 MOST_FLOP = 2e12
 """Of a step: half a minute of one core."""
@@ -141,7 +139,7 @@ def build(case: Case):
     return model.to(getattr(torch, case.dtype)).train()
 
 
-def child(case: Case, out: Path, machines: list[str], path: str, times: bool) -> None:
+def child(case: Case, out: Path, path: str, times: bool) -> None:
     """Predicts, writes that, then measures; `times`: seconds alone."""
     import torch
     from step_process import status_bytes
@@ -149,8 +147,8 @@ def child(case: Case, out: Path, machines: list[str], path: str, times: bool) ->
     import longtrain as lt
     from longtrain.offload import check_disk
     from longtrain.planner import measure_model, peak, step_memory
+    from longtrain.planner.calibrate import calibrate
     from longtrain.planner.cost import extents_bytes
-    from longtrain.planner.machines import find_machine
     from longtrain.planner.seconds import step_time
     from longtrain.train.peak_memory import read_peak, reset_peak
 
@@ -169,7 +167,8 @@ def child(case: Case, out: Path, machines: list[str], path: str, times: bool) ->
     ledger = top.total - top.items["workspace"]
     beside = extents_bytes(footprint, plan, case.tokens)
     predicted = {"ledger": ledger, "resident": held - footprint.parameters + ledger + beside, "phase": top.name}
-    if (machine := next((m for m in map(find_machine, machines) if m.dtype == case.dtype), None)) is not None:
+    if times:
+        machine = calibrate(torch.device("cpu"), getattr(torch, case.dtype), Path(path), say=lambda text: None)
         predicted["seconds"] = step_time(footprint, plan, case.tokens, 1, machine.rates).total
     out.write_text(json.dumps({"predicted": predicted}))
 
@@ -209,12 +208,11 @@ def phases_of(phases) -> dict:
     return {phase.name: phase.items for phase in phases}
 
 
-def run_case(case: Case, machines: list[str], path: str, times: bool = False) -> dict:
+def run_case(case: Case, path: str, times: bool = False) -> dict:
     """What its process wrote; only the prediction, and the error, where it died."""
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "case.json"
-        command = [sys.executable, __file__, "--child", json.dumps(asdict(case)), str(out), "--path", path]
-        command += ["--machine", *machines] * bool(machines) + ["--times"] * times
+        command = [sys.executable, __file__, "--child", json.dumps(asdict(case)), str(out), "--path", path, *["--times"] * times]
         done = subprocess.run(command, env=os.environ | (TIMED if times else EXACT), capture_output=True, text=True)
         found = json.loads(out.read_text()) if out.exists() else {}
     return found | ({"error": done.stderr[-2000:]} if done.returncode else {}) | {"case": str(case)}
@@ -271,18 +269,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--most-tokens", type=int, default=max(LENGTHS), help="shorten the sequences to this")
     parser.add_argument("--table", action="store_true", help="run nothing")
-    parser.add_argument(
-        "--machine", nargs="+", default=[],
-        help="files of longtrain calibrate, one for each dtype: predicts time too, of cases in that dtype",
-    )
     parser.add_argument("--path", default=".", help="a directory on a disk")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     a = parser.parse_args(argv)
-    if a.times != bool(a.machine):
-        parser.error("--times and --machine go together: times are predicted with the files of longtrain calibrate, and only then measured")
     if a.child:
-        child(Case(**json.loads(a.child[0])), Path(a.child[1]), a.machine, a.path, a.times)
+        child(Case(**json.loads(a.child[0])), Path(a.child[1]), a.path, a.times)
         return 0
     results = json.loads(a.out.read_text()) if a.out.exists() else {}
     chosen = [replace(case, tokens=min(case.tokens, a.most_tokens)) for case in cases() if a.only is None or case.number in a.only]
@@ -290,7 +282,7 @@ def main(argv: list[str] | None = None) -> int:
         before = results.get(str(case.number), {})
         if not a.table and (("measured" in before) if a.times else (a.redo or "measured" not in before)):
             print(f"{case.number}: {case}", file=sys.stderr, flush=True)
-            found = run_case(case, a.machine, a.path, a.times)
+            found = run_case(case, a.path, a.times)
             results[str(case.number)] = with_times(before, found) if a.times else found
             a.out.parent.mkdir(parents=True, exist_ok=True)
             a.out.write_text(json.dumps(results, indent=1) + "\n")

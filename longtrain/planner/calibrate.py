@@ -4,10 +4,10 @@
 
 Products of many rows with matrices of several sizes, attention and other mixers by the backends that serve them, the operations that layers
 and losses are made of one by one, the time that streaming takes for an operation on next to nothing, new memory, AdamW, copies to the host,
-the disk tier's own code on --path, what a whole step takes longer than its parts, and all-gather where several processes run it (torchrun).
-Each is repeated until `measure.SECONDS` are over, and the median counts; half a minute in all. New memory costs what the allocator makes of
-it, so calibrate under the settings that training will have: with glibc's MALLOC_MMAP_THRESHOLD_ every larger block is fetched from the
-system, cleared, and given back.
+the disk tier's own code on --path, what steps take longer than their parts, and all-gather where several processes run it (torchrun).
+Each is repeated until `measure.SECONDS` are over, and the median counts; a minute in all. New memory costs what the allocator makes of it,
+so calibrate under the settings that training will have: with glibc's MALLOC_MMAP_THRESHOLD_ every larger block is fetched from the system,
+cleared, and given back.
 """
 
 from __future__ import annotations
@@ -120,17 +120,14 @@ def calibrate(device: torch.device, dtype: torch.dtype, path: Path, *, say: Call
         found[f"{tier}_write"], found[f"{tier}_read"] = through_tier(device, tier, path)
         say(f"{tier}: {format_bytes(found[f'{tier}_write'])}/s there, {format_bytes(found[f'{tier}_read'])}/s back")
     with tempfile.TemporaryDirectory(dir=path) as directory:
-        found["handing_over"] = measure.handing_over(device, directory)
+        found["handing_over"] = measure.handing_over(device, dtype, shape, directory)
     say(f"handing over: {found['handing_over'] * 1e6:.0f} us an extent")
     top = max(rate for _, rate in found["products"])
     slower = measure.slower_in_step(device, dtype, shape, Rates(flops=top, **found))
-    say(f"in a step all but products and mixers takes {slower:.2f} times as long")
-    found |= {"moved": found["moved"] / slower, "launch": found["launch"] * slower}
-    found |= {of: tuple((key, rate / slower) for key, rate in found[of]) for of in ("made", "operations")}
+    found["slower"] = measured("all but products and mixers in a step, hidden states of bytes", slower, 1, "times as long")
     if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
         found["link"] = gathered(device)
         say(f"all-gather: {format_bytes(found['link'])}/s received")
-    top = max(rate for _, rate in found["products"])
     source = f"longtrain calibrate, torch {torch.__version__}, {str(dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads"
     return Machine(
         name=name, device=device.type, memory=memory_of(device), rates=Rates(flops=top, **found), peak_flops=top, source=source,

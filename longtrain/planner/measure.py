@@ -18,13 +18,13 @@ from torch import Tensor
 from longtrain import ops
 from longtrain.apply import apply
 from longtrain.nn import LanguageModel, ModelConfig
-from longtrain.offload import DiskSettings, Place, Stored, TieredStore
+from longtrain.offload import DiskSettings
 from longtrain.ops.mixers import LongConvMixer
 from longtrain.ops.state_mixers import LaCTMixer, LinearAttentionMixer
-from longtrain.plan import Plan
+from longtrain.plan import Offload, Plan, Split
 from longtrain.planner.footprint import measure_model
 from longtrain.planner.rates import Named, Rates
-from longtrain.planner.seconds import step_time
+from longtrain.planner.seconds import hidden_bytes, step_time
 from longtrain.span import Span
 from longtrain.stream.loss import streamed_token_loss
 from longtrain.stream.work import Counting
@@ -32,19 +32,27 @@ from longtrain.stream.work import Counting
 SECONDS = 0.6
 """Of each measurement, after one call that is not counted."""
 
+UNCACHED = 64 << 20
+"""Bytes that are more than a processor's caches hold."""
+
 
 def seconds_of(call: Callable[[], object], device: torch.device, at_least: float = SECONDS) -> float:
     """Of one call, the median of as many as `at_least` seconds hold, three at least."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     call()
-    wait()
     took, began = [], time.perf_counter()
     while len(took) < 3 or time.perf_counter() - began < at_least:
-        start = time.perf_counter()
-        call()
-        wait()
-        took.append(time.perf_counter() - start)
+        took.append(once(call, device))
     return statistics.median(took)
+
+
+def once(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of this call."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    began = time.perf_counter()
+    call()
+    wait()
+    return time.perf_counter() - began
 
 
 def made(device: torch.device) -> Iterator[tuple[int, float]]:
@@ -58,13 +66,16 @@ def made(device: torch.device) -> Iterator[tuple[int, float]]:
 
 
 def products(device: torch.device, dtype: torch.dtype, shape: dict) -> Iterator[tuple[int, float]]:
-    """Rows by a matrix of which one side is the size and the other four times that, as in a layer's MLP: forward and both gradients."""
+    """Rows by a matrix of which one side is the size and the other four times that, as in a layer's MLP: forward and both gradients, of
+    matrices in turn that no cache holds all of."""
     for size in shape["sizes"]:
-        x = torch.randn(shape["rows"], size, device=device, dtype=dtype)
-        w = torch.randn(4 * size, size, device=device, dtype=dtype)
-        dy = torch.randn(shape["rows"], 4 * size, device=device, dtype=dtype)
-        calls = ((x, w.T, torch.empty_like(dy)), (dy, w, torch.empty_like(x)), (dy.T, x, torch.empty_like(w)))
-        yield size, 6 * x.numel() * 4 * size / seconds_of(lambda: [torch.mm(a, b, out=out) for a, b, out in calls], device)
+        sides = ((shape["rows"], size), (4 * size, size), (shape["rows"], 4 * size))
+        calls = []
+        for _ in range(max(1, UNCACHED // (2 * dtype.itemsize * sum(a * b for a, b in sides)))):
+            x, w, dy = (torch.randn(side, device=device, dtype=dtype) for side in sides)
+            calls += [(x, w.T, torch.empty_like(dy)), (dy, w, torch.empty_like(x)), (dy.T, x, torch.empty_like(w))]
+        flops = 2 * len(calls) * shape["rows"] * 4 * size * size
+        yield size, flops / seconds_of(lambda calls=calls: [torch.mm(a, b, out=out) for a, b, out in calls], device)
 
 
 def attention(device: torch.device, dtype: torch.dtype, shape: dict, *, backward: bool) -> Iterator[tuple[int, float]]:
@@ -195,28 +206,37 @@ def launch(device: torch.device, dtype: torch.dtype, known: Rates) -> float:
     model = model.to(device, dtype)
     footprint, plan, tokens = measure_model(model), Plan(chunk_tokens=8), 128
     rest, whole = (step_time(footprint, plan, tokens, 1, replace(known, launch=each), optimizer="none").total for each in (0.0, 1.0))
-    apply(model, plan)
-    ids_BT = torch.zeros(1, tokens, dtype=torch.int64, device=device)
-    took = seconds_of(lambda: model(ids_BT, labels=ids_BT).loss.backward(), device)
+    took = seconds_of(_step(model, plan, tokens, device), device)
     return max(took - rest, took / 4) / (whole - rest)
 
 
-def slower_in_step(device: torch.device, dtype: torch.dtype, shape: dict, known: Rates) -> float:
-    """How many times as long everything beside products and mixers takes in a streamed step as it does by itself, again and again: in a
-    step other memory is used in between, and nothing is found in the caches."""
-    width, chunk = shape["width"] // 2, shape["rows"]
+def slower_in_step(device: torch.device, dtype: torch.dtype, shape: dict, known: Rates) -> Iterator[tuple[int, float]]:
+    """By the bytes of a chunk's hidden states, how many times as long everything beside products and mixers takes in a streamed step as it
+    does by itself, again and again."""
+    for width, chunk in ((shape["width"] // share, times * shape["rows"]) for share, times in ((4, 1), (2, 1), (1, 1), (1, 2))):
+        model, plan, tokens = _model(width, 4).to(device, dtype), Plan(chunk_tokens=chunk), 4 * shape["rows"]
+        footprint = measure_model(model)
+        alone, whole = (
+            step_time(footprint, plan, tokens, 1, rates, optimizer="none").total
+            for rates in (replace(known, made=(), operations=(), moved=inf, launch=0.0), known)
+        )
+        took = seconds_of(_step(model, plan, tokens, device), device, 4 * SECONDS)
+        yield hidden_bytes(footprint, 1, chunk), max(1.0, (took - alone) / (whole - alone))
+
+
+def _model(width: int, layers: int) -> LanguageModel:
     heads = max(1, width // 64)
-    config = ModelConfig(vocab_size=256, num_layers=4, hidden_size=width, intermediate_size=4 * width, num_heads=heads, num_kv_heads=heads)
-    model = LanguageModel(config).to(device, dtype)
-    footprint, plan, tokens = measure_model(model), Plan(chunk_tokens=chunk), 4 * chunk
-    alone, whole = (
-        step_time(footprint, plan, tokens, 1, rates, optimizer="none").total
-        for rates in (replace(known, made=(), operations=(), moved=inf, launch=0.0), known)
+    return LanguageModel(
+        ModelConfig(
+            vocab_size=256, num_layers=layers, hidden_size=width, intermediate_size=4 * width, num_heads=heads, num_kv_heads=heads
+        )
     )
+
+
+def _step(model: LanguageModel, plan: Plan, tokens: int, device: torch.device) -> Callable[[], object]:
     apply(model, plan)
     ids_BT = torch.zeros(1, tokens, dtype=torch.int64, device=device)
-    took = seconds_of(lambda: model(ids_BT, labels=ids_BT).loss.backward(), device, 4 * SECONDS)
-    return max(1.0, (took - alone) / (whole - alone))
+    return lambda: model(ids_BT, labels=ids_BT).loss.backward()
 
 
 def adamw(device: torch.device, elements: int) -> float:
@@ -227,20 +247,14 @@ def adamw(device: torch.device, elements: int) -> float:
     return 28 * elements / seconds_of(update, device)
 
 
-def handing_over(device: torch.device, directory: str) -> float:
-    """Seconds of this thread for each extent that goes to disk or comes back, in extents of a page."""
-    spans, row = [Span(i, i + 1) for i in range(256)], torch.zeros(1, 1, 1024, device=device)
-    store = TieredStore(device, disk=DiskSettings(path=directory, budget=1 << 24))
-    took = []
-    for _ in range(3):
-        stored = Stored(store, "calibration", lambda span: Place(tier="disk"))
-        began = time.thread_time()
-        for span in spans:
-            stored.put(span, row.clone())
-        store.settle()
-        store.prefetch((stored.name, span) for span in spans)
-        for span in spans:
-            stored.take(span)
-        took.append((time.thread_time() - began) / (2 * len(spans)))
-    store.close()
-    return min(took)
+def handing_over(device: torch.device, dtype: torch.dtype, shape: dict, directory: str) -> float:
+    """Seconds that a streamed step takes longer for each extent that goes to disk or comes back: the store's own, and those that its
+    threads take from the one that computes. The extents are small, so that the disk has no part in it."""
+    width, chunk, chunks, layers = shape["width"] // 4, shape["rows"], 6, 4
+    plan = Plan(chunk_tokens=chunk, store_outputs=1.0)
+    disk = DiskSettings(path=directory, budget=16 * width * chunk * chunks * layers)
+    plans = (plan, replace(plan, offload=Offload(outputs=Split(), disk=disk)))
+    alone, with_disk = (_step(_model(width, layers).to(device, dtype), plan, chunk * chunks, device) for plan in plans)
+    longer = [once(with_disk, device) - once(alone, device) for _ in range(20)][2:]  # in turn: the machine's pace changes
+    extents = 2 * 2 * layers * chunks  # outputs and LSEs, there and back
+    return max(0.0, statistics.median(longer) / extents)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from math import inf, log
 
 import torch
@@ -78,6 +78,10 @@ class Rates:
     launch: float = 0.0
     """Seconds that an operation takes however small it is."""
 
+    slower: Table = ()
+    """How many times as long `moved`, `operations`, `made` and `launch` take in a step, by the bytes of a chunk's hidden states: other memory
+    is used in between, and nothing is found in the caches. Empty: once."""
+
     handing_over: float = 0.0
     """Seconds of the processor that feeds the device, for each extent that it hands to a slower tier or takes back, whatever its size."""
 
@@ -90,6 +94,14 @@ class Rates:
             for one in [rate for _, rate in value] if isinstance(value, tuple) else [value]:
                 if not one > 0 and not (field.name in ("launch", "handing_over") and one == 0):
                     raise ValueError(f"rates.{field.name} must be above 0, found {one!r}")
+
+    def in_step(self, hidden_bytes: float) -> Rates:
+        """As things go in a step whose chunks have hidden states of so many bytes."""
+        if not self.slower:
+            return self
+        slower = between(self.slower, hidden_bytes)
+        tables = {of: tuple((key, rate / slower) for key, rate in getattr(self, of)) for of in ("made", "operations")}
+        return replace(self, slower=(), moved=self.moved / slower, launch=self.launch * slower, **tables)
 
     def write(self, tier: str) -> float:
         return {"host": self.host_write, "disk": self.disk_write}[tier]

@@ -58,25 +58,32 @@ class LayerSeconds:
 
 
 def attention_flops(layer: LayerFootprint, model: ModelFootprint, tokens: int, chunk: int) -> float:
-    """Of one forward pass over one sequence: two products of 2 H D FLOP for each (query, key) that is visible. 0 where nothing attends."""
+    """Of one forward pass over one sequence: two products of 2 H D FLOP for each (query, key) that is visible, in each chunk the mean of its
+    first query and its last. 0 where nothing attends."""
     if not layer.lse:
         return 0.0
     head_elements = (layer.output - layer.lse) / model.dtype.itemsize / len(layer.mixers)
     pairs = 0.0
     for mixer in layer.mixers:
         for span in chunk_spans(tokens, chunk):
-            keys = len(mixer.keys_for(span)) - len(span) / 2 if layer.causal and hasattr(mixer, "keys_for") else tokens
-            pairs += keys * len(span)
+            ends = (Span(span.start, span.start + 1), Span(span.stop - 1, span.stop))
+            keys = [len(mixer.keys_for(end)) if layer.causal and hasattr(mixer, "keys_for") else tokens for end in ends]
+            pairs += sum(keys) / 2 * len(span)
     return 4 * head_elements * pairs
 
 
 def layer_seconds(model: ModelFootprint, tokens: int, batch: int, chunk: int, rates: Rates, devices: int = 1) -> list[LayerSeconds]:
     """Of each layer on each of `devices` that share the sequences: `tokens` and `chunk` are what one of them has of a sequence."""
-    layers, known = model.at(chunk), {}
+    layers, known, rates = model.at(chunk), {}, rates.in_step(hidden_bytes(model, batch, min(chunk, tokens)))
     for layer in layers:
         if id(layer) not in known:
             known[id(layer)] = _of_layer(layer, model, tokens, batch, min(chunk, tokens), rates, devices)
     return [known[id(layer)] for layer in layers]
+
+
+def hidden_bytes(model: ModelFootprint, batch: int, chunk: int) -> int:
+    """Of a chunk."""
+    return model.width * model.dtype.itemsize * batch * chunk
 
 
 def _of_layer(
@@ -174,6 +181,7 @@ def step_time(
     `devices` that share the sequences one is looked at; `tokens` and the chunk are its own."""
     layers, k, n = model.at(plan.chunk_tokens), plan.segment_layers, tokens * batch
     chunk = min(plan.chunk_tokens, tokens)
+    rates = rates.in_step(hidden_bytes(model, batch, chunk))
     seconds = layer_seconds(model, tokens, batch, chunk, rates, devices)
     parts = dict.fromkeys(
         ("token-local", "attention", "other mixers", "mixed again", "restored", "loss", "handing over", "exposed transfers", "optimizer"),

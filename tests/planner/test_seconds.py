@@ -27,7 +27,7 @@ def footprint():
 
 def by_hand(b: float, restored: float) -> float:
     """FLOP of a step."""
-    A = 4 * H * D * TOKENS * TOKENS / 2
+    A = 4 * H * D * TOKENS * (TOKENS + 1) / 2
     projections = E * (H + 2 * K) * D
     N = 2 * TOKENS * (projections + E * H * D + 3 * E * F)
     return L * ((3.5 + (1 - b) ** 2) * A + 4 * N + restored * 2 * TOKENS * projections) + 6 * E * V * TOKENS

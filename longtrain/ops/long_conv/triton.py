@@ -29,6 +29,8 @@ PROGRAMS = 2
 """Of a multiprocessor."""
 TOKENS, CHANNELS, SPAN = 64, 64, 4096
 """Of a tile around the transforms; tokens of one partial sum of dskip."""
+WARPS = 8
+"""Of every kernel; with fewer they spill registers."""
 
 
 def refuse(call: Call) -> str | None:
@@ -124,7 +126,7 @@ def _packed(group: _Group, x: Tensor, gate: Tensor | None, table: Tensor, which:
     common = _tiles(group)
     arguments = {"x": x, "gate": gate, "x_strides": x.stride(), "gate_strides": _strides(gate)}
     arguments |= {"rows": rows, "pieces": table, "WHICH": which}
-    return Launch(kernel=pack_rows, grid=common["grid"], arguments=arguments | common["arguments"])
+    return Launch(kernel=pack_rows, grid=common["grid"], arguments=arguments | common["arguments"], warps=WARPS)
 
 
 def _unpacked(group: _Group, rows: Tensor, table: Tensor, x: Tensor, x_gate: Tensor | None, a: tuple, b: tuple = (None, None)) -> Launch:
@@ -135,7 +137,7 @@ def _unpacked(group: _Group, rows: Tensor, table: Tensor, x: Tensor, x_gate: Ten
     tensors = {"x": x, "x_gate": x_gate, "out_a": a[0], "gate_a": a[1], "out_b": b[0], "gate_b": b[1]}
     arguments = tensors | {name + "_strides": _strides(x) for name, x in tensors.items()}
     arguments |= {"rows": rows, "pieces": table, "skip": group.call.skip_E}
-    return Launch(kernel=unpack_rows, grid=common["grid"], arguments=arguments | common["arguments"])
+    return Launch(kernel=unpack_rows, grid=common["grid"], arguments=arguments | common["arguments"], warps=WARPS)
 
 
 def _skip_sums(call: Call, dy_BTE: Tensor, sums: Tensor) -> Launch:
@@ -145,7 +147,7 @@ def _skip_sums(call: Call, dy_BTE: Tensor, sums: Tensor) -> Launch:
     tensors = {"u": call.u_BTE, "gate_in": call.gate_in_BTE, "dy": dy_BTE, "gate_out": call.gate_out_BTE}
     arguments = tensors | {name + "_strides": _strides(x) for name, x in tensors.items()}
     arguments |= {"sums": sums, "tokens": T, "width": E, "SPAN": SPAN, "TOKENS": TOKENS, "CHANNELS": CHANNELS}
-    return Launch(kernel=skip_sums, grid=(sums.shape[0], -(-E // CHANNELS)), arguments=arguments)
+    return Launch(kernel=skip_sums, grid=(sums.shape[0], -(-E // CHANNELS)), arguments=arguments, warps=WARPS)
 
 
 # --- transforms ------------------------------------------------------------------------------------------------------------------
@@ -166,7 +168,7 @@ def _inner(group: _Group, kernel, programs: int, scratch_rows: int, **arguments:
     block, depth = (32, 16) if narrow(group.call) == torch.float32 else (64, 32)  # larger ones spill registers
     common |= {"BLOCK": min(block, size.rows), "DEPTH": min(depth, size.columns), "COLS": min(32, size.columns)}
     named = common | arguments
-    return Launch(kernel=kernel, grid=(programs,), arguments={name: named[name] for name in kernel.arg_names}, warps=8)
+    return Launch(kernel=kernel, grid=(programs,), arguments={name: named[name] for name in kernel.arg_names}, warps=WARPS)
 
 
 def _outer(group: _Group, x: Tensor, plane: int | None, y: Tensor, y_plane: int | None, inverse: bool) -> Launch:
@@ -174,14 +176,15 @@ def _outer(group: _Group, x: Tensor, plane: int | None, y: Tensor, y_plane: int 
     from longtrain.kernels.long_conv_monarch import monarch_outer
 
     size, constants = group.work.size, group.constants
+    block = min(size.outer_block, 32) if narrow(group.call) == torch.float32 else size.outer_block  # larger ones spill registers
     arguments = {
         "x": x, "plane": plane, "y": y, "y_plane": y_plane, "f": constants.outer_last if inverse else constants.outer_first,
         "high": constants.outer_high, "low": constants.outer_low, "outer": size.outer, "padded": size.padded_outer, "N1": size.rows,
-        "N2": size.columns, "INVERSE": inverse, "BLOCK": size.outer_block, "STAGES": 2,
+        "N2": size.columns, "INVERSE": inverse, "BLOCK": block, "STAGES": 2,
         "PRECISION": "tf32x3" if narrow(group.call) == torch.float32 else "ieee",
     }
     rows = x.numel() // size.total // (1 if plane is None else 2)
-    return Launch(kernel=monarch_outer, grid=(rows, size.rows, size.padded_outer // size.outer_block), arguments=arguments, warps=8)
+    return Launch(kernel=monarch_outer, grid=(rows, size.rows, size.padded_outer // block), arguments=arguments, warps=WARPS)
 
 
 def _entered(group: _Group, x: Tensor, plane: int | None) -> Generator[Launch, None, tuple[Tensor, int | None]]:
