@@ -80,7 +80,7 @@ def predict(s: Setting) -> dict[str, float]:
     """Seconds a step, tokens a second and device, MFU, and GB a device."""
     model, machine = measure_model(on_meta(SHAPES[s.shape], torch.bfloat16)), MACHINES[s.machine]
     rates, layer, L, n = machine.rates, model.layers[0], len(model.layers), s.tokens / s.devices
-    attention = attention_flops(layer, model, s.tokens, s.tokens) / s.devices
+    attention = attention_flops(layer, model, s.tokens) / s.devices
     dim = head_dim(layer, model)
     forward, backward = (
         [1e12 * r for r in s.attention] if s.attention else (rates.at(t, dim) for t in (rates.attention, rates.attention_backward))

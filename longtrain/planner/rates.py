@@ -79,8 +79,8 @@ class Rates:
     """Seconds that an operation takes however small it is."""
 
     slower: Table = ()
-    """How many times as long `moved`, `operations`, `made` and `launch` take in a step, by the bytes of a chunk's hidden states: other memory
-    is used in between, and nothing is found in the caches. Empty: once."""
+    """How many times as long `moved`, `operations`, `made` and `launch` take in a step, where nothing is found in the caches, by the bytes
+    of a chunk's hidden states. Empty: once."""
 
     handing_over: float = 0.0
     """Seconds of the processor that feeds the device, for each extent that it hands to a slower tier or takes back, whatever its size."""

@@ -2,7 +2,7 @@
 
 For each layer, n = B T tokens in m chunks of C, of its `Work` (longtrain.stream.work: counted a token, F forward, M up to its mixer, G
 backward), with P(w) = sum over products of FLOP / rate at their size + over other operations of bytes / bytes a second of each, and
-Q(w) = calls x launch + blocks of new memory by their size, of a chunk:
+Q(w) = calls x launch + blocks of new memory by their size, of a chunk; all but products `slower` in a step:
 
     forward    n P(F) + m Q(F)                         + A
     backward   n P(F + G) + m Q(F + G) + 3 gradients m / bytes a second + A'
@@ -38,6 +38,9 @@ ADAMW, NORM_AND_CLIP, COPY = 28, 12, 6
 """Bytes a parameter that an update reads and writes: weight, gradient and two moments in, weight and moments out; gradients twice in and
 once out; a float32 weight in and a bf16 one out."""
 
+STRETCHES = 1024
+"""Of a sequence, in each of which the keys that a query sees are taken to grow evenly."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerSeconds:
@@ -57,15 +60,14 @@ class LayerSeconds:
     """What it costs of the last."""
 
 
-def attention_flops(layer: LayerFootprint, model: ModelFootprint, tokens: int, chunk: int) -> float:
-    """Of one forward pass over one sequence: two products of 2 H D FLOP for each (query, key) that is visible, in each chunk the mean of its
-    first query and its last. 0 where nothing attends."""
+def attention_flops(layer: LayerFootprint, model: ModelFootprint, tokens: int) -> float:
+    """Of one forward pass over one sequence: two products of 2 H D FLOP for each (query, key) that is visible. 0 where nothing attends."""
     if not layer.lse:
         return 0.0
     head_elements = (layer.output - layer.lse) / model.dtype.itemsize / len(layer.mixers)
     pairs = 0.0
     for mixer in layer.mixers:
-        for span in chunk_spans(tokens, chunk):
+        for span in chunk_spans(tokens, -(-tokens // STRETCHES)):
             ends = (Span(span.start, span.start + 1), Span(span.stop - 1, span.stop))
             keys = [len(mixer.keys_for(end)) if layer.causal and hasattr(mixer, "keys_for") else tokens for end in ends]
             pairs += sum(keys) / 2 * len(span)
@@ -91,7 +93,7 @@ def _of_layer(
 ) -> LayerSeconds:
     chunks, n = -(-tokens // chunk), tokens * batch
     spent = lambda work: n * token_seconds(work, rates) + chunks * chunk_seconds(work, chunk * batch, rates)
-    flops = attention_flops(layer, model, tokens * devices, chunk * devices) / devices * batch
+    flops = attention_flops(layer, model, tokens * devices) / devices * batch
     dim = head_dim(layer, model)
     calls = chunks * len(layer.mixers) * (layer.lse > 0)
     made = chunks * rates.new_memory([((layer.output, 0.0), 1)], chunk * batch)  # outputs; backward gradients of queries

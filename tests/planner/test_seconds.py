@@ -12,7 +12,7 @@ from longtrain.nn import LanguageModel, ModelConfig
 from longtrain.planner import calibrate, measure, measure_model
 from longtrain.planner.machines import MACHINES, find_machine
 from longtrain.planner.rates import Rates
-from longtrain.planner.seconds import step_time
+from longtrain.planner.seconds import attention_flops, step_time
 
 TOKENS, E, F, H, K, D, V, L = 4096, 64, 96, 4, 2, 16, 64, 3
 ONLY_FLOPS = Rates(flops=1e9, host_write=1e12, host_read=1e12, disk_write=1e12, disk_read=1e12)
@@ -47,6 +47,26 @@ def test_segments_restore_the_layers_before_the_last(footprint):
     )
     projections, N = 2 * TOKENS * E * (H + 2 * K) * D, 2 * TOKENS * (E * (H + 2 * K) * D + E * H * D + 3 * E * F)
     assert three - alone == pytest.approx(2 * (N - projections) / 1e9, rel=1e-6)
+
+
+@pytest.mark.parametrize("tokens", [1, 100, TOKENS, 1 << 16])
+def test_a_window_costs_the_pairs_that_it_lets_see(tokens):
+    config = ModelConfig(
+        vocab_size=V, num_layers=1, hidden_size=E, intermediate_size=F, num_heads=H, num_kv_heads=K, head_dim=D, window=(256,)
+    )
+    footprint = measure_model(LanguageModel(config))
+    found = attention_flops(footprint.layers[0], footprint, tokens) / (4 * H * D)
+    assert found == pytest.approx(sum(min(t + 1, 256) for t in range(tokens)), rel=1e-3)
+
+
+def test_a_step_is_slower_than_its_parts_by_the_size_of_its_hidden_states(footprint):
+    slow = replace(ONLY_FLOPS, moved=1e9, launch=1e-5, made=((1, 1e9),), operations=(("aten::add", 1e8),))
+    slow = replace(slow, slower=((1 << 16, 2.0), (1 << 18, 4.0)))
+    twice = replace(slow, slower=(), moved=5e8, launch=2e-5, made=((1, 5e8),), operations=(("aten::add", 5e7),))
+    assert slow.in_step(1) == slow.in_step(1 << 16) == twice and slow.in_step(1 << 17).launch == pytest.approx(3e-5)
+    narrow = (1 << 16) // (4 * E)
+    small, by_hand = (step_time(footprint, lt.Plan(chunk_tokens=narrow), TOKENS, 1, rates).total for rates in (slow, twice))
+    assert small == by_hand
 
 
 def test_small_chunks_cost_launches_and_sums_of_gradients(footprint):
