@@ -213,8 +213,9 @@ def launch(device: torch.device, dtype: torch.dtype, known: Rates) -> float:
 def slower_in_step(device: torch.device, dtype: torch.dtype, shape: dict, known: Rates) -> Iterator[tuple[int, float]]:
     """By the bytes of a chunk's hidden states, how many times as long everything beside products and mixers takes in a streamed step as it
     does by itself, again and again."""
-    for width, chunk in ((shape["width"] // share, times * shape["rows"]) for share, times in ((4, 1), (2, 1), (1, 1), (1, 2))):
-        model, plan, tokens = _model(width, 4).to(device, dtype), Plan(chunk_tokens=chunk), 4 * shape["rows"]
+    chunk, tokens = shape["rows"], 4 * shape["rows"]
+    for width in (shape["width"] // 4, shape["width"] // 2, shape["width"]):
+        model, plan = _model(width, 4).to(device, dtype), Plan(chunk_tokens=chunk)
         footprint = measure_model(model)
         alone, whole = (
             step_time(footprint, plan, tokens, 1, rates, optimizer="none").total
