@@ -23,7 +23,7 @@ class Shape:
     value_dim: int
     itemsize: int
     window: int | None = None
-    """Tokens to the left that a query sees; None for all."""
+    """Tokens that a query sees, itself and those to the left of it; None for all."""
     causal: bool = True
 
     @property
@@ -89,7 +89,7 @@ def _over_groups(way: str, shape: Shape, tokens: float, groups: int, chunks: int
         return Received(forward=away * kv, backward=away * (kv + made))
     if way == "queries":
         return Received(forward=away * H * (D * b + (Dv + 1) * w), backward=away * H * ((D + Dv) * b + (D + 2) * w))
-    halo = chunks * min(tokens if shape.window is None else shape.window, away)
+    halo = chunks * min(tokens if shape.window is None else shape.window - 1, away)
     return Received(forward=halo * kv, backward=halo * (kv + made))
 
 

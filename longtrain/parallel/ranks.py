@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+from zlib import crc32
 
 import torch
 import torch.distributed as dist
@@ -202,6 +203,11 @@ class Ranks:
     def greatest(self, x: Tensor) -> Tensor:
         """The largest over ranks, entry by entry."""
         return self._collective(x, partial(dist.all_reduce, op=dist.ReduceOp.MAX))
+
+    def agree(self, *values: Any) -> bool:
+        """Whether all ranks have the same, as far as their `repr` tells. All of them are told the same."""
+        marks = torch.tensor([crc32(repr(value).encode()) for value in values])
+        return torch.equal(self.greatest(marks), -self.greatest(-marks))
 
     def first(self, x: Tensor) -> Tensor:
         """What rank 0 has."""

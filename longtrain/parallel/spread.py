@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from typing import Any
-from zlib import crc32
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +24,7 @@ from longtrain.parallel.cost import Choice, Shape, choose
 from longtrain.parallel.cost_mixers import ConvShape, StateShape, TurnShape
 from longtrain.parallel.exchange import LEAST, ROUNDS
 from longtrain.parallel.layout import STRIPE, Shards, spread
-from longtrain.parallel.mesh import Mesh
+from longtrain.parallel.mesh import Mesh, flattened
 from longtrain.parallel.mixer import OverRanks
 from longtrain.parallel.ranks import Ranks
 from longtrain.parallel.settings import Parallel
@@ -44,11 +43,18 @@ class Sharing:
     def __init__(self, plan: Plan, parallel: Parallel, group, shapes: list[list[AnyShape]]) -> None:
         """`shapes`: those of each layer's mixers (`shapes_of`). Every process makes it, at the same time."""
         self.plan, self.parallel, self.shapes = plan, parallel, shapes
-        size = Ranks.of(group).size if not isinstance(group, DeviceMesh) else group.size()
+        by_mesh = isinstance(group, DeviceMesh)
+        everyone = Ranks.of(flattened(group) if by_mesh else group)
+        for what, mine in (("plans", replace(plan, offload=None)), ("settings", parallel), ("models", shapes)):
+            if not everyone.agree(mine):
+                raise ValueError(
+                    f"the processes that share sequences were given different {what} (process {everyone.rank}: {str(mine)[:200]}); give "
+                    "all of them the same"
+                )
         of_kind = lambda kind: [shape for of_layer in shapes for shape in of_layer if isinstance(shape, kind)]
         fewest = min((shape.heads for shape in of_kind(Shape) or of_kind(StateShape)), default=None)  # None: convolutions exchange channels
-        heads = parallel.heads or max(n for n in range(1, size + 1) if size % n == 0 and n <= (fewest or 1))
-        self.mesh = Mesh.make(group, heads, machine=parallel.machine)
+        heads = parallel.heads or max(n for n in range(1, everyone.size + 1) if everyone.size % n == 0 and n <= (fewest or 1))
+        self.mesh = Mesh.make(everyone, group.size(1) if by_mesh else heads, parallel.machine)
         if fewest is not None and self.mesh.heads.size > fewest:
             raise ValueError(
                 f"parallel: {self.mesh.heads.size} ranks cannot exchange {fewest} heads; set parallel.heads to at most {fewest}"
@@ -66,8 +72,7 @@ class Sharing:
         Raises ValueError, on every process, where they were given sequences of different lengths or documents.
         """
         whole, everyone = Layout.make(tokens, cu_seqlens), self.mesh.all
-        mark = torch.tensor([tokens, crc32(repr(whole.edges).encode())])
-        if not torch.equal(everyone.greatest(mark), -everyone.greatest(-mark)):
+        if not everyone.agree(tokens, whole.edges):
             raise ValueError(
                 f"the processes that share a sequence were given different ones (process {everyone.rank}: {tokens} tokens in "
                 f"{len(whole.edges) - 1} documents); give all of them the same batch"

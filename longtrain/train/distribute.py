@@ -12,13 +12,15 @@ from itertools import islice
 from typing import TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from longtrain.config import Config, Locations
 from longtrain.config.parallel import DIMENSIONS
-from longtrain.parallel.mesh import DIMS
+from longtrain.parallel.mesh import DIMS, patience
 from longtrain.parallel.settings import Parallel
 from longtrain.parallel.spread import Sharing
 from longtrain.span import Span
@@ -86,8 +88,16 @@ def make_work(config: Config, where: Locations, processes: Processes) -> Work:
         if shortest < context:
             name = "memory.chunk_tokens" if shortest < stage.seq_len else "data.seq_len"
             raise where.error(name, f"{shortest} tokens cannot be spread over {context} processes; give at least {context}")
-    mesh = init_device_mesh(choose_device(config, where, processes).type, sizes, mesh_dim_names=DIMENSIONS)
+    mesh = make_mesh(choose_device(config, where, processes).type, sizes, DIMENSIONS)
     return Work(processes, mesh, shard * context, data, processes.rank // context, context, config.parallel.sharing())
+
+
+def make_mesh(device_type: str, sizes: Sequence[int], names: Sequence[str]) -> DeviceMesh:
+    """A mesh of all processes, in whose groups a rank waits for others as long as in the group of all."""
+    mesh = init_device_mesh(device_type, tuple(sizes), mesh_dim_names=tuple(names))
+    for group in mesh.get_all_groups():
+        _set_pg_timeout(patience(dist.group.WORLD), group)
+    return mesh
 
 
 def choose_device(config: Config, where: Locations, processes: Processes = ALONE) -> torch.device:
@@ -114,7 +124,7 @@ def shard(model: nn.Module, work: Work, segment_layers: int, dtype: torch.dtype)
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     sizes, names = (work.mesh.size(0), work.mesh.size() // work.mesh.size(0)), ("dp_replicate", "kept")
     first = 0 if sizes[0] > 1 else 1
-    mesh = init_device_mesh(work.mesh.device_type, sizes[first:], mesh_dim_names=names[first:])
+    mesh = make_mesh(work.mesh.device_type, sizes[first:], names[first:])
     low = dtype == torch.bfloat16
     policy = (
         MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False) if low else MixedPrecisionPolicy()

@@ -129,13 +129,15 @@ def with_disk(rank: int, world: int, directory: str) -> None:
     torch.manual_seed(0)
     plan = in_every_tier(directory, store_kv=0.5)
     model = model_of("all kinds", layers=("conv", "delta", "lact", "attention"), window=None)
-    for way in ("halo and scan, zigzag", "heads and channels"):
-        check(model, plan, WAYS[way], CALLS["documents"](), f"disk, {way}")
+    ways = {name: WAYS[name] for name in ("halo and scan, zigzag", "heads and channels")} | (TWO_D if world == 4 else {})
+    for way, parallel in ways.items():
+        check(model, plan, parallel, CALLS["documents"](), f"P={world}, disk, {way}")
 
 
 @pytest.mark.slow
-def test_with_disk(disk):
-    run_ranks(with_disk, 2, disk)
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_with_disk(world, disk):
+    run_ranks(with_disk, world, disk)
 
 
 class Stack(nn.Module):

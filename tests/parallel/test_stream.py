@@ -14,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 
 import longtrain as lt
 from longtrain.parallel.cost import received
+from longtrain.parallel.layout import ARRANGEMENTS
 from longtrain.span import Layout
 from tests.processes import run_ranks
 from tests.stream.conftest import TOLERANCE, VOCAB, assert_same, loss_and_grads, make_model
@@ -145,9 +146,9 @@ def log_probabilities(rank: int, world: int) -> None:
 
 
 def same_bits_every_time(rank: int, world: int) -> None:
-    for way in ("heads", "queries", "ring"):
+    for way, parallel in {**WAYS, **(TWO_D if world == 4 else {})}.items():
         model = make_model(num_kv_heads=1).float()
-        lt.apply(model, PLANS["chunks"], parallel=WAYS[way])
+        lt.apply(model, PLANS["chunks"], parallel=parallel)
         (loss, grads), (again, same) = (loss_and_grads(model, call()) for _ in range(2))
         assert loss == again and all(torch.equal(grads[name], same[name]) for name in grads), way
 
@@ -155,8 +156,14 @@ def same_bits_every_time(rank: int, world: int) -> None:
 def bytes_are_the_formulas(rank: int, world: int) -> None:
     """Bytes counted while a step of two layers streams, against `longtrain.parallel.cost`: exact where everybody needs everything."""
     chunks, tokens = 4, 16 * world
-    for name, parallel in [("heads", WAYS["heads"]), ("queries", WAYS["queries"]), ("ring", WAYS["ring"])]:
-        model = make_model(layers=2, hidden_size=8 * world, num_heads=2 * world, num_kv_heads=world, head_dim=4)
+    halo = lt.Parallel(heads=1, way="halo", layout="contiguous")
+    cases = [("heads", "heads", {}), ("heads", "heads", dict(num_kv_heads=1)), ("queries", "queries", {}), ("ring", "ring", {}),
+             ("halo", halo, dict(window=(3,)))]  # fmt: skip
+    cases += [("queries", "2 x 2, queries", {}), ("ring", "2 x 2, ring", {})] if world == 4 else []
+    for name, way, changes in cases:
+        parallel = way if way is halo else {**WAYS, **TWO_D}[way]
+        shape = dict(hidden_size=8 * world, num_heads=2 * world, num_kv_heads=world, head_dim=4) | changes
+        model = make_model(layers=2, **shape)
         report = lt.apply(model, lt.Plan(chunk_tokens=tokens // chunks), parallel=parallel)
         traffic = report.sharing.mesh.all.traffic
         loss = model(**call(tokens=tokens)).loss
@@ -168,9 +175,11 @@ def bytes_are_the_formulas(rank: int, world: int) -> None:
         expected = received(name, report.sharing.shapes[0][0], tokens, heads=heads, ring=ring, chunks=chunks)
         expected = torch.tensor([expected.forward, expected.backward], dtype=torch.float64) * 2 * world
         if name == "heads":
-            assert torch.equal(counted.double(), expected), (name, counted, expected)
+            assert torch.equal(counted.double(), expected), (name, changes, counted, expected)
+        elif name == "halo":  # one of the sequence's runs has nothing before it
+            torch.testing.assert_close(counted.double(), expected * (1 - 1 / (chunks * world)), rtol=1e-12, atol=0)
         else:  # the first queries see nothing of later ranks
-            assert (counted <= expected).all() and (counted >= expected * (1 - 1 / chunks)).all(), (name, counted, expected)
+            assert (counted <= expected).all() and (counted >= expected * (1 - 1 / chunks)).all(), (way, counted, expected)
         assert name in report.sharing.explain(tokens)
 
 
@@ -185,6 +194,13 @@ def bad_input(rank: int, world: int) -> None:
         model.model(call(tokens=30)["input_ids"], Layout.make(30), None)
     with pytest.raises(ValueError, match=f"{world} ranks, of which 1 exchange heads, do not make up machines of 5"):
         lt.apply(make_model(), lt.Plan(chunk_tokens=16), parallel=lt.Parallel(heads=1, machine=5))
+    for what, plan, parallel, model in [
+        ("plans", lt.Plan(chunk_tokens=16 + rank), lt.Parallel(), make_model()),
+        ("settings", lt.Plan(chunk_tokens=16), lt.Parallel(stripe=1 + rank), make_model()),
+        ("models", lt.Plan(chunk_tokens=16), lt.Parallel(), make_model(num_kv_heads=1 + rank % 2)),
+    ]:
+        with pytest.raises(ValueError, match=f"share sequences were given different {what} .process {rank}: "):
+            lt.apply(model, plan, parallel=parallel)
     for wrong, says in [
         (dict(heads=3), "cannot be cut into groups of 3"),
         (dict(heads=1, way="halo"), "halo, and that cannot be: a query sees all that came before"),
@@ -221,6 +237,11 @@ def every_plan(rank: int, world: int) -> None:
         for way, parallel in (WAYS if world < 4 else TWO_D).items():
             if fits(plan, parallel):
                 check(model, plan, parallel, call(tokens=37), f"P={world}, {name}, {way}")
+    for layout in ARRANGEMENTS:
+        halo = lt.Parallel(heads=1, way="halo", layout=layout, stripe=2)
+        check(make_model(window=(9, 3)), PLANS["chunks"], halo, call(cu_seqlens=documents(5, 40)), f"P={world}, halo, {layout}")
+    same_bits_every_time(rank, world)
+    bytes_are_the_formulas(rank, world)
 
 
 @pytest.mark.slow
@@ -230,7 +251,7 @@ def test_every_feature(world):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, 3, 4])
 def test_every_plan_and_way(world):
     run_ranks(every_plan, world)
 
@@ -246,13 +267,14 @@ def with_disk(rank: int, world: int, directory: str) -> None:
     torch.set_default_dtype(torch.float64)
     torch.manual_seed(0)
     model, plan = make_model(layers=3, window=(None, 9)), in_every_tier(directory, store_kv=1.0)
-    for way, parallel in WAYS.items():
-        check(model, plan, parallel, call(cu_seqlens=documents(33)), f"disk, {way}")
+    for way, parallel in {**WAYS, **(TWO_D if world == 4 else {})}.items():
+        check(model, plan, parallel, call(cu_seqlens=documents(33)), f"P={world}, disk, {way}")
 
 
 @pytest.mark.slow
-def test_with_disk(disk):
-    run_ranks(with_disk, 2, disk)
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_with_disk(world, disk):
+    run_ranks(with_disk, world, disk)
 
 
 def groups_of_two(rank: int, world: int) -> None:
