@@ -18,7 +18,9 @@ CLOSE, NOISE = 1e-10, 1e-13
 VOCAB = 61
 KINDS = ("attention", "window", "linear", "delta", "lact", "conv")
 PLAIN = ("llama", "qwen3", "gemma3_text", "mistral", "gpt_oss")
-IN_TURNS = ("lfm2", "qwen3_next", "olmo_hybrid", "bamba", "nemotron_h", "mamba2")
+IN_TURNS = ("lfm2", "qwen3_next", "olmo_hybrid", "bamba", "nemotron_h", "falcon_h1", "mamba2")
+IGNORES_CU = ("mamba2",)
+"""Its model keeps cu_seq_lens from its layers."""
 
 
 def draw(seed: int, ranks: int, own: bool) -> dict:
@@ -35,7 +37,8 @@ def draw(seed: int, ranks: int, own: bool) -> dict:
     least = ranks * (2 if family in IN_TURNS else 1)
     tokens, batch = some(0.15, lambda: least + r.randint(0, 1), r.randint(least, 90)), r.choice((1, 1, 2))
     edges = some(0.5, lambda: [0, *sorted(r.randint(0, tokens) for _ in range(r.randint(1, 6))), tokens]) if batch == 1 else None
-    ways = [{}, *(dict(heads=1, way=way) for way in ("auto", "queries", "ring", "halo")[: 3 + (not family and "attention" not in kinds)])]
+    without_heads = ("auto", "queries", "ring", "halo")[: 3 + (not family and "attention" not in kinds)]
+    ways = [{}, {}, dict(way="heads"), *(dict(heads=1, way=way) for way in without_heads)]
     ways += [dict(heads=2, way=r.choice(("auto", "queries", "ring"))), dict(heads=1, way="ring", machine=2)] if ranks == 4 else []
     parallel = r.choice(ways) | dict(
         layout=r.choice(("auto", "contiguous", "zigzag", "striped")), conv=r.choice(("auto", "auto", "halo", "channels")),
@@ -57,6 +60,7 @@ def draw(seed: int, ranks: int, own: bool) -> dict:
         seed=seed, family=family, shape=None if family else shape, tokens=tokens, batch=batch, edges=edges, parallel=parallel, plan=plan,
         first_label=r.choice((0, 0, tokens // 2, tokens - 2)), masked=r.choice((0.0, 0.5)), frozen=r.choice((0.0, 0.0, 0.0, 0.2, 0.9)),
         offload=some(0.2, lambda: {kind: r.choice(places) for kind in moved}),
+        cu_seq_lens=bool(family and edges) and family not in IGNORES_CU and r.random() < 0.5,
     )  # fmt: skip
 
 
@@ -82,26 +86,43 @@ def build(case: dict) -> tuple[torch.nn.Module, dict]:
     inputs = dict(input_ids=ids, labels=labels, **(dict(use_cache=False) if case["family"] else {}))
     if edges and case["family"]:
         inputs["position_ids"] = torch.cat([torch.arange(b - a) for a, b in zip(edges, edges[1:], strict=False)])[None]
+        if case["cu_seq_lens"]:  # which keep states apart too; and then nothing predicts a document's first token
+            inputs |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), torch.tensor(edges, dtype=torch.int32))
+            labels[:, [edge for edge in edges if edge < case["tokens"]]] = -100
     elif edges:
         inputs["cu_seqlens"] = torch.tensor(edges, dtype=torch.int32)
     return model, inputs
 
 
-def step(model: torch.nn.Module, inputs: dict) -> dict[str, torch.Tensor]:
-    """Loss and gradients; zeros where nothing reaches a parameter."""
+def step(model: torch.nn.Module, *calls: dict) -> dict[str, torch.Tensor]:
+    """Loss and gradients, summed over calls; zeros where nothing reaches a parameter."""
     torch.manual_seed(1)
     model.zero_grad()
-    loss = model(**inputs).loss
-    loss.backward()
+    total = 0
+    for inputs in calls:
+        loss = model(**inputs).loss
+        if loss.requires_grad:
+            loss.backward()
+        total += loss.detach()
     grads = {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
-    return {"loss": loss.detach(), **grads}
+    return {"loss": total, **grads}
+
+
+def untouched(case: dict, inputs: dict) -> list[dict]:
+    """The calls of a model as it is that come to the same: of a family that knows no cu_seq_lens, a row for each document."""
+    if not case["cu_seq_lens"]:
+        return [inputs]
+    ids, labels = inputs["input_ids"], inputs["labels"]
+    rows = [slice(a, b) for a, b in zip(case["edges"], case["edges"][1:], strict=False) if a < b]
+    of_all = dict(use_cache=False, num_items_in_batch=max(1, int((labels != -100).sum())))
+    return [dict(input_ids=ids[:, row], labels=labels[:, row], **of_all) for row in rows]
 
 
 def run_case(case: dict, directory: str) -> str:
     """What is wrong with it on this rank, "" if nothing is. Raises whatever a step raises."""
     with InDouble() if case["family"] else nullcontext():
         model, inputs = build(case)
-        expected = step(copy.deepcopy(model), inputs) if dist.get_rank() == 0 else {}
+        expected = step(copy.deepcopy(model), *untouched(case, inputs)) if dist.get_rank() == 0 else {}
         offload = case["offload"] and lt.Offload(**case["offload"], host_bytes=2**22, disk=lt.DiskSettings(path=directory, budget=2**24))
         report = lt.apply(model, lt.Plan(**case["plan"], offload=offload), parallel=lt.Parallel(**case["parallel"]))
         try:
