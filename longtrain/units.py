@@ -26,8 +26,11 @@ def parse_bytes(text: str | int, setting: str = "budget") -> int:
 
 
 def format_bytes(size: float) -> str:
-    """1.50 GiB, 812 MiB."""
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+    """1.50 GiB, 812 MiB, 12 KiB."""
+    if size >= GIB:
+        return f"{size / GIB:.2f} GiB"
+    unit, of = next(((unit, of) for unit, of in (("MiB", 2**20), ("KiB", 2**10)) if size >= of), ("B", 1))
+    return f"{size / of:.0f} {unit}"
 
 
 def format_time(seconds: float) -> str:

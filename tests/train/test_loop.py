@@ -117,7 +117,7 @@ def test_the_peak_is_that_of_the_step():
     assert read_peak(cpu) - before < 64 * 2**20
 
 
-@pytest.mark.parametrize("size, text", [(812 * 2**20, "812 MiB"), (3 * 2**29, "1.50 GiB")])
+@pytest.mark.parametrize("size, text", [(812 * 2**20, "812 MiB"), (3 * 2**29, "1.50 GiB"), (48_000, "47 KiB"), (5, "5 B"), (0, "0 B")])
 def test_memory_is_printed_in_its_unit(size, text):
     assert format_bytes(size) == text
 
