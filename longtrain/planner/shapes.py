@@ -31,6 +31,10 @@ KEYS = {
 UNKNOWN = ("num_experts", "num_local_experts", "n_routed_experts", "kv_lora_rank", "linear_num_value_heads", "mamba_d_state")
 """What a Llama-style decoder has not: shapes with these are planned from a YAML file with model.hf, which probes the model itself."""
 
+ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")
+GATED = ("silu", "swish")
+"""Activations that transformers have in MLPs of three matrices alone. Of others some families have two, and config.json does not say so."""
+
 
 def find_shape(name: str) -> ModelConfig | None:
     """Of a shape's name, or of a config.json or the directory that holds it; None where `name` is none of these. Raises ValueError for a
@@ -49,15 +53,38 @@ def find_shape(name: str) -> ModelConfig | None:
     data.setdefault("num_key_value_heads", data.get("num_attention_heads"))
     missing = [key for key in KEYS.values() if key not in data and key not in ("head_dim", "tie_word_embeddings")]
     strange = [key for key in UNKNOWN if data.get(key)]
+    strange += [f"layers of kind {kind}" for kind in data.get("layer_types") or () if kind not in ("full_attention", "sliding_attention")]
     if missing or strange:
         what = f"lacks {missing[0]}" if missing else f"has {strange[0]}, and is no plain decoder"
         raise ValueError(f"{path}: {what}; plan it from a YAML file with model: {{hf: {path.parent}}}")
     shape = {ours: data[theirs] for ours, theirs in KEYS.items() if data.get(theirs) is not None}
+    if next((data[key] for key in ACTIVATIONS if data.get(key)), GATED[0]) not in GATED:
+        shape["intermediate_size"] = as_three(data, shape, path)
     window = data.get("sliding_window") if data.get("use_sliding_window", True) else None
     kinds = data.get("layer_types") or (["sliding_attention"] * shape["num_layers"] if window else [])
     if window and "sliding_attention" in kinds:
         shape["window"] = tuple(window if kind == "sliding_attention" else None for kind in kinds)
     return ModelConfig(**shape)
+
+
+def as_three(data: dict, shape: dict, path: Path) -> int:
+    """F of an MLP of three matrices with as many parameters as that of a config.json has, by one layer of transformers' on the meta device.
+    Raises ValueError where that cannot be had."""
+    try:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        config = AutoConfig.for_model(**{**data, "num_hidden_layers": 1, "layer_types": None})
+        with torch.device("meta"):
+            layers = next(m for m in AutoModelForCausalLM.from_config(config).modules() if isinstance(m, torch.nn.ModuleList))
+    except ImportError:
+        found = "whether its MLPs have two matrices or three is for transformers to say, which is not installed"
+        raise ValueError(f'{path}: {found}; get it with: pip install "longtrain[hf]"') from None
+    except (KeyError, TypeError, ValueError, StopIteration) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path}: transformers makes no model of it ({reason}); correct it, or name another") from None
+    width, head_dim = shape["hidden_size"], shape.get("head_dim") or shape["hidden_size"] // shape["num_heads"]
+    attention = 2 * width * head_dim * (shape["num_heads"] + shape["num_kv_heads"])
+    return round((sum(p.numel() for p in layers[0].parameters() if p.ndim == 2) - attention) / (3 * width))
 
 
 def on_meta(config: ModelConfig, dtype: torch.dtype) -> LanguageModel:
