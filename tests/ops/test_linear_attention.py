@@ -195,12 +195,14 @@ def test_the_op_is_registered_as_torch_wants_it(forget, beta):
     torch.library.opcheck(torch.ops.longtrain.linear_attention.default, full)
 
 
-def test_compiled_it_is_one_graph_with_the_same_bits():
+@pytest.mark.parametrize("edges", [None, torch.tensor([0, 7, 30])])
+def test_compiled_it_is_one_graph_with_the_same_bits(edges):
     data = make(T=30, forget="head", beta=True, dtype=torch.float32)
 
     def step(q, k, v, decay, beta):
-        return linear_attention(q * 2, k, v, decay=decay, beta=beta, chunk_size=16).sin()
+        return linear_attention(q * 2, k, v, decay=decay, beta=beta, chunk_size=16, cu_seqlens=edges).sin()
 
+    torch._dynamo.reset()
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     results = []
     for f in (step, compiled):
@@ -342,6 +344,13 @@ def test_second_derivatives_are_refused_and_the_reference_has_them():
     (dict(cu_seqlens=torch.tensor([0, 36])), "must ascend from 0 to T = 37"),
     (dict(cu_seqlens=torch.tensor([0, 8, 7, 37])), "must ascend"),
     (dict(cu_seqlens=torch.tensor([0.0, 37.0])), "int32 or int64"),
+    (dict(cu_seqlens=[0, 37]), r"int32 or int64 tensor, not \[0, 37\]"),
+    (dict(q=None), "q must be a real floating-point tensor, not NoneType"),
+    (dict(k=torch.ones(2, 37, 2, 5, device="meta")), "k is on meta and q on cpu"),
+    (dict(decay=torch.zeros(2, device="meta")), "decay is on meta"),
+    (dict(decay="strong"), "decay must be a number or a tensor, not str"),
+    (dict(q=torch.ones(2, 37, 2, 0), k=torch.ones(2, 37, 2, 0)), "at least one feature"),
+    (dict(scale=float("inf")), "scale must be finite"),
     (dict(backend="fla"), "backend must be auto or one of triton, cpp, chunked, reference"),
 ])  # fmt: skip
 def test_what_is_refused(change, match):
@@ -353,6 +362,11 @@ def test_a_gradient_of_another_shape_is_refused():
     data = make()
     with pytest.raises(ValueError, match="dstate must have shape"):
         linear_attention_backward(data["v"], **data, dstate=torch.zeros(2, 2, 3, 5))
+    with pytest.raises(ValueError, match=r"dout must have shape \[2, 37, 2, 3\], not NoneType"):
+        linear_attention_backward(None, **data)
+    for decay in (-0.1, torch.tensor([-0.1, -0.2])):
+        with pytest.raises(ValueError, match="decay must be a tensor"):
+            linear_attention_backward(data["v"], **data, decay=decay)
 
 
 def test_a_number_is_a_decay_of_all_heads():

@@ -55,6 +55,7 @@ def linear_attention(
     """
     call = checked(q, k, v, decay, beta, scale, initial_state, cu_seqlens, chunk_size)
     if backend == "reference":
+        call.check_documents()
         with torch.autocast(q.device.type, enabled=False):
             out, state = reference.run(call)
     else:
@@ -83,10 +84,16 @@ def linear_attention_backward(
     [B, T, H, D]. The reference has none: that of "chunked" stands in for it.
     """
     call = checked(q, k, v, decay, beta, scale, initial_state, cu_seqlens, chunk_size)
+    call.check_documents()
     state_shape = (q.shape[0], q.shape[2], q.shape[3], v.shape[3])
     for name, grad, shape in (("dout", dout, v.shape), ("dstate", dstate, state_shape)):
-        if grad is not None and grad.shape != shape:
-            raise ValueError(f"linear_attention_backward: {name} must have shape {list(shape)}, not {list(grad.shape)}")
+        if grad is None and name == "dstate":
+            continue
+        if not isinstance(grad, Tensor) or grad.shape != shape:
+            found = list(grad.shape) if isinstance(grad, Tensor) else type(grad).__name__
+            raise ValueError(f"linear_attention_backward: {name} must have shape {list(shape)}, not {found}")
+    if decay is not None and not (isinstance(decay, Tensor) and decay.dim() > 2):
+        raise ValueError("linear_attention_backward: decay must be a tensor [B, T, H] or [B, T, H, D]; expand one a head over the tokens")
     with torch.autocast(q.device.type, enabled=False), torch.no_grad():
         chosen = _choose(call, "chunked" if backend == "reference" else backend)
         dq, dk, dv, ddecay, dbeta, dinitial = chosen.backward(call, chunked.entry_states(call, chosen.forward), dout, dstate)
@@ -97,6 +104,7 @@ def explain(q: Tensor, k: Tensor, v: Tensor, *, decay: Tensor | float | None = N
             initial_state: Tensor | None = None, cu_seqlens: Tensor | None = None, chunk_size: int = 64) -> dict[str, str | None]:
     """Each backend, in order of preference, and why it does not serve this call (None: it could)."""
     call = checked(q, k, v, decay, beta, scale, initial_state, cu_seqlens, chunk_size)
+    call.check_documents()
     return {name: module.refuse(call) for name, module in BACKENDS.items()}
 
 
@@ -140,6 +148,7 @@ def _forward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     with torch.autocast(q.device.type, enabled=False):
         call = _call(q, k, v, decay, beta, initial_state, cu_seqlens, scale, chunk_size)
+        call.check_documents()
         return _choose(call, backend).forward(call)
 
 
