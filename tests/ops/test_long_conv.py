@@ -169,6 +169,19 @@ def test_noncontiguous_input():
     assert torch.equal(long_conv(u, data["k"]), long_conv(data["u"], data["k"]))
 
 
+@pytest.mark.parametrize("backend", ["auto", "fft"])
+def test_gradients_lie_as_the_compiler_is_told_they_do(backend):
+    """Contiguous, also where the inputs are not."""
+    data = {name: p.detach() if p.dim() < 3 else p.detach().transpose(0, 1).contiguous().transpose(0, 1)
+            for name, p in make(**CASES["all"]).items()}
+    u, k, skip, gate_in, gate_out = data.values()
+    call = (u, k, skip, gate_in, gate_out, None, True, backend)
+    assert not u.is_contiguous()
+    torch.library.opcheck(torch.ops.longtrain.long_conv, call, test_utils=["test_schema", "test_faketensor"])
+    found = torch.ops.longtrain.long_conv_backward(u, *call, [True] * 5)
+    assert all(gradient.is_contiguous() for gradient in found)
+
+
 def test_transform_size_is_even_and_large_enough():
     for length in (1, 2, 3, 5, 17, 640, 641, 1000, 4097):
         for past, future in ((1, 0), (length, 0), (min(3, length), length - 1)):

@@ -1,5 +1,7 @@
 """`long_conv_2d` against torch's own convolution and against its definition."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -37,3 +39,24 @@ def test_gates_skip_and_heads():
     k, skip = torch.randn(2, 3, 3, generator=g, dtype=F64), torch.randn(4, generator=g, dtype=F64)
     plain = long_conv_2d(u * gate_in, k.repeat_interleave(2, 0))
     assert relative(long_conv_2d(u, k, skip, gate_in, gate_out), gate_out * (plain + skip * u * gate_in)) < 1e-14
+
+
+@pytest.mark.parametrize("shape", [(1, 0, 5, 4), (1, 5, 0, 4), (0, 5, 5, 4)])
+def test_empty_images(shape):
+    k = torch.ones(4, 3, 3, requires_grad=True)
+    y = long_conv_2d(torch.ones(shape), k)
+    assert y.shape == shape
+    y.sum().backward()
+    assert torch.equal(k.grad, torch.zeros_like(k))
+
+
+def test_compiled_whole_without_breaks():
+    def gradients(f):
+        leaves = [torch.linspace(-1, 1, math.prod(shape)).view(shape).requires_grad_() for shape in ((1, 6, 5, 4), (2, 3, 4), (4,))]
+        y = f(*leaves)
+        return [y, *torch.autograd.grad(y.square().sum(), leaves)]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda u, k, skip: long_conv_2d(u, k, skip, u), fullgraph=True, backend="aot_eager")
+    for a, b in zip(gradients(compiled), gradients(lambda u, k, skip: long_conv_2d(u, k, skip, u))):
+        assert torch.equal(a, b)

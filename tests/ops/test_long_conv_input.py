@@ -56,6 +56,7 @@ def test_bad_input_is_named(change, message):
     (dict(k=torch.ones(4, 3, 0)), "k: found shape"),
     (dict(k=torch.ones(3, 2, 2)), "k: found 3 filters"),
     (dict(gate_out=torch.ones(2, 5, 6, 3)), "gate_out: found shape"),
+    (dict(gate_in=1.0), "gate_in: found float"),
 ])
 def test_bad_images_are_named(change, message):
     with pytest.raises(ValueError, match=f"long_conv: {message}"):

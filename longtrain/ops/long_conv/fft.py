@@ -109,9 +109,10 @@ def forward(call: Call) -> Tensor:
 
 def backward(call: Call, dy_BTE: Tensor, wanted: Wanted) -> Gradients:
     u_BTE, k_HW, skip_E, wide = call.u_BTE, call.k_HW, call.skip_E, call.wide
-    du_BTE = torch.empty_like(u_BTE) if wanted.u else None
-    din_BTE = torch.empty_like(call.gate_in_BTE) if wanted.gate_in else None
-    dout_BTE = torch.empty_like(call.gate_out_BTE) if wanted.gate_out else None
+    # Contiguous whatever the inputs are, as the op's fake kernel says.
+    du_BTE = u_BTE.new_empty(u_BTE.shape) if wanted.u else None
+    din_BTE = call.gate_in_BTE.new_empty(u_BTE.shape) if wanted.gate_in else None
+    dout_BTE = call.gate_out_BTE.new_empty(u_BTE.shape) if wanted.gate_out else None
     dk_HW = torch.zeros(k_HW.shape, dtype=wide, device=k_HW.device) if wanted.k else None
     dskip_E = torch.zeros(skip_E.shape, dtype=wide, device=skip_E.device) if wanted.skip else None
     for document in call.documents:

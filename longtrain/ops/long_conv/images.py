@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from longtrain.ops.long_conv.call import wrong
+from longtrain.ops.long_conv.call import reach, wrong
 from longtrain.ops.long_conv.interface import long_conv
 
 
@@ -38,14 +38,15 @@ def long_conv_2d(
     if not isinstance(k, Tensor) or k.dim() != 3 or 0 in k.shape[1:]:
         raise wrong("k", _shape(k), "3 axes [filters, rows, columns] of taps")
     for name, gate in (("gate_in", gate_in), ("gate_out", gate_out)):
-        if gate is not None and gate.shape != u.shape:
-            raise wrong(name, f"shape {tuple(gate.shape)}", f"u's shape {tuple(u.shape)}")
+        if gate is not None and (not isinstance(gate, Tensor) or gate.shape != u.shape):
+            raise wrong(name, _shape(gate), f"u's shape {tuple(u.shape)}")
     B, Y, X, E = u.shape
-    lags_V, lags_W = _lags(k.shape[1], Y), _lags(k.shape[2], X)
-    width = X + max((abs(lag) for lag in lags_W.tolist()), default=0)
-    lag_VW = lags_V[:, None] * width + lags_W
-    furthest = int(lag_VW.abs().max()) if lag_VW.numel() else 0
+    (down, up), (right, left) = (reach(taps, max(1, length), causal=False) for taps, length in zip(k.shape[1:], (Y, X)))
+    width = X + max(right - 1, left)
+    furthest = max((down - 1) * width + right - 1, up * width + left)
+    lags_V, lags_W = torch.arange(-up, down), torch.arange(-left, right)
     taps = k[:, lags_V % k.shape[1]][:, :, lags_W % k.shape[2]].flatten(1)
+    lag_VW = lags_V[:, None] * width + lags_W
     laid = k.new_zeros(k.shape[0], 2 * furthest + 1).index_copy(1, (lag_VW.flatten() % (2 * furthest + 1)).to(k.device), taps)
 
     def rows(x: Tensor | None) -> Tensor | None:
@@ -57,8 +58,3 @@ def long_conv_2d(
 
 def _shape(x) -> str:
     return f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-
-
-def _lags(taps: int, length: int) -> Tensor:
-    """The lags of a two-sided filter that meet an axis of `length`."""
-    return torch.cat([torch.arange(0, min((taps + 1) // 2, length)), torch.arange(-max(0, min(taps // 2, length - 1)), 0)])

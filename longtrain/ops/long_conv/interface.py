@@ -169,7 +169,7 @@ def _backward_op(
     call = build_call(u, k, skip, gate_in, gate_out, causal, cu_seqlens)
     which = Wanted(u=wanted[0], k=wanted[1], skip=wanted[2], gate_in=wanted[3], gate_out=wanted[4])
     if not u.numel():
-        return [torch.zeros_like(x) for want, x in zip(wanted, (u, k, skip, gate_in, gate_out)) if want]
+        return [x.new_zeros(x.shape) for want, x in zip(wanted, (u, k, skip, gate_in, gate_out)) if want]
     with torch.autocast(u.device.type, enabled=False):
         found = _select(call, backend).backward(call, dy, which)
     pairs = ((found.du_BTE, u), (found.dk_HW, k), (found.dskip_E, skip), (found.dgate_in_BTE, gate_in), (found.dgate_out_BTE, gate_out))
