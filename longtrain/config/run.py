@@ -59,8 +59,8 @@ class TrainConfig:
     """The last update's learning rate as a share of `lr`."""
 
     filter_lr: float | None = None
-    """Learning rate of the filters of `conv` layers at the end of the warm-up, on the same schedule; `lr` when not given.
-    Example: 1e-3."""
+    """Learning rate of the filters of `conv` layers, and of the short ones in `delta` layers, at the end of the warm-up, on the same
+    schedule; `lr` when not given. Example: 1e-3."""
 
     warmup_steps: int = 0
     """Updates over which the learning rate rises linearly to `lr`."""

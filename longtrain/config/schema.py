@@ -90,8 +90,10 @@ class Config:
             self._check_hf()
         else:
             self._check_own(self.model)
-        if self.train.filter_lr is not None and "conv" not in (getattr(self.model, "layers", None) or ()):
-            raise ValueError("train.filter_lr: has no effect: model.layers names no conv layer; add one, or remove train.filter_lr")
+        if self.train.filter_lr is not None and not {"conv", "delta"} & {*(getattr(self.model, "layers", None) or ())}:
+            raise ValueError(
+                "train.filter_lr: has no effect: model.layers names no conv or delta layer; add one, or remove train.filter_lr"
+            )
         schedule = self.train.length_schedule
         if schedule and schedule[-1].seq_len != self.data.seq_len:
             raise ValueError(

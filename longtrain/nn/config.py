@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from longtrain.nn.filters import LARGEST_SQUASH, initial_deviation
+
 LayerKind = Literal["attention", "window", "linear", "delta", "lact", "conv"]
 
 
@@ -48,6 +50,9 @@ class ModelConfig:
 
     conv_implicit: bool = False
     """The filters of `conv` layers are made by a small network, for sight as long as the sequence at few parameters."""
+
+    conv_squash: float = 0.003
+    """By how much the taps of `conv` layers are pulled towards zero, the smaller ones to it; 0 for not at all. Not of implicit filters."""
 
     lact_chunk: int = 512
     """Tokens after which the fast weights of a `lact` layer change."""
@@ -96,9 +101,10 @@ class ModelConfig:
                     raise ValueError(f"model.window entries must be null (full) or at least 1 token, found {width!r}")
         if self.layers is not None:
             self._check_layers()
-        for name, kind in (("conv_taps", "conv"), ("conv_implicit", "conv"), ("lact_chunk", "lact")):
+        for name, kind in (("conv_taps", "conv"), ("conv_implicit", "conv"), ("conv_squash", "conv"), ("lact_chunk", "lact")):
             if getattr(self, name) != type(self).__dataclass_fields__[name].default and kind not in (self.layers or ()):
                 raise ValueError(f"model.{name} has no effect: model.layers names no {kind} layer; add one, or remove model.{name}")
+        self._check_squash()
         if not 0 <= self.attention_dropout < 1:
             raise ValueError(f"model.attention_dropout must be in [0, 1), found {self.attention_dropout!r}")
         if not 0 <= self.rope_fraction <= 1 or int(self.resolved_head_dim * self.rope_fraction) % 2:
@@ -132,6 +138,16 @@ class ModelConfig:
         if self.layers is not None:
             index = sum(self.layer_kind(i) == "window" for i in range(index))
         return self.window[index % len(self.window)]
+
+    def _check_squash(self) -> None:
+        if self.conv_implicit and self.conv_squash != type(self).__dataclass_fields__["conv_squash"].default:
+            raise ValueError("model.conv_squash has no effect on filters of model.conv_implicit; remove one of them")
+        deviation = initial_deviation(self.conv_taps)
+        if not 0 <= self.conv_squash <= LARGEST_SQUASH * deviation:
+            raise ValueError(
+                f"model.conv_squash must be from 0 to {LARGEST_SQUASH * deviation:g}, {LARGEST_SQUASH:g} deviations of the taps "
+                f"as they begin, found {self.conv_squash!r}: nearly all would be zero and never train; give about {0.15 * deviation:.2g}"
+            )
 
     def _check_layers(self) -> None:
         kinds = get_args(LayerKind)

@@ -33,6 +33,11 @@ def _attention(config: ModelConfig, index: int) -> Attention:
     )
 
 
+def _conv(config: ModelConfig, index: int) -> LongConvMixerModule:
+    settings = dict(implicit=True) if config.conv_implicit else dict(squash=config.conv_squash)
+    return LongConvMixerModule(config.hidden_size, config.conv_taps, layer_index=index, **settings)
+
+
 def _heads(config: ModelConfig) -> dict[str, Any]:
     shape = dict(hidden_size=config.hidden_size, num_heads=config.num_heads, head_dim=config.resolved_head_dim)
     return {**shape, "norm_eps": config.norm_eps}
@@ -44,10 +49,7 @@ MIXERS: dict[str, tuple[str, Callable[[ModelConfig, int], nn.Module]]] = {
     "linear": ("linear", lambda config, index: LinearAttention(**_heads(config))),
     "delta": ("delta", lambda config, index: DeltaNet(**_heads(config), layer_index=index)),
     "lact": ("lact", lambda config, index: LaCT(**_heads(config), chunk_tokens=config.lact_chunk)),
-    "conv": (
-        "conv",
-        lambda config, index: LongConvMixerModule(config.hidden_size, config.conv_taps, implicit=config.conv_implicit, layer_index=index),
-    ),
+    "conv": ("conv", _conv),
 }
 """By kind of layer (`ModelConfig.layers`): the name its mixer's parameters have, and how it is made. Each has
 ``mixer(documents, dropout_seed)``, which says what is to be computed (several in a tuple, in the order in which they are called), and

@@ -44,8 +44,14 @@ def decay_lengths(channels: int, longest: int) -> Tensor:
     return torch.logspace(0, math.log10(max(longest, 1)), channels, dtype=torch.float64)
 
 
+def initial_deviation(taps: int) -> float:
+    """Of the taps of a `TapFilter` that is told nothing else: a short filter must be heard beside the skip, or its gates learn nothing."""
+    return max(0.02, 0.5 * taps**-0.5)
+
+
 def _magnitude(k_EW: Tensor, layer: int) -> float:
-    """Sum of the taps' sizes (a device synchronisation on a GPU; 1 where there are no values). Raises ValueError where it is not finite."""
+    """Sum of the taps' sizes (a device synchronisation on a GPU; 1 where there are no values, as in `torch.compile`). Raises ValueError
+    where it is not finite."""
     if torch.compiler.is_compiling() or k_EW.is_meta:
         return 1.0
     total = float(k_EW.detach().abs().sum(dtype=torch.promote_types(k_EW.dtype, torch.float32)))
@@ -58,9 +64,9 @@ class TapFilter(nn.Module):
     """A filter ``[E, W]`` with every tap a parameter. State: ``taps [E, W]``.
 
     `init`: "decay" draws taps of deviation ``init_std exp(-distance / length_e)`` with lengths from 1 to W over the channels,
-    "normal" of `init_std` everywhere, which is by default ``0.5 / sqrt(W)``, and 0.02 at the least: a short filter must be heard beside the
-    skip, or its gates learn nothing. `squash`, `smooth`: see the functions; 0 and 1 do nothing. `dropout`: share of the taps that are
-    zero in a training step (of the others' size nothing changes on average); it follows from the seed that is passed.
+    "normal" of `init_std` everywhere, by default `initial_deviation`. `squash`, `smooth`: see the functions; 0 and 1 do nothing.
+    `dropout`: share of the taps that are zero in a training step (of the others' size nothing changes on average); it follows from the
+    seed that is passed.
 
     Raises ValueError for a squash that leaves nothing to train.
     """
@@ -83,7 +89,7 @@ class TapFilter(nn.Module):
             raise ValueError(f"a filter needs channels and taps of at least 1, found {channels} and {taps}")
         if init not in ("decay", "normal"):
             raise ValueError(f"init must be decay or normal, found {init!r}")
-        init_std = max(0.02, 0.5 * taps**-0.5) if init_std is None else init_std
+        init_std = initial_deviation(taps) if init_std is None else init_std
         if not init_std > 0:
             raise ValueError(f"init_std must be above 0, found {init_std!r}: a filter of zeros gets no gradient from squash")
         if not 0 <= squash <= LARGEST_SQUASH * init_std:
@@ -116,9 +122,10 @@ class TapFilter(nn.Module):
             )
 
     def forward(self, seed: int | None = None) -> Tensor:
-        """The filter ``[E, W]``. Raises ValueError for taps that are not finite, naming the layer; warns once where all are zero."""
+        """The filter ``[E, W]``. Raises ValueError for taps that are not finite, naming the layer; warns once where squash left none (but
+        not where `torch.compile` runs it, which has no values to look at: there the op itself refuses such taps on a CPU)."""
         k_EW = squash(smooth(self.taps, self.smooth, causal=self.causal), self.squash)
-        if _magnitude(k_EW, self.layer_index) == 0 and not self._warned:
+        if _magnitude(k_EW, self.layer_index) == 0 and self.squash and not self._warned:
             self._warned = True
             warnings.warn(
                 f"the filter of convolution layer {self.layer_index} is zero everywhere after squash {self.squash:g} (it was initialised "
@@ -148,8 +155,9 @@ class ImplicitFilter(nn.Module):
         k_e(t) = window_e(t) net(t)_e         window_e(t) = (exp(-t / length_e) + floor) / sqrt(length_e)
         net(t) = C sin(w2 (B sin(w1 (A [t / L, cos(2 pi f t / L), sin(2 pi f t / L)]))))        f = 1 .. bands
 
-    L is `max_tokens`, so what a lag weighs does not depend on the sequence. Lengths go from 1 to L / 2 over the channels. Two-sided
-    filters have a network output for the past and one for the future, as in M2-BERT.
+    L is `max_tokens`, so what a lag weighs does not depend on the sequence; tokens that far apart and farther do not see each other.
+    Lengths go from 1 to L / 2 over the channels. Two-sided filters have a network output for the past and one for the future, as in
+    M2-BERT. What is made of lags is float32 at least: in 16 bits one lag would be the next.
     """
 
     def __init__(
@@ -179,11 +187,14 @@ class ImplicitFilter(nn.Module):
         """The taps that `tokens` (`max_tokens` by default, and at most) can use: ``[E, tokens]``, two-sided ``[E, 2 tokens - 1]``."""
         tokens = self.max_tokens if tokens is None else min(tokens, self.max_tokens)
         weight = self.outer
+        wide = torch.promote_types(weight.dtype, torch.float32)
         lag = torch.arange(tokens, dtype=torch.float64, device=weight.device)
         phase = 2 * math.pi / self.max_tokens * lag[:, None] * torch.arange(1, self.bands + 1, device=weight.device)
-        x = torch.cat([lag[:, None] / self.max_tokens, phase.cos(), phase.sin()], dim=1).to(weight.dtype)
-        for inner, bias, frequency in zip(self.inner, self.biases, self.frequencies, strict=True):
-            x = torch.sin(frequency * F.linear(x, inner, bias))
+        x = torch.cat([lag[:, None] / self.max_tokens, phase.cos(), phase.sin()], dim=1).to(wide)
+        with torch.autocast(weight.device.type, enabled=False):
+            for inner, bias, frequency in zip(self.inner, self.biases, self.frequencies, strict=True):
+                x = torch.sin(frequency.to(wide) * F.linear(x, inner.to(wide), bias.to(wide)))
+        x = x.to(weight.dtype)
         length = decay_lengths(self.channels, self.max_tokens // 2).to(weight.device)
         window_WE = ((torch.exp(-lag[:, None] / length) + self.floor) * length.rsqrt()).to(weight.dtype)
         past_WE, *future = (side * window_WE for side in F.linear(x, self.outer).split(self.channels, dim=1))

@@ -36,6 +36,12 @@ class LaCT(nn.Module):
         norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
+        if not isinstance(chunk_tokens, int) or chunk_tokens < 1:
+            raise ValueError(f"chunk_tokens must be an integer of at least 1, found {chunk_tokens!r}: the network changes once in so many")
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum must be in [0, 1), found {momentum!r}")
+        if not 0 < base_rate < math.inf:
+            raise ValueError(f"base_rate must be above 0, found {base_rate!r}")
         self.head_dim, self.chunk_tokens, self.momentum = head_dim, chunk_tokens, momentum
         self.rate_bias = math.log(math.expm1(base_rate))  # softplus of it is the base rate
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(hidden_size, num_heads * head_dim, bias=False) for _ in range(3))

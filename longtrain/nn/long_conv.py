@@ -99,11 +99,10 @@ def parameter_groups(
 
         torch.optim.AdamW(parameter_groups(model, lr=1e-3))
     """
-    kinds = {TapFilter: "filters", ImplicitFilter: "filters", Butterfly: "butterflies"}
     of: dict[int, str] = {}
     for module in model.modules():
-        if type(module) in kinds:
-            of |= {id(p): kinds[type(module)] for p in module.parameters()}
+        if isinstance(module, (TapFilter, ImplicitFilter, Butterfly)):  # or a class made of one, as fully_shard's
+            of |= dict.fromkeys(map(id, module.parameters()), "butterflies" if isinstance(module, Butterfly) else "filters")
     groups: dict[str, list[nn.Parameter]] = {"matrices": [], "vectors": [], "filters": [], "butterflies": []}
     for parameter in model.parameters():
         if parameter.requires_grad:

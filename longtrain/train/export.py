@@ -161,6 +161,6 @@ def hf_config(model: ModelConfig, stage: LengthStage, dtype: str) -> dict:
     if exact and window is not None:
         described["sliding_window"] = window
     if not exact:
-        hybrid = ("layers", "conv_taps", "conv_implicit", "lact_chunk") if model.layers else ()
+        hybrid = ("layers", "conv_taps", "conv_implicit", "conv_squash", "lact_chunk") if model.layers else ()
         described |= {name: getattr(model, name) for name in ("window", "rope_fraction", *hybrid)}
     return described

@@ -1,5 +1,6 @@
 """Filters: squash, smooth and dropout do what they say, the defaults train, and what would never train is refused or warned of."""
 
+import copy
 import warnings
 
 import pytest
@@ -76,6 +77,15 @@ def test_a_filter_that_became_zero_warns_once_with_squash_and_init():
         conv(torch.randn(1, 8, 4))
 
 
+def test_a_filter_of_zeros_without_squash_trains_and_is_not_warned_of():
+    conv = LongConv(4, 16, squash=0.0)
+    nn.init.zeros_(conv.filter.taps)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        conv(torch.randn(1, 16, 4)).square().sum().backward()
+    assert conv.filter.taps.grad.abs().min() > 0
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_filters_that_are_not_finite_are_named_by_layer(value):
     conv, implicit = LongConv(4, 16, layer_index=7), ImplicitFilter(4, 16, layer_index=8)
@@ -123,3 +133,16 @@ def test_an_implicit_filter_of_fewer_tokens_is_the_middle_of_the_whole(causal):
     assert torch.equal(filter(100), whole)
     gains = whole.square().sum(1).sqrt()
     assert gains.max() / gains.min() < 10  # no channel is far louder than another
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_an_implicit_filter_in_16_bits_tells_lags_apart(autocast):
+    """Features of a lag, the network's last matrix product and the window are each rounded once, by 2^-9 at most; two of the three round
+    their product as well. Lags that were rounded would be 16 in one at the end of this filter."""
+    torch.manual_seed(0)
+    filter = ImplicitFilter(8, 4096).bfloat16()
+    with torch.no_grad():
+        exact = copy.deepcopy(filter).double()()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found = (filter.float() if autocast else filter)()
+    assert float((found.double() - exact).norm() / exact.norm()) < 5 * 2**-9

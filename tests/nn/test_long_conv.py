@@ -5,6 +5,7 @@ import torch
 
 from longtrain.nn import Hyena, LongConv, LongConvMixerModule, MonarchMixerBlock, parameter_groups
 from longtrain.nn.butterfly import Butterfly, inverse, transform
+from longtrain.nn.filters import TapFilter
 from longtrain.ops.long_conv import long_conv
 from longtrain.span import Layout
 
@@ -134,3 +135,31 @@ def test_a_rate_of_zero_is_no_rate_that_was_left_out():
     model = torch.nn.ModuleList([LongConv(4, 16, causal=False, butterfly=8)])
     rates = {g["name"]: g["lr"] for g in parameter_groups(model, lr=1e-2, filter_lr=0.0, butterfly_lr=0.0)}
     assert rates == {"vectors": 1e-2, "filters": 0.0, "butterflies": 0.0}
+
+
+def test_filters_of_a_class_of_ones_own_are_filters():
+    class Own(TapFilter):
+        pass
+
+    model = LongConv(4, 16)
+    model.filter = Own(4, 16)
+    names = {g["name"]: len(g["params"]) for g in parameter_groups(model, lr=1e-2)}
+    assert names == {"vectors": 1, "filters": 1}
+
+
+MODULES = {
+    "long conv": lambda: LongConv(6, 20),
+    "butterfly": lambda: LongConv(6, 20, causal=False, smooth=3, butterfly=20),
+    "hyena": lambda: Hyena(6, 20, order=3),
+    "monarch mixer": lambda: MonarchMixerBlock(8, 20),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_compiled_whole_without_breaks(name):
+    module = MODULES[name]()
+    x = torch.randn(2, 20, 8 if name == "monarch mixer" else 6, requires_grad=True)
+    torch._dynamo.reset()
+    ours = torch.compile(module, fullgraph=True, backend="aot_eager")(x)
+    theirs = module(x)
+    assert_close([ours, *grads(ours, [x, *module.parameters()])], [theirs, *grads(theirs, [x, *module.parameters()])])

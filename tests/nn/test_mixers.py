@@ -97,6 +97,12 @@ def test_lact_begins_at_its_base_rate():
     torch.testing.assert_close(seen[0], torch.full((1, 3, 4, 3), 0.02))
 
 
+@pytest.mark.parametrize("setting", [dict(chunk_tokens=0), dict(chunk_tokens=2.5), dict(momentum=1.0), dict(base_rate=0.0)])
+def test_wrong_settings_of_lact(setting):
+    with pytest.raises(ValueError, match=next(iter(setting))):
+        LaCT(24, 4, 6, **(dict(chunk_tokens=4) | setting))
+
+
 @pytest.mark.parametrize("kind", ["linear", "delta", "lact"])
 def test_every_parameter_learns(kind):
     m, ids = model(kind), torch.randint(50, (1, 20))
@@ -114,6 +120,10 @@ def test_every_parameter_learns(kind):
         (dict(layers=("window",), window=(4, None)), "full attention is the kind attention"),
         (dict(layers=("linear",), window=(4,)), "model.window has no effect"),
         (dict(layers=("linear",), conv_taps=4), "model.conv_taps has no effect: model.layers names no conv layer"),
+        (dict(layers=("linear",), conv_squash=0.0), "model.conv_squash has no effect: model.layers names no conv layer"),
+        (dict(layers=("conv",), conv_squash=0.01, conv_implicit=True), "model.conv_squash has no effect on filters of model.conv_implicit"),
+        (dict(layers=("conv",), conv_squash=0.1), "model.conv_squash must be from 0 to 0.0883883, .* nearly all would be zero"),
+        (dict(layers=("conv",), conv_squash=-0.1), "model.conv_squash must be from 0"),
         (dict(lact_chunk=4), "model.lact_chunk has no effect"),
         (dict(layers=("lact",), lact_chunk=0), "model.lact_chunk must be an integer"),
     ],
@@ -124,15 +134,22 @@ def test_wrong_layers_name_their_setting(changes, message):
 
 
 def test_layers_in_yaml_and_their_errors_with_line_numbers(tmp_path):
-    def load(model_lines):
+    def load(model_lines, *overrides):
         file = tmp_path / "c.yaml"
         shape = "vocab_size: 256\n  num_layers: 4\n  hidden_size: 32\n  intermediate_size: 64\n  num_heads: 4\n  num_kv_heads: 2"
         rest = "data: {source: stdlib, seq_len: 64}\ntrain: {steps: 1, lr: 1e-3}\noutput: {dir: out}\n"
         file.write_text(f"model:\n  {shape}\n{model_lines}{rest}")
-        return load_config(file, ["memory.chunk_tokens=16"])[0].model
+        return load_config(file, ["memory.chunk_tokens=16", *overrides])[0].model
 
     config = load("  layers: [conv, window, attention, linear]\n  window: [8]\n  conv_taps: 9\n")
     assert config.layers == ("conv", "window", "attention", "linear") and config.window == (8,) and config.conv_taps == 9
+    config = load("  layers: [delta, conv]\n  conv_squash: 0.01\n", "train.filter_lr=1e-4")
+    assert [layer.conv.filter.squash for layer in LanguageModel(config).model.layers if layer.mixer_name == "conv"] == [0.01, 0.01]
+    load("  layers: [delta]\n", "train.filter_lr=1e-4")
+    with pytest.raises(ValueError, match="train.filter_lr.*names no conv or delta layer"):
+        load("  layers: [linear]\n", "train.filter_lr=1e-4")
+    with pytest.raises(ValueError, match=r"c.yaml:9: model.conv_squash.*never train"):
+        load("  layers: [conv]\n  conv_squash: 0.1\n")
     with pytest.raises(ValueError, match=r"c.yaml:8: model.layers\[1\].*windw"):
         load("  layers: [conv, windw]\n")
     with pytest.raises(ValueError, match=r"c.yaml:8: model.layers.*names window layers"):
