@@ -69,15 +69,17 @@ OPERATIONS = {
     "SM": lambda values: sum(values) % 10,
 }
 LISTOPS_TOKENS = [*map(str, range(10)), *(f"[{name}" for name in OPERATIONS), "]"]
-DEEPEST, MOST_ARGUMENTS, NESTED = 4, 5, 0.3
+NESTED = 0.3
 
 
 def listops(tokens: int, examples: int, random: np.random.Generator) -> Examples:
-    """Expressions of a third of `tokens` to `tokens` tokens, all different, up to 4 deep, 2 to 5 arguments, of which 3 in 10 nested."""
+    """Expressions of a third of `tokens` to `tokens` tokens, all different, 2 arguments or more, of which 3 in 10 nested: up to 4 deep and
+    of 5 arguments; for more than 128 tokens, where those end, up to 10 and 10, as in the Long Range Arena."""
+    deepest, most, room = (4, 5, math.inf) if tokens <= 128 else (10, 10, tokens)
     token_ids = {token: i for i, token in enumerate(LISTOPS_TOKENS, start=1)}
     ids, labels, seen = np.zeros((examples, tokens), np.uint8), np.empty(examples, np.int64), set()
     while len(seen) < examples:
-        expression, value = _expression(1, random)
+        expression, value = _expression(1, deepest, most, room, random) or ([], 0)
         text = " ".join(expression)
         if tokens // 3 <= len(expression) <= tokens and text not in seen:
             ids[len(seen), : len(expression)], labels[len(seen)] = [token_ids[token] for token in expression], value
@@ -85,12 +87,18 @@ def listops(tokens: int, examples: int, random: np.random.Generator) -> Examples
     return Examples(ids, labels)
 
 
-def _expression(depth: int, random: np.random.Generator) -> tuple[list[str], int]:
+def _expression(depth: int, deepest: int, most: int, room: float, random: np.random.Generator) -> tuple[list[str], int] | None:
+    """Tokens and value; None as soon as there are more than `room` tokens."""
     name = list(OPERATIONS)[random.integers(len(OPERATIONS))]
     written, values = [f"[{name}"], []
-    for _ in range(random.integers(2, MOST_ARGUMENTS + 1)):
-        if depth < DEEPEST and random.random() < NESTED:
-            inner, value = _expression(depth + 1, random)
+    for _ in range(random.integers(2, most + 1)):
+        if len(written) >= room:
+            return None
+        if depth < deepest and random.random() < NESTED:
+            nested = _expression(depth + 1, deepest, most, room - len(written), random)
+            if nested is None:
+                return None
+            inner, value = nested
         else:
             value = int(random.integers(10))
             inner = [str(value)]

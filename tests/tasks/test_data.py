@@ -35,6 +35,20 @@ def test_listops_labels_are_the_values_of_expressions():
     assert len(train) == 300 and len(test) == 100 and not train & test
 
 
+@pytest.mark.parametrize("tokens", [129, 600, 2000])
+def test_listops_at_the_length_of_the_long_range_arena(tokens):
+    task = make_task("listops", tokens, 12, 4, seed=1)
+    deepest = 0
+    for ids, label in zip(task.train.ids, task.train.labels, strict=True):
+        length = int((ids > 0).sum())
+        assert tokens // 3 <= length <= tokens
+        written = [LISTOPS_TOKENS[i - 1] for i in ids[:length]]
+        assert evaluated(written) == label
+        depths = np.cumsum([token.startswith("[") - (token == "]") for token in written])
+        deepest = max(deepest, depths.max())
+    assert 4 < deepest <= 10
+
+
 def test_pathfinder_labels_say_whether_a_path_joins_the_dots():
     task = make_task("pathfinder", 256, 60, 20, seed=1)
     assert sorted(np.unique(task.train.ids)) == [EMPTY, PATH, DOT]
