@@ -204,7 +204,7 @@ def plot(found: dict[str, dict], a: argparse.Namespace) -> None:
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--budget", type=parse_bytes, default=parse_bytes("768MiB"))
+    parser.add_argument("--budget", default="768MiB")
     parser.add_argument("--shape", choices=SHAPES, default="small", help="the sizes below, where they are not given")
     for name in SHAPES["small"]:
         parser.add_argument(f"--{name}", type=str if name == "dtype" else int)
@@ -225,8 +225,10 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     for name, value in SHAPES[a.shape].items():
         if getattr(a, name.replace("-", "_")) is None:
             setattr(a, name.replace("-", "_"), value)
-    if a.budget <= 0:
-        parser.error("--budget must be above 0")
+    try:
+        a.budget = parse_bytes(a.budget, "--budget")
+    except ValueError as error:
+        parser.error(str(error))
     return a
 
 

@@ -33,6 +33,13 @@ def test_the_answer_fits_and_the_next_does_not(fixed, slope, bend):
     assert refused - answer <= max(0.02 * refused, a.chunk) and len(runs) <= 9, runs
 
 
+@pytest.mark.parametrize("budget", ["-3GiB", "0", "much"])
+def test_a_budget_that_is_none_is_said_plainly(budget, capsys):
+    with pytest.raises(SystemExit):
+        longest_sequence.arguments([f"--budget={budget}"])
+    assert f"--budget: '{budget}' is no" in capsys.readouterr().err
+
+
 def test_no_search_beyond_the_longest():
     a = arguments("--longest", "65536")
     found = longest_sequence.longest("streamed", a, lambda method, task: 1000 + task.tokens)
