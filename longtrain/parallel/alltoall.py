@@ -54,6 +54,8 @@ class Heads:
     query_heads: int
     kv_heads: int
     ranks: int
+    keys_travel: bool = False
+    """Whether keys go on from where they were sent: then no round cuts the query heads of one kv head apart, which would travel with each."""
 
     def __post_init__(self) -> None:
         if self.ranks > self.query_heads:
@@ -65,9 +67,14 @@ class Heads:
     def of_queries(self, rank: int, round: int | None = None) -> slice:
         """A rank's query heads, or those of a round."""
         start, stop = self.query_heads * rank // self.ranks, self.query_heads * (rank + 1) // self.ranks
-        if round is not None:
-            start, stop = (start + (stop - start) * edge // self.rounds for edge in (round, round + 1))
-        return slice(start, stop)
+        if round is None:
+            return slice(start, stop)
+        edges = (round, round + 1)
+        if self.keys_travel:
+            keys, group = self.of_keys(rank), self.query_heads // self.kv_heads
+            of_keys = (keys.start + _length(keys) * edge // self.rounds for edge in edges)
+            return slice(*(min(max(start, key * group), stop) for key in of_keys))
+        return slice(*(start + (stop - start) * edge // self.rounds for edge in edges))
 
     def of_keys(self, rank: int, round: int | None = None) -> slice:
         """The kv heads that they read."""
@@ -76,7 +83,8 @@ class Heads:
 
     @property
     def rounds(self) -> int:
-        return min(ROUNDS, self.query_heads // self.ranks)
+        fewest = min(_length(self.of_keys(rank)) for rank in range(self.ranks)) if self.keys_travel else self.query_heads // self.ranks
+        return min(ROUNDS, fewest)
 
     def coming(self, rank: int, round: int) -> slice:
         """The kv heads that no earlier round of the rank reads."""

@@ -88,4 +88,4 @@ class OverRanks:
         if self.mesh.heads.size == 1:
             return inner
         spans = tuple(members.spans(r) for r in range(members.ranks))
-        return AllToAll(self.mesh.heads, spans, Heads(*self.heads, self.mesh.heads.size), inner)
+        return AllToAll(self.mesh.heads, spans, Heads(*self.heads, self.mesh.heads.size, keys_travel=len(groups) > 1), inner)

@@ -12,6 +12,7 @@ from longtrain.ops.attention.call import build_call
 from longtrain.ops.attention.mask import visible
 from longtrain.ops.mixers import AttentionMixer
 from longtrain.parallel.alltoall import AllToAll, Alone, Heads
+from longtrain.parallel.cost import Shape, received
 from longtrain.parallel.double_ring import DoubleRing
 from longtrain.parallel.layout import ARRANGEMENTS, Shards, spread
 from longtrain.parallel.ranks import Ranks, Traffic
@@ -75,7 +76,7 @@ def two_d(ranks: dict[str, Ranks], shards: Shards, heads, inner) -> AllToAll:
     members = tuple(shards.spans(across.rank * spread_heads.size + i) for i in range(spread_heads.size))
     grouped = shards.grouped(spread_heads.size)
     spans = tuple(grouped.spans(g) for g in range(across.size))
-    return AllToAll(spread_heads, members, Heads(*heads, spread_heads.size), inner(across, spans))
+    return AllToAll(spread_heads, members, Heads(*heads, spread_heads.size, keys_travel=inner is Ring), inner(across, spans))
 
 
 def ways(world: Ranks, shards: Shards, heads, groups=()) -> dict:
@@ -188,6 +189,21 @@ def bytes_are_the_formulas(rank: int, world: int) -> None:
         assert (traffic.received["kv"], traffic.received["kv between"]) == (2 * inside * b, 2 * between * b)
 
 
+    if world == 4:
+        two_d_bytes(shards, two_d_groups(world, rank))
+
+
+def two_d_bytes(shards: Shards, groups: list) -> None:
+    """Heads and what goes over the groups, together."""
+    (_, ranks), traffic = groups[0], Traffic()
+    ranks = {name: replace(of, traffic=traffic) for name, of in ranks.items()}
+    shape = Shape(heads=12, kv_heads=4, head_dim=DIM, value_dim=DIM + 2, itemsize=2)
+    for name, inner in (("ring", Ring), ("queries", TravellingQueries)):
+        found = counted(two_d(ranks, shards, (12, 4), inner), AttentionMixer(causal=False), shards, (12, 4), torch.bfloat16)
+        expected = received(name, shape, shards.tokens, heads=2, ring=2)
+        assert found == (expected.forward, expected.backward), (name, found, expected)
+
+
 def _of_heads(H: int, keys: int, keys_and_gradients: int, tokens: float) -> tuple[float, float]:
     """Queries with bf16 elements and a wide LSE and delta, and the bytes of a token's keys."""
     return (H * ((2 * DIM + 2) * 2 + 4) + keys) * tokens, (H * ((3 * DIM + 2) * 2 + 8) + keys_and_gradients) * tokens
@@ -250,7 +266,7 @@ def journey(needs: torch.Tensor, shards: Shards, source: int, step: int, whole_s
 
 def same_bits_every_time(rank: int, world: int) -> None:
     shards = spread(TOKENS, world, inside="zigzag")
-    for name, way in ways(Ranks.of(), shards, (6, 2)).items():
+    for name, way in ways(Ranks.of(), shards, (6, 2), two_d_groups(world, rank)).items():
         whole = [shards.take(x, rank).float() for x in tensors((6, 2))]
         first, second = (over_ranks(way, AttentionMixer(), *whole) for _ in range(2))
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), name
