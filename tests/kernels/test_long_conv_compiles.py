@@ -1,5 +1,5 @@
-"""Long convolutions by Triton kernels without a GPU: every kernel compiles to a cubin, fits, spills next to nothing, and multiplies on tensor
-cores."""
+"""Long convolutions by Triton kernels without a GPU: every kernel compiles to a cubin, fits, spills next to nothing, and multiplies on
+tensor cores."""
 
 import pytest
 import torch
