@@ -10,6 +10,10 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from longtrain.train.processes import Processes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -171,6 +175,10 @@ def train(args: argparse.Namespace) -> int:
             status = evaluate_run.run(args.config, args.overrides, processes)
         else:
             status = run(*load_config(args.config, args.overrides), stop_after=args.stop_after, processes=processes)
+    return ended(status, processes)
+
+
+def ended(status: int, processes: Processes) -> int:
     if processes.size > 1:  # the interpreter's own end races with threads of gloo's that are still there
         sys.stdout.flush()
         os._exit(status)
@@ -213,8 +221,13 @@ def calibrate(args: argparse.Namespace) -> int:
 
 def profile(args: argparse.Namespace) -> int:
     from longtrain.commands import profile
+    from longtrain.train.processes import join
 
-    return profile.run(args.config, args.overrides, out=args.out, sampling=args.sampling, lengths=args.seq_len)
+    with join(explain_error) as processes:
+        status = profile.run(
+            args.config, args.overrides, out=args.out, sampling=args.sampling, lengths=args.seq_len, processes=processes
+        )
+    return ended(status, processes)
 
 
 def compare(args: argparse.Namespace) -> int:

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from longtrain.memory.table import gib
-from longtrain.plan import Offload, Plan
+from longtrain.plan import SPLITS, Offload, Plan, Split
 from longtrain.planner.asked import CHUNKS, FRACTIONS, SEGMENTS, Asked
 from longtrain.planner.cost import peak, step_memory
 from longtrain.planner.footprint import ModelFootprint
+from longtrain.planner.machines import memory_of
 from longtrain.planner.rates import usual_rates
+from longtrain.planner.search import fastest_plan
 from longtrain.planner.seconds import step_time
 from longtrain.planner.smallest import longest
-from longtrain.units import format_bytes
+from longtrain.planner.tiers import tier_use
+from longtrain.units import GIB
 
 if TYPE_CHECKING:
     from longtrain.memory.ledger import Item
@@ -81,32 +88,61 @@ def sentence(result: dict[str, Any]) -> str:
     return text + over + (f". To change: {largest['remedy']}." if largest["remedy"] else ".")
 
 
-def changes_that_fit(model: ModelFootprint, plan: Plan, tokens: int, room: int, batch: int = 1, tiers: Offload | None = None) -> list[str]:
-    """The three cheapest single changes of `plan` whose predicted peak fits `room` bytes, cheapest in step time first.
+def changes_that_fit(
+    model: ModelFootprint, plan: Plan | None, tokens: int, room: int, *, taken: int = 0, tiers: Offload | None = None, devices: int = 1,
+    planned: bool = False,
+) -> list[str]:  # fmt: skip
+    """The three cheapest single changes of a config whose predicted peak fits `room` bytes beside the `taken` ones, cheapest in step time
+    first. `plan`: None where nothing is streamed; `planned`: it was made for memory.budget, in whose place there are no settings to change.
+    `tokens` and chunk are those of one of `devices` that share the sequence.
 
-    A shorter sequence and a larger budget come last, since they change what is trained or what is bought.
+    A shorter sequence and more memory come last, since they change what is trained or what is bought.
     """
-    layers, rates = len(model.layers), usual_rates(model.device)
-    seconds = lambda p: step_time(model, p, tokens, batch, rates).total
-
-    def cheapest_that_fits(name: str, values) -> tuple[float, str] | None:
-        tried = [replace(plan, **{name: value}) for value in values]
-        fitting = [p for p in tried if peak(step_memory(model, p, tokens, batch)).total <= room]
-        if not fitting:
-            return None
-        best = min(fitting, key=lambda p: (seconds(p), peak(step_memory(model, p, tokens, batch)).total))
-        return seconds(best), f"memory.{name}: {getattr(best, name)} (now {getattr(plan, name)})"
-
-    found = [
-        cheapest_that_fits("chunk_tokens", [c for c in CHUNKS if c < plan.chunk_tokens and (plan.kv_block_tokens or c) % c == 0]),
-        cheapest_that_fits("store_outputs", [f for f in FRACTIONS if not isinstance(plan.store_outputs, tuple) and f < plan.store_outputs]),
-        cheapest_that_fits("store_kv", [f for f in FRACTIONS if not isinstance(plan.store_kv, tuple) and f < plan.store_kv]),
-        cheapest_that_fits("segment_layers", [k for k in SEGMENTS if k != plan.segment_layers and k <= layers]),
-    ]
-    texts = [text for _, text in sorted(entry for entry in found if entry is not None)]
-    shorter = longest(Asked(model, tokens, batch, tiers, rates, 1), room)
+    asked = Asked(model, tokens, 1, tiers, usual_rates(model.device), 1, devices)
+    if plan is None or planned:
+        texts = [f"memory.budget: {floor_gib(room + taken)}GiB"] if fastest_plan(asked, room) is not None else []
+        shorter = longest(asked, room)
+    else:
+        seconds = lambda p: step_time(model, p, tokens, 1, asked.rates, devices=devices).total
+        fits = lambda p: asked.peak(p) <= room and replace(asked, tiers=p.offload).fits_tiers(p)
+        fitting = [[(seconds(p), asked.peak(p), text) for p, text in group if fits(p)] for group in single_changes(asked, plan)]
+        texts = [text for _, _, text in sorted(min(group) for group in fitting if group)]
+        shorter = bisect_right(range(1, tokens), room, key=lambda n: peak(step_memory(model, plan, n, slow_tiers=True)).total)
     if shorter:
-        texts.append(f"data.seq_len: {shorter} (now {tokens}), with the plan that the planner makes for it")
-    needed = peak(step_memory(model, plan, tokens, batch)).total
-    texts.append(f"memory.budget: {format_bytes(needed)} beside what the process holds, for this plan")
+        texts.append(f"data.seq_len: {shorter * devices} (now {tokens * devices})")
+    if plan is not None:
+        texts.append(f"more memory: this plan is predicted to take {gib(asked.peak(plan) + taken)} GiB")
     return texts[:3]
+
+
+def single_changes(asked: Asked, plan: Plan) -> list[list[tuple[Plan, str]]]:
+    """The plans that differ from `plan` in one setting, by setting, and what the config would say."""
+    model, offload, c = asked.model, plan.offload, plan.chunk_tokens
+    together = model.alike and all(f.causal for f in model.at(c))
+
+    def changed(name: str, values: Iterable, times: int = 1) -> list[tuple[Plan, str]]:
+        now = getattr(plan, name)
+        return [(replace(plan, **{name: v}), f"memory.{name}: {v * times} (now {now * times})") for v in values]
+
+    lower = lambda share: [f for f in FRACTIONS if not isinstance(share, tuple) and f < share]
+    found = [
+        changed("chunk_tokens", [n for n in CHUNKS if n < c and (plan.kv_block_tokens or n) % n == 0], asked.devices),
+        changed("store_outputs", lower(plan.store_outputs)),
+        changed("store_kv", lower(plan.store_kv)),
+        changed("segment_layers", [k for k in SEGMENTS if k != plan.segment_layers and k <= len(model.layers) and (k == 1 or together)]),
+    ]
+    if offload is None and model.device.type == "cuda":
+        offload = Offload(host_bytes=memory_of(torch.device("cpu")))
+    for what in SPLITS if offload is not None else ():
+        if any(offload.split(what, layer).device > 0 for layer in range(len(model.layers))):
+            tier = "host" if offload.host_bytes else "disk"
+            moved = replace(plan, offload=replace(offload, **{what: Split(host=float(tier == "host"))}))
+            held = tier_use(model, moved, asked.tokens)[tier].held
+            room = "" if plan.offload else f", with memory.host_budget: {floor_gib(held * 1.02 + GIB / 1000)}GiB"
+            found.append([(moved, f"memory.offload.{what}: {tier}{room}")])
+    return found
+
+
+def floor_gib(size: float) -> str:
+    """As a setting has it."""
+    return f"{int(1000 * size / GIB) / 1000:.3f}"

@@ -48,10 +48,7 @@ def of_one(model: nn.Module, config: Config) -> lt.Plan:
 
 def of_several(model: nn.Module, config: Config, where: Locations, work: Work) -> lt.Plan:
     """For the share of one of them, the same for all. `model` is whole, on the CPU, in float32 (frozen weights in the training dtype).
-    Raises ValueError.
-
-    A process holds its part of the parameters as they are, AdamW's moments of them, and in the training dtype what is gathered.
-    """
+    Raises ValueError."""
     device, room = torch.device(work.mesh.device_type), parse_bytes(config.memory.budget)
     held = sum(p.nbytes for p in model.parameters())
     with torch.random.fork_rng(devices=[]):
@@ -59,15 +56,19 @@ def of_several(model: nn.Module, config: Config, where: Locations, work: Work) -
     whole = replace(whole, device=device)
     beside = held_beside_model(replace(whole, parameters=held if device.type == "cpu" else 0))
     taken = int(work.processes.greatest([beside])[0])
-    axes = Axes(sequence=work.context, replicas=work.kept // work.context)
-    share = replace(on_one_device(whole, axes, optimizer="device", masters=False), parameters=held // work.kept)
-    asked = Asked(
-        share, -(-config.data.seq_len // work.context), 1, config.memory.tiers(), usual_rates(device), step_count(config), work.context
-    )
+    share, tokens = share_of(whole, held, work), -(-config.data.seq_len // work.context)
+    asked = Asked(share, tokens, 1, config.memory.tiers(), usual_rates(device), step_count(config), work.context)
     if (found := fastest_plan(asked, room - taken)) is None:
         raise InfeasibleBudget(f"each of {work.processes.size} processes: {what_to_change(asked, room, taken)}")
     chunk = min(found.chunk_tokens * work.context, config.data.seq_len)
     return replace(found, chunk_tokens=chunk, predicted_peak=found.predicted_peak + taken)
+
+
+def share_of(whole: ModelFootprint, held: int, work: Work) -> ModelFootprint:
+    """What one of several processes has: its part of the parameters as they are, of which all take `held` bytes, AdamW's moments of them,
+    and in the training dtype what is gathered."""
+    axes = Axes(sequence=work.context, replicas=work.kept // work.context)
+    return replace(on_one_device(whole, axes, optimizer="device", masters=False), parameters=held // work.kept)
 
 
 def footprint_of(config: Config, where: Locations) -> ModelFootprint:

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,17 +12,20 @@ from torch import nn
 
 import longtrain as lt
 from longtrain import cli
+from longtrain.commands import profile as command
 from longtrain.commands.profile import predictable
 from longtrain.config import load_config
 from longtrain.memory.account import row_name
-from longtrain.memory.advice import changes_that_fit
+from longtrain.memory.advice import changes_that_fit, single_changes
 from longtrain.memory.compare import difference, items_of
 from longtrain.memory.page import page
 from longtrain.memory.table import table
 from longtrain.nn import LanguageModel, ModelConfig
 from longtrain.offload import DeviceStore
 from longtrain.planner import measure_model, peak, step_memory
+from longtrain.planner.asked import Asked
 from longtrain.planner.cost import Phase
+from longtrain.planner.rates import usual_rates
 from longtrain.span import Span
 from tests.browser import open_page
 from tests.processes import run_ranks
@@ -183,14 +187,91 @@ def test_changes_that_fit_do_and_the_cheapest_comes_first():
     plan = lt.Plan(chunk_tokens=2048, segment_layers=2)
     needed = peak(step_memory(footprint, plan, tokens)).total
     found = changes_that_fit(footprint, plan, tokens, needed - 1)
-    assert 1 <= len(found) <= 3 and any("memory." in text for text in found)
+    assert len(found) == 3 and all("memory." in text for text in found)
     for text in found:
         if match := re.match(r"memory\.(\w+): ([\d.]+) \(now", text):
             name, value = match[1], float(match[2]) if "." in match[2] else int(match[2])
             changed = lt.Plan(**{"chunk_tokens": 2048, "segment_layers": 2, name: value})
             assert peak(step_memory(footprint, changed, tokens)).total <= needed - 1, text
-    nothing = changes_that_fit(footprint, plan, tokens, 1)
-    assert all(not text.startswith(("memory.chunk", "memory.store")) for text in nothing)
+    (nothing,) = changes_that_fit(footprint, plan, tokens, 1)
+    assert nothing.startswith("more memory: this plan is predicted to take")
+
+
+def test_a_shorter_sequence_under_the_same_plan_fits():
+    model = LanguageModel(ModelConfig(vocab_size=64, num_layers=2, hidden_size=64, intermediate_size=192, num_heads=2, num_kv_heads=2))
+    footprint, plan, tokens = measure_model(model), lt.Plan(chunk_tokens=128, store_outputs=0.0), 1 << 16
+    needed = lambda n: peak(step_memory(footprint, plan, n)).total
+    shorter = int(re.search(r"data.seq_len: (\d+)", " ".join(changes_that_fit(footprint, plan, tokens, needed(40_000))))[1])
+    assert needed(shorter) <= needed(40_000) < needed(shorter + 128) and 39_000 < shorter < 41_000
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_layers_of_several_kinds_are_not_told_to_share_a_segment(alike):
+    model = LanguageModel(ModelConfig(vocab_size=64, num_layers=4, hidden_size=64, intermediate_size=192, num_heads=2, num_kv_heads=2))
+    asked = Asked(replace(measure_model(model), alike=alike), 4096, 1, None, usual_rates(torch.device("cpu")), 1)
+    told = [text for group in single_changes(asked, lt.Plan(chunk_tokens=512)) for _, text in group]
+    assert any("segment_layers" in text for text in told) == alike
+
+
+def test_a_gpu_is_told_what_may_leave_for_the_host(tmp_path):
+    model = LanguageModel(ModelConfig(vocab_size=64, num_layers=4, hidden_size=64, intermediate_size=192, num_heads=2, num_kv_heads=2))
+    footprint, tokens = replace(measure_model(model), device=torch.device("cuda")), 1 << 15
+    plan = lt.Plan(chunk_tokens=128, store_outputs=0.05)
+    outputs = [text for _, text in single_changes(asked_of(footprint, tokens), plan)[-2]]
+    assert outputs[0].startswith("memory.offload.outputs: host, with memory.host_budget: ")
+    config = tmp_path / "tiny.yaml"
+    config.write_text(CONFIG.replace("OUT", str(tmp_path)))
+    budget = re.search(r"host_budget: (\S+)", outputs[0])[1]
+    changed, _ = load_config(config, [f"memory.host_budget={budget}", "memory.offload={outputs: host}"])
+    plan = replace(plan, offload=changed.memory.tiers())
+    assert Asked(footprint, tokens, 1, plan.offload, usual_rates(footprint.device), 1).fits_tiers(plan)
+
+
+def asked_of(footprint, tokens: int) -> Asked:
+    return Asked(footprint, tokens, 1, None, usual_rates(footprint.device), 1)
+
+
+@pytest.mark.parametrize(
+    "memory, first", [("{chunk_tokens: 512}", r"memory\.\w+: "), ("{budget: 3GiB}", r"memory\.budget: "), ("{}", r"memory\.budget: ")]
+)
+def test_where_memory_does_not_suffice_the_command_names_changes_that_its_config_takes(memory, first, tmp_path, monkeypatch, capsys):
+    def greedy(setup, *rest):
+        update(setup, *rest)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    update = command.update
+    monkeypatch.setattr(command, "update", greedy)
+    config = tmp_path / "tiny.yaml"
+    config.write_text(CONFIG.replace("OUT", str(tmp_path / "out")).replace("{chunk_tokens: 64}", memory).replace("256", "2048"))
+    assert cli.main(["profile", str(config)]) == 1
+    assert "out of memory" in capsys.readouterr().err
+    result = json.loads((tmp_path / "out" / "memory" / "profile.json").read_text())
+    assert result["failure"]["phase"] and 1 <= len(result["changes"]) <= 3 and re.match(first, result["changes"][0])
+    page = (tmp_path / "out" / "memory" / "profile.html").read_text()
+    assert "What would fit, the cheapest first" in page and "MiB" not in page
+    for text in result["changes"]:
+        if match := re.match(r"([\w.]+): (\S+)", text):
+            load_config(config, [f"{match[1]}={match[2]}"])
+
+
+def test_a_sequence_beyond_the_data_is_refused(tmp_path, capsys):
+    config = tmp_path / "tiny.yaml"
+    config.write_text(CONFIG.replace("OUT", str(tmp_path / "out")))
+    assert cli.main(["profile", str(config), "--seq-len", "1000000000"]) == 2
+    said = capsys.readouterr().err
+    assert "data.seq_len: 1000000000 tokens are more than all training documents together have" in said and said.count("\n") == 1
+
+
+def test_without_the_extension_lengths_are_profiled_completely_and_sampling_is_refused(tmp_path, monkeypatch, capsys):
+    for module in ("longtrain.memory.profile", "longtrain.commands.profile"):
+        monkeypatch.setattr(sys.modules[module], "missing", lambda: "a test left the extension out")
+    config = tmp_path / "tiny.yaml"
+    config.write_text(CONFIG.replace("OUT", str(tmp_path / "out")))
+    assert cli.main(["profile", str(config), "--seq-len", "128"]) == 0
+    capsys.readouterr()
+    assert cli.main(["profile", str(config), "--sampling"]) == 2
+    said = capsys.readouterr().err
+    assert "--sampling: counts what the allocators report, and a test left the extension out" in said and said.count("\n") == 1
 
 
 def test_two_profiles_differ_by_what_changed(tmp_path, source, capsys):
@@ -203,6 +284,15 @@ def test_two_profiles_differ_by_what_changed(tmp_path, source, capsys):
     relu = next(row for row in difference(items_of(a), items_of(b)) if "relu" in row[0])
     assert relu[2] == 2 * relu[1] == 2048 * 256 * 4
     assert (tmp_path / "b" / "comparison.html").read_text().count("</script>") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width, scheme", [(500, "dark"), (1280, "light")])
+def test_a_browser_draws_the_comparison_without_a_complaint(width, scheme, tmp_path):
+    for name, units in (("a", 64), ("b", 128)):
+        profiled(tmp_path / name, width=units, title=name)
+    assert cli.main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    assert open_page(tmp_path / "b" / "comparison.html", tmp_path, width=width, scheme=scheme)[1] == {"both"}
 
 
 def test_what_is_no_profile_is_one_line(tmp_path, capsys):

@@ -27,7 +27,7 @@ class Ranks:
 
     def __init__(
         self, size: int, directory: Path, config: Path, *overrides: str, own: dict[int, tuple[str, ...]] | None = None, before: str = "",
-        flags: tuple[str, ...] = (),
+        flags: tuple[str, ...] = (), command: str = "train",
     ) -> None:
         """`own`: overrides of single ranks. `before`: ``module:function``, called with the rank in each process first."""
         number = len(list(directory.glob("job*")))
@@ -37,7 +37,7 @@ class Ranks:
         self.processes = []
         for rank in range(size):
             settings = dict(o.split("=", 1) for o in (*overrides, *(own or {}).get(rank, ())))
-            arguments = ["train", *flags, str(config), *(f"{key}={value}" for key, value in settings.items())]
+            arguments = [command, *flags, str(config), *(f"{key}={value}" for key, value in settings.items())]
             self.processes.append(FORKS.Process(target=_rank, args=(rank, size, meet, arguments, str(self._log(rank)), before)))
             self.processes[-1].start()
 
