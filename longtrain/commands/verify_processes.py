@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -104,19 +105,28 @@ def check(model: nn.Module, plan: Plan, tokens: int, config: ParallelConfig, siz
         mesh = init_device_mesh("cpu", (1, 1, size // heads, heads), mesh_dim_names=DIMENSIONS)
         work = Work(mesh=mesh, context=size)
         way = "auto" if config.way in (("heads",) if heads < size else ("ring", "queries")) else config.way  # what cannot be here
+        others = _other_settings(config, size, heads)
+        said = "".join(f", {name} {value}" for name, value in others.items() if value not in ("auto", None))
         for number, layout in enumerate(layouts):
             name, case = list(cases.items())[number % len(cases)]
             ours = copy.deepcopy(model)
             shard(ours, work, plan.segment_layers, torch.float64)
-            done = f"rings of {size // heads} x {heads} that exchange heads, {way}, {layout}, {name}"
+            done = f"rings of {size // heads} x {heads} that exchange heads, {way}{said}, {layout}, {name}"
             try:
-                report = apply(ours, plan, group=mesh[DIMS], parallel=Parallel(layout=layout, way=way, stripe=2))
+                report = apply(ours, plan, group=mesh[DIMS], parallel=Parallel(layout=layout, way=way, stripe=2, **others))
                 report.check_replay()
                 found = _step(ours, case)
             except ValueError as refusal:  # by all processes, in the same words
                 yield Row(done, str(refusal), f"<= {FLOAT64_BOUND:.0e}", False)
                 return
             yield compared(done, found, exact[name], limits[name])
+
+
+def _other_settings(config: ParallelConfig, size: int, heads: int) -> dict[str, Any]:
+    """The config's for what is no attention, and for links; without what `size` processes of which `heads` exchange heads cannot be."""
+    machines = config.machine is not None and size % config.machine == 0 and config.machine % heads == 0
+    states = "auto" if heads == 1 and config.states == "heads" else config.states
+    return dict(conv=config.conv, states=states, machine=config.machine if machines else None)
 
 
 def _step(model: nn.Module, inputs: dict) -> dict[str, torch.Tensor]:

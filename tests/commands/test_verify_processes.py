@@ -32,6 +32,15 @@ def test_four_processes_and_a_ring(file, capfd):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("states, conv", [("heads", "channels"), ("scan", "halo")])
+def test_the_config_says_how_states_and_convolutions_go(states, conv, file, capfd):
+    model = ("model.layers=[conv, linear, attention]", "model.window=null", "model.conv_taps=9")
+    code, said = verify(file, 2, capfd, *model, f"parallel.states={states}", f"parallel.conv={conv}", "memory.segment_layers=1")
+    assert code == 0 and said.endswith("\nexact\n"), said
+    assert said.count(f", conv {conv}, states {states}, ") == (4 if states == "heads" else 8), said
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen3", "lfm2"])
 def test_models_of_transformers(family, tmp_path, capfd):
     """lfm2: its convolutions' states go from process to process."""

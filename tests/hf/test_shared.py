@@ -63,8 +63,28 @@ def log_probabilities(rank, world):
         assert (grad / world - expected[name]).norm() <= CLOSE * expected[name].norm(), name
 
 
+def dropout(rank, world):
+    """One mask, that of the first process's seed, whatever the others' are."""
+
+    def run(parallel, seed):
+        model = hf_families.build("llama", attention_dropout=0.3)
+        lt.apply(model, lt.Plan(chunk_tokens=16), parallel=parallel)
+        torch.manual_seed(seed)
+        return gradients(model, **batch(packed=True))
+
+    expected_loss, expected = run(None, 5)
+    assert run(None, 6)[0] != expected_loss
+    for parallel in (lt.Parallel(), lt.Parallel(heads=1, way="queries", stripe=4)):
+        loss, grads = run(parallel, 5 + rank)
+        assert abs(loss - expected_loss) <= CLOSE * expected_loss
+        for name, grad in grads.items():
+            dist.all_reduce(grad)
+            assert (grad / world - expected[name]).norm() <= CLOSE * expected[name].norm(), name
+
+
 def quick(rank, world):
     log_probabilities(rank, world)
+    dropout(rank, world)
     check("llama", lt.Plan(chunk_tokens=16), lt.Parallel(), batch(packed=True))
     check("mistral", lt.Plan(chunk_tokens=20, segment_layers=2, store_outputs=0.5), lt.Parallel(heads=1, stripe=4), batch(rows=2))
     model = hf_families.build("llama")
@@ -83,6 +103,7 @@ def test_two_processes():
 
 
 def families(rank, world):
+    dropout(rank, world)
     model = hf_families.build("qwen3_moe")
     lt.apply(model, lt.Plan(chunk_tokens=16), parallel=lt.Parallel())
     with pytest.raises(ValueError, match="the balancing loss of experts is not summed over processes"):
