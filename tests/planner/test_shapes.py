@@ -49,4 +49,5 @@ def test_a_family_that_there_is_not_is_said_in_a_line(tmp_path):
 def test_layers_of_other_kinds_are_not_taken_for_attention(tmp_path):
     with pytest.raises(ValueError, match="has layers of kind conv, and is no plain decoder; plan it from a YAML file"):
         shape_of(tmp_path, layer_types=["full_attention", "conv", "full_attention"])
-    assert shape_of(tmp_path, layer_types=["sliding_attention", "full_attention", "full_attention"], sliding_window=8).window == (8, None, None)
+    found = shape_of(tmp_path, layer_types=["sliding_attention", "full_attention", "full_attention"], sliding_window=8)
+    assert found.window == (8, None, None)
