@@ -51,10 +51,12 @@ def backward(call: Call, replica: Replica, x: Sequenced, dy: Sequenced, dx: Sequ
     _restore(call, replica, x)
     states = _all(call.states)
     needs = lambda span: [(x, span), *(n for s in states for n in s.needs(span)), (dy, span)]
+    # Carries make the gradients of what is shared (filters) as they differentiate a span, and a node of no graph is never asked to.
+    differentiable = want_dx or any(getattr(mixer, "shared", ()) for of_layer in call.mixers for mixer in of_layer)
     for span in _announced(call, call.states, call.spans[::-1], "backward", needs):
         if span is call.spans[0] and call.before is not None and want_dx:
             call.announce(_first_needs(call.before, dx), early=True)
-        leaf = hidden = x.take(span).detach().requires_grad_(want_dx)
+        leaf = hidden = x.take(span).detach().requires_grad_(differentiable)
         with call.random.restored(span), call.surroundings.restored(), torch.enable_grad():
             for layer, mixer_states in enumerate(call.states):
                 steps = [state.step(state.replay, span) for state in mixer_states]

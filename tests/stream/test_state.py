@@ -179,6 +179,19 @@ def test_frozen_weights_get_no_gradient_and_change_none(frozen):
     assert_streamed_equals_plain(model, lt.Plan(chunk_tokens=16, segment_layers=2), call())
 
 
+@pytest.mark.parametrize("kind, trained, settings", [
+    ("conv", "filter.taps", dict(conv_taps=7)), ("conv", "skip", dict(conv_taps=7)), ("conv", "filter", dict(conv_implicit=True)),
+    ("lact", "weights", dict(lact_chunk=9)),
+])
+def test_what_mixers_are_made_of_is_trained_alone(kind, trained, settings):
+    """In the first layer, whose input wants no gradient."""
+    model = hybrid(layers=(kind, "attention"), **settings)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(f"model.layers.0.{kind}.{trained}"))
+    assert any(parameter.requires_grad for parameter in model.parameters())
+    assert_streamed_equals_plain(model, lt.Plan(chunk_tokens=16), call())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_replays_give_the_forward_s_bits_in_training_dtypes(dtype):
     model = hybrid(layers=("linear", "delta", "lact"), lact_chunk=9).to(dtype)
