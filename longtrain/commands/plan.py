@@ -94,6 +94,8 @@ def read_config(args: argparse.Namespace, machine: Machine | None) -> tuple[Want
         args, machine, model, config.data.seq_len, config.memory.tiers() or Offload(), config.memory.budget,
         masters=config.train.dtype == "bfloat16", steps=step_count(config), places=places,
     )  # fmt: skip
+    if config.memory.optimizer == "host" and not args.host:  # --host is all that there is, memory.host_budget what is left for tiers
+        wanted = replace(wanted, host=wanted.host + model.optimizer + 4 * model.trained)
     if settings:
         wanted = replace(wanted, devices=axes_of(config).devices)
     if here:

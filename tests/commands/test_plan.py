@@ -97,6 +97,14 @@ def test_the_plan_that_is_written_is_taken(run_file, tmp_path, capsys):
     assert f"chunks of {settings['memory']['chunk_tokens']} tokens" in capsys.readouterr().out
 
 
+def test_the_host_s_budget_of_a_config_is_beside_the_optimizer(run_file, capsys):
+    host = ["memory.optimizer=host", "memory.host_budget=1MiB", "--device", "h100", "--quick"]
+    assert cli.main(["plan", run_file, "memory.budget=8GiB", *host]) == 0
+    assert "optimizer on the host" in capsys.readouterr().out
+    assert cli.main(["plan", run_file, "memory.budget=8GiB", *host, "--host", "100KiB"]) == 1
+    assert "the optimizer needs" in capsys.readouterr().out
+
+
 def test_what_leaves_the_device_may_differ_by_layer(run_file, tmp_path):
     config, _ = load_config(run_file, [
         "memory.chunk_tokens=512", "memory.host_budget=1GiB",
