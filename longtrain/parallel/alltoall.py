@@ -55,7 +55,7 @@ class Heads:
     kv_heads: int
     ranks: int
     keys_travel: bool = False
-    """Whether keys go on from where they were sent: then no round cuts the query heads of one kv head apart, which would travel with each."""
+    """Whether keys go on from where they were sent: then no round cuts the query heads of a kv head apart, which would travel with each."""
 
     def __post_init__(self) -> None:
         if self.ranks > self.query_heads:
