@@ -32,8 +32,11 @@ from longtrain.stream.work import Counting
 SECONDS = 0.6
 """Of each measurement, after one call that is not counted."""
 
+EXTENT = 128 << 10
+"""Bytes of an extent that is so small that a disk takes it in no time."""
+
 UNCACHED = 64 << 20
-"""Bytes that are more than a processor's caches hold."""
+"""Bytes that are more than the caches of most processors hold."""
 
 
 def seconds_of(call: Callable[[], object], device: torch.device, at_least: float = SECONDS) -> float:
@@ -67,7 +70,7 @@ def made(device: torch.device) -> Iterator[tuple[int, float]]:
 
 def products(device: torch.device, dtype: torch.dtype, shape: dict) -> Iterator[tuple[int, float]]:
     """Rows by a matrix of which one side is the size and the other four times that, as in a layer's MLP: forward and both gradients, of
-    matrices in turn that no cache holds all of."""
+    matrices in turn, UNCACHED bytes in all."""
     for size in shape["sizes"]:
         sides = ((shape["rows"], size), (4 * size, size), (shape["rows"], 4 * size))
         calls = []
@@ -251,9 +254,10 @@ def adamw(device: torch.device, elements: int) -> float:
 def handing_over(device: torch.device, dtype: torch.dtype, shape: dict, directory: str) -> float:
     """Seconds that a streamed step takes longer for each extent that goes to disk or comes back: the store's own, and those that its
     threads take from the one that computes. The extents are small, so that the disk has no part in it."""
-    width, chunk, chunks, layers = shape["width"] // 4, shape["rows"], 6, 4
+    width, chunks, layers = shape["width"] // 4, 6, 4
+    chunk = EXTENT // (width * dtype.itemsize)
     plan = Plan(chunk_tokens=chunk, store_outputs=1.0)
-    disk = DiskSettings(path=directory, budget=16 * width * chunk * chunks * layers)
+    disk = DiskSettings(path=directory, budget=4 * EXTENT * chunks * layers)
     plans = (plan, replace(plan, offload=Offload(outputs=Split(), disk=disk)))
     alone, with_disk = (_step(_model(width, layers).to(device, dtype), plan, chunk * chunks, device) for plan in plans)
     longer = [once(with_disk, device) - once(alone, device) for _ in range(20)][2:]  # in turn: the machine's pace changes

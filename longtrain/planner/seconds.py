@@ -85,7 +85,7 @@ def layer_seconds(model: ModelFootprint, tokens: int, batch: int, chunk: int, ra
 
 def hidden_bytes(model: ModelFootprint, batch: int, chunk: int) -> int:
     """Of a chunk."""
-    return model.width * model.dtype.itemsize * batch * chunk
+    return model.layers[0].x * batch * chunk
 
 
 def _of_layer(

@@ -364,9 +364,9 @@ def test_a_gradient_of_another_shape_is_refused():
         linear_attention_backward(data["v"], **data, dstate=torch.zeros(2, 2, 3, 5))
     with pytest.raises(ValueError, match=r"dout must have shape \[2, 37, 2, 3\], not NoneType"):
         linear_attention_backward(None, **data)
-    for decay in (-0.1, torch.tensor([-0.1, -0.2])):
+    for wrong in (-0.1, torch.tensor([-0.1, -0.2])):
         with pytest.raises(ValueError, match="decay must be a tensor"):
-            linear_attention_backward(data["v"], **data, decay=decay)
+            linear_attention_backward(data["v"], **data, decay=wrong)
 
 
 def test_a_number_is_a_decay_of_all_heads():
