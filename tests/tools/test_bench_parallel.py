@@ -46,7 +46,7 @@ def test_table_trace_and_a_slow_link(tmp_path):
 @pytest.mark.slow
 def test_what_is_counted_is_what_passes_over_the_loopback_interface(tmp_path):
     """Within 5%, for headers and barriers; the least of some rounds, as others may use the interface too."""
-    sizes = ["--seq-len", "2048", "--chunk", "1024", "--layers", "2", "--hidden", "64", "--ffn", "16", "--vocab", "32", "--heads", "4",
+    sizes = ["--seq-len", "4096", "--chunk", "2048", "--layers", "2", "--hidden", "64", "--ffn", "16", "--vocab", "32", "--heads", "4",
              "--kv-heads", "4", "--kinds", "attention", "delta"]  # fmt: skip
     ways = ["--repeats", "5", "--ways", "heads", "states", "queries"]
     assert bench_parallel.main([*sizes, *ways, "--out", str(tmp_path / "rows.json")]) == 0
