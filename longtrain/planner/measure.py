@@ -35,6 +35,9 @@ SECONDS = 0.6
 EXTENT = 128 << 10
 """Bytes of an extent that is so small that a disk takes it in no time."""
 
+LAYERS = 4
+"""Of the models whose steps are measured whole."""
+
 UNCACHED = 64 << 20
 """Bytes that are more than the caches of most processors hold."""
 
@@ -218,7 +221,7 @@ def slower_in_step(device: torch.device, dtype: torch.dtype, shape: dict, known:
     does by itself, again and again."""
     chunk, tokens = shape["rows"], 4 * shape["rows"]
     for width in (shape["width"] // 4, shape["width"] // 2, shape["width"]):
-        model, plan = _model(width, 4).to(device, dtype), Plan(chunk_tokens=chunk)
+        model, plan = _model(width).to(device, dtype), Plan(chunk_tokens=chunk)
         footprint = measure_model(model)
         alone, whole = (
             step_time(footprint, plan, tokens, 1, rates, optimizer="none").total
@@ -228,11 +231,11 @@ def slower_in_step(device: torch.device, dtype: torch.dtype, shape: dict, known:
         yield hidden_bytes(footprint, 1, chunk), max(1.0, (took - alone) / (whole - alone))
 
 
-def _model(width: int, layers: int) -> LanguageModel:
+def _model(width: int) -> LanguageModel:
     heads = max(1, width // 64)
     return LanguageModel(
         ModelConfig(
-            vocab_size=256, num_layers=layers, hidden_size=width, intermediate_size=4 * width, num_heads=heads, num_kv_heads=heads
+            vocab_size=256, num_layers=LAYERS, hidden_size=width, intermediate_size=4 * width, num_heads=heads, num_kv_heads=heads
         )
     )
 
@@ -254,12 +257,12 @@ def adamw(device: torch.device, elements: int) -> float:
 def handing_over(device: torch.device, dtype: torch.dtype, shape: dict, directory: str) -> float:
     """Seconds that a streamed step takes longer for each extent that goes to disk or comes back: the store's own, and those that its
     threads take from the one that computes. The extents are small, so that the disk has no part in it."""
-    width, chunks, layers = shape["width"] // 4, 6, 4
+    width, chunks = shape["width"] // 4, 6
     chunk = EXTENT // (width * dtype.itemsize)
     plan = Plan(chunk_tokens=chunk, store_outputs=1.0)
-    disk = DiskSettings(path=directory, budget=4 * EXTENT * chunks * layers)
+    disk = DiskSettings(path=directory, budget=4 * EXTENT * chunks * LAYERS)
     plans = (plan, replace(plan, offload=Offload(outputs=Split(), disk=disk)))
-    alone, with_disk = (_step(_model(width, layers).to(device, dtype), plan, chunk * chunks, device) for plan in plans)
+    alone, with_disk = (_step(_model(width).to(device, dtype), p, chunk * chunks, device) for p in plans)
     longer = [once(with_disk, device) - once(alone, device) for _ in range(20)][2:]  # in turn: the machine's pace changes
-    extents = 2 * 2 * layers * chunks  # outputs and LSEs, there and back
+    extents = 2 * 2 * LAYERS * chunks  # outputs and LSEs, there and back
     return max(0.0, statistics.median(longer) / extents)
