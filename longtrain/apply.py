@@ -206,10 +206,6 @@ def _share(model: nn.Module, report: Report, layers: Sequence[tuple[int, Candida
     for layer in (candidate.layer for _, candidate in layers if candidate.counts):
         with whole(layer, model):
             shapes.append(shapes_of(layer, PROOF_TOKENS))
-    if report.plan.kv_block_tokens is not None:
-        raise ValueError(
-            "kv_block_tokens is for one process: leave it out where processes share a sequence, or leave out group and parallel"
-        )
     sharing = model.longtrain_sharing = Sharing(report.plan, parallel, group, shapes)
     report._undo.append(partial(delattr, model, "longtrain_sharing"))
     if hasattr(model, "make_layout"):

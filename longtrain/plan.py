@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -161,6 +161,11 @@ class Plan:
             raise ValueError(f"kv_block_tokens must be a multiple of chunk_tokens ({self.chunk_tokens}), found {self.kv_block_tokens}")
         if self.boundaries == "tensor" and self.offload is not None and (self.offload.inputs, self.offload.gradients) != (STAY, STAY):
             raise ValueError('offload.inputs and offload.gradients move boundaries that stream; use boundaries="stream" with them')
+
+    def with_chunks(self, tokens: int) -> Plan:
+        """The same in chunks of so many tokens; a block of keys and values is of as many chunks as before."""
+        blocks = self.kv_block_tokens and self.kv_block_tokens // self.chunk_tokens * tokens
+        return replace(self, chunk_tokens=tokens, kv_block_tokens=blocks)
 
     def check_layers(self, layers: int) -> None:
         """Raise ValueError unless per-layer settings name every one of `layers` layers."""

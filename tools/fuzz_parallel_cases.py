@@ -52,6 +52,7 @@ def draw(seed: int, ranks: int, own: bool) -> dict:
         store_outputs=some(0.2, lambda: tuple(share() for _ in range(layers)), share()), store_kv=share(),
         boundaries=some(0.2, lambda: "tensor", "stream"), loss_chunk_tokens=some(0.5, lambda: r.randint(1, 20)),
     )  # fmt: skip
+    plan |= some(0.25, lambda: dict(kv_block_tokens=plan["chunk_tokens"] * r.randint(1, 4)), {})
     if "ring" in parallel.values() or parallel["conv"] == "channels":
         plan |= some(0.95, lambda: dict(segment_layers=1), {})
     moved = ("outputs", "kv") if plan["boundaries"] == "tensor" else ("outputs", "kv", "inputs", "gradients")

@@ -74,7 +74,7 @@ def one(
     setup = prepare(config, where, work)
     budget = parse_bytes(config.memory.budget, "memory.budget") if config.memory.budget else None
     share = -(-stage.seq_len // work.context)
-    plan = setup.plan and replace(setup.plan, chunk_tokens=max(1, min(setup.plan.chunk_tokens, stage.seq_len) // work.context))
+    plan = setup.plan and setup.plan.with_chunks(max(1, min(setup.plan.chunk_tokens, stage.seq_len) // work.context))
     predicted = step_memory(footprint, plan, share) if plan and footprint else ()
     top = sum(size for what, size in peak(predicted).items.items() if what != "workspace") if predicted else None
     limit, taken = min(budget or maxsize, memory_of(setup.device)), 0

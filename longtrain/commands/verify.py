@@ -52,12 +52,7 @@ class Row:
 def run(config_path: str, overrides: Sequence[str]) -> int:
     """Print the table and the verdict; 0 when everything holds, 1 otherwise."""
     config, where = load_config(config_path, overrides)
-    plan, tokens = shrink_plan(config)
-    if plan.offload is not None and plan.offload.disk is not None:
-        try:
-            check_disk(plan.offload.disk)
-        except ValueError as error:
-            raise where.explain(error, "memory.disk") from None
+    plan, tokens = shrink_plan(config, where)
     torch.manual_seed(0)
     if isinstance(config.model, HfModelConfig):
         model, plan, said = shrink_transformers(config, plan, tokens, where)
@@ -74,8 +69,8 @@ def run(config_path: str, overrides: Sequence[str]) -> int:
     return 1 if failed else 0
 
 
-def shrink_plan(config: Config) -> tuple[Plan, int]:
-    """The config's plan for small chunks, and the tokens of as many of them."""
+def shrink_plan(config: Config, where: Locations) -> tuple[Plan, int]:
+    """The config's plan for small chunks, and the tokens of as many of them. Raises ConfigError where its disk cannot be used."""
     settings = config.memory.plan_settings() if config.memory.chunk_tokens else {"chunk_tokens": config.data.seq_len}
     chunks = min(9, max(5, math.ceil(config.data.seq_len / settings["chunk_tokens"])))
     if settings.get("loss_chunk_tokens") or isinstance(config.model, HfModelConfig):
@@ -84,6 +79,11 @@ def shrink_plan(config: Config) -> tuple[Plan, int]:
         settings["kv_block_tokens"] = CHUNK * min(2, blocks // settings["chunk_tokens"])
     if (tiers := config.memory.tiers()) is not None:
         settings["offload"] = _shrink_tiers(tiers, planned=config.memory.offload is None)
+        if tiers.disk is not None:
+            try:
+                check_disk(settings["offload"].disk)
+            except ValueError as error:
+                raise where.explain(error, "memory.disk") from None
     return Plan(**{**settings, "chunk_tokens": CHUNK}), (chunks - 1) * CHUNK + 7
 
 

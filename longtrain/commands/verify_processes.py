@@ -1,8 +1,8 @@
 """`longtrain verify --nproc P CONFIG`: do P processes that share sequences, weights and batch compute what one does? In float64.
 
 The config's model shrunk as for `longtrain verify`, on gloo processes of this machine: every way of laying P processes out as rings of
-groups that exchange heads, in every arrangement of tokens; weights sharded by FSDP2 as a run shards them. Each process begins with the
-same weights; losses and gathered gradients are held against plain autograd's of the whole.
+groups that exchange heads, in every arrangement of tokens; weights sharded by FSDP2 as a run shards them, tensors in the config's tiers and
+blocks. Each process begins with the same weights; losses and gathered gradients are held against plain autograd's of the whole.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import copy
 import faulthandler
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -78,8 +77,7 @@ def _process(rank: int, size: int, meeting: str, config_path: str, overrides: Se
 
 def _small_model(config: Config, where: Locations) -> tuple[nn.Module, Plan, int, str]:
     """The config's model shrunk, its plan, so many tokens, and what it is."""
-    plan, tokens = shrink_plan(config)
-    plan = replace(plan, offload=None, kv_block_tokens=None)
+    plan, tokens = shrink_plan(config, where)
     torch.manual_seed(0)
     hf = isinstance(config.model, HfModelConfig)
     model, plan, said = shrink_transformers(config, plan, tokens, where) if hf else shrink(config, plan, tokens)

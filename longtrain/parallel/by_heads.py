@@ -23,6 +23,7 @@ from longtrain.parallel.ranks import Ranks
 from longtrain.parallel.way import delta_of
 from longtrain.span import Span
 from longtrain.stream.carry import kv_carry_spec
+from longtrain.stream.kv_blocks import NewStored, in_blocks
 from longtrain.stream.protocol import Carry, CarrySpec, KVBlock
 
 MakeCarry = Callable[..., Carry]
@@ -60,6 +61,8 @@ class ByHeads:
 
     hands_over = False
     """What it was given is not what its inner carries hold."""
+    keeps = False
+    """Its inner carries live from the forward to the backward pass (`in_blocks`): no keys travel again."""
 
     def __init__(
         self, mixer, ranks: Ranks, shards: Shards, inner_spans: Sequence[Span], make_inner: MakeCarry, heads: Heads, parts: int
@@ -81,6 +84,13 @@ class ByHeads:
         """Queries that left when their chunk was replayed."""
         self._grads: list[Arrived] = []
         """Gradients of a chunk's keys on their way home, by part, the last first."""
+
+    def in_blocks(self, chunks: int, stored: NewStored) -> ByHeads:
+        """Keys and values of this rank's heads in the token store, as `longtrain.stream.kv_blocks`."""
+        of_head = lambda first: lambda name, tokens, **of: stored(f"{name}, heads from {first}", tokens, **of)
+        self._inner = [in_blocks(inner, chunks, of_head(first)) for inner, (first, _, _) in zip(self._inner, self._runs, strict=True)]
+        self.keeps = getattr(self._inner[0], "keeps", False)
+        return self
 
     @property
     def slides(self) -> bool:

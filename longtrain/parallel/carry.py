@@ -11,7 +11,7 @@ and in what order, depends on plan, layout and mask alone, so all ranks meet in 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import chain
@@ -22,10 +22,11 @@ from longtrain.parallel.circulate import buffers
 from longtrain.parallel.layout import Shards, total
 from longtrain.parallel.pieces import Spans, attend, attend_vjp, cut, empty, places, seen_by_any, wide_zeros
 from longtrain.parallel.ranks import Message, Pending, Ranks
-from longtrain.parallel.travelling import TravellingQueries
+from longtrain.parallel.travelling import Held, TravellingQueries
 from longtrain.parallel.way import delta_of
 from longtrain.span import Span
 from longtrain.stream.carry import kv_carry_spec
+from longtrain.stream.kv_blocks import BlockKVCarry, NewStored
 from longtrain.stream.protocol import CarrySpec, KVBlock
 
 
@@ -62,6 +63,11 @@ class Staying:
         dk, dv = (x[:, span.slice()] for x in self._adjoints)
         return (dk, dv) if wide else (dk.to(self._k.dtype), dv.to(self._v.dtype))
 
+    def keys_for(self, span: Span) -> Span:
+        """What a chunk may see of the keys that are here, by their places here."""
+        held = self._keys(span)[1]
+        return Span(held.start, held.stop)
+
     def _queries(self, span: Span) -> tuple[Spans, ...]:
         """The positions of the chunk, for each rank."""
         return self.shards.parts[self._chunk_of[span.stop]]
@@ -77,31 +83,70 @@ class Staying:
 
 
 class QueriesTravel(Staying):
-    """Keys stay; a chunk's queries visit every rank that holds keys for them, and their gradients too."""
+    """Keys stay; a chunk's queries visit every rank that holds keys for them, and their gradients too.
+
+    Where the plan has blocks, this rank's keys lie in the token store, and every visit meets one block after the other.
+    """
+
+    _kept: BlockKVCarry | None = None
+
+    @property
+    def keeps(self) -> bool:
+        return self._kept is not None
+
+    def in_blocks(self, chunks: int, stored: NewStored) -> QueriesTravel:
+        here = Staying(self.mixer, self.ranks, self.shards)  # not this carry: extents in a cycle would outlive a step that failed
+        self._kept = BlockKVCarry(here, self.shards.local_chunks(self.ranks.rank), chunks, stored)
+        return self
+
+    @property
+    def spec(self) -> CarrySpec:
+        return super().spec if self._kept is None else self._kept.spec
+
+    def append(self, span: Span, k_BCKD: Tensor, v_BCKD: Tensor) -> None:
+        self._value_dim = v_BCKD.shape[3]
+        (super() if self._kept is None else self._kept).append(span, k_BCKD, v_BCKD)
+
+    def written(self, span: Span) -> tuple[Tensor, Tensor]:
+        return super().written(span) if self._kept is None else self._kept.written(span)
+
+    def take_grad(self, span: Span, *, wide: bool = False) -> tuple[Tensor, Tensor]:
+        return super().take_grad(span, wide=wide) if self._kept is None else self._kept.take_grad(span, wide=wide)
 
     def mix(self, span: Span, q_BCHD: Tensor, stored: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         if stored is not None:
             return stored
-        way, held = self._way(span)
-        return way.attend(self.mixer, q_BCHD, self._k[:, held], self._v[:, held])
+        return self._way(span).attend_blocks(self.mixer, q_BCHD, self._value_dim, partial(self._held, span))
 
     def mix_vjp(
         self, span: Span, q_BCHD: Tensor, out_BCHD: Tensor | None, lse_BCH: Tensor, dout_BCHD: Tensor, delta_BCH: Tensor | None = None
     ) -> Tensor:
         delta = delta_of(dout_BCHD, out_BCHD, lse_BCH) if delta_BCH is None else delta_BCH
-        way, held = self._way(span)
-        k, v, dk, dv = (x[:, held] for x in (self._k, self._v, *self._adjoints))
-        return way.add_vjp(self.mixer, dout_BCHD, q_BCHD, k, v, lse_BCH, delta, dk, dv).to(q_BCHD.dtype)
+        blocks = partial(self._held, span, adjoints=True)
+        return self._way(span).add_vjp(self.mixer, dout_BCHD, q_BCHD, lse_BCH, delta, blocks).to(q_BCHD.dtype)
 
     def blocks(self, span: Span) -> list[KVBlock]:
         """This rank's; the others' are with them."""
-        keys, held = self._keys(span)
-        mine, k, v = keys[self.ranks.rank], self._k[:, held], self._v[:, held]
-        return [KVBlock(piece, k[:, rows], v[:, rows]) for piece, rows in zip(mine, places(mine, mine), strict=True)]
+        return [
+            KVBlock(piece, held.k[:, rows], held.v[:, rows])
+            for held in self._held(span)
+            for piece, rows in zip(held.keys, places(held.keys, held.keys), strict=True)
+        ]
 
-    def _way(self, span: Span) -> tuple[TravellingQueries, slice]:
-        keys, held = self._keys(span)
-        return TravellingQueries(self.ranks, self._queries(span), keys), held
+    def _held(self, span: Span, *, adjoints: bool = False) -> Iterator[Held]:
+        """What the queries of a chunk, of whatever rank, meet here."""
+        if self._kept is None:
+            (keys, at), tensors = self._keys(span), (self._k, self._v, *(self._adjoints if adjoints else ()))
+            yield Held(keys[self.ranks.rank], *(x[:, at] for x in tensors))
+            return
+        for block in (self._kept.adjoint_blocks if adjoints else self._kept.blocks)(span):
+            parts = zip(self.shards.local_chunks(self.ranks.rank), self.shards.parts, strict=True)
+            keys = chain.from_iterable(part[self.ranks.rank] for at, part in parts if block.span.start <= at.start < block.span.stop)
+            own = block.span.stop == span.stop
+            yield Held(tuple(keys), block.k_BSKD, block.v_BSKD, block.dk_BSKD, block.dv_BSKD, own)
+
+    def _way(self, span: Span) -> TravellingQueries:
+        return TravellingQueries(self.ranks, self._queries(span), self._keys(span)[0])
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ windows count their halo.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from longtrain.parallel.alltoall import Heads
 from longtrain.parallel.settings import WAYS
@@ -54,11 +55,12 @@ class Received:
 NOTHING = Received(forward=0, backward=0)
 
 
-def received(way: str, shape: Shape, tokens: int, *, heads: int = 1, ring: int = 1, chunks: int = 1) -> Received:
-    """For one layer whose outputs are stored: heads over `heads` ranks, `way` over `ring` groups of them, a sequence in `chunks`."""
+def received(way: str, shape: Shape, tokens: int, *, heads: int = 1, ring: int = 1, chunks: int = 1, blocks: bool = False) -> Received:
+    """For one layer whose outputs are stored: heads over `heads` ranks, `way` over `ring` groups of them, a sequence in `chunks`; `blocks`:
+    keys and values stay in the token store by heads, and do not travel again."""
     inner = shape if heads == 1 else _of_one_rank(shape, heads)
     over_groups = _over_groups(way, inner, tokens, ring, chunks) if ring > 1 else NOTHING
-    return over_groups + (_over_heads(shape, tokens / ring, heads) if heads > 1 else NOTHING)
+    return over_groups + (_over_heads(shape, tokens / ring, heads, blocks and shape.window is None) if heads > 1 else NOTHING)
 
 
 def _of_one_rank(shape: Shape, ranks: int) -> Shape:
@@ -70,7 +72,7 @@ def _of_one_rank(shape: Shape, ranks: int) -> Shape:
     )
 
 
-def _over_heads(shape: Shape, tokens: float, ranks: int) -> Received:
+def _over_heads(shape: Shape, tokens: float, ranks: int, kept: bool) -> Received:
     split, b, w, D = Heads(shape.heads, shape.kv_heads, ranks), shape.itemsize, shape.wide, shape.head_dim + shape.value_dim
     away = tokens / ranks * (ranks - 1) / ranks
     keys = shape.kv * sum(heads.stop - heads.start for heads in map(split.of_keys, range(ranks))) / shape.kv_heads
@@ -78,7 +80,7 @@ def _over_heads(shape: Shape, tokens: float, ranks: int) -> Received:
     there_and_back = away * shape.heads * D * b  # q there and the output back; dout there and dq back
     return Received(  # in the backward pass queries go there again, with LSE and delta, and keys before them
         forward=there_and_back + away * (shape.heads * w + keys),
-        backward=there_and_back + away * (shape.heads * (shape.head_dim * b + 2 * w) + keys + gradients),
+        backward=there_and_back + away * (shape.heads * (shape.head_dim * b + 2 * w) + keys * (not kept) + gradients),
     )
 
 
@@ -108,9 +110,11 @@ class Choice:
 
 
 def choose(
-    shape: Shape, tokens: int, *, heads: int, ring: int, chunks: int, runs: int = 1, segment_layers: int = 1, way: str = "auto"
+    shape: Shape, tokens: int, *, heads: int, ring: int, chunks: int, runs: int = 1, segment_layers: int = 1, blocks: bool = False,
+    way: str = "auto",
 ) -> Choice:
-    """The cheapest way of `heads` x `ring` ranks, or the one that is asked for. `runs`: spans of a chunk that a rank holds.
+    """The cheapest way of `heads` x `ring` ranks, or the one that is asked for. `runs`: spans of a chunk that a rank holds; `blocks`: keys
+    and values come to the device in blocks.
 
     A halo goes over all ranks alike. Raises ValueError where what is asked for cannot be.
     """
@@ -123,13 +127,14 @@ def choose(
         refused["queries"] = "a query sees what comes after its chunk"
     if ring > 1 and segment_layers > 1:
         refused["ring"] = "it needs two passes over the sequence, and segments of several layers are streamed chunk by chunk"
+    if ring > 1 and blocks and shape.causal:
+        refused["ring"] = "all of a layer's keys travel in it at one time, and kv_block_tokens has them come in blocks"
     if shape.window is None or not shape.causal:
         refused["halo"] = "a query sees all that came before it"
     if way in refused:
         raise ValueError(f"parallel.way is {way}, and that cannot be: {refused[way]}; or use auto")
-    costs = {name: received(name, shape, tokens, heads=heads, ring=ring, chunks=chunks) for name in WAYS[:2] if name not in refused}
-    if ring == 1:
-        costs = {"heads": received("heads", shape, tokens, heads=heads)}
+    of = partial(received, shape=shape, tokens=tokens, heads=heads, ring=ring, chunks=chunks, blocks=blocks)
+    costs = {name: of(name) for name in WAYS[:2] if name not in refused} if ring > 1 else {"heads": of("heads")}
     if "halo" not in refused:
         costs["halo"] = received("halo", shape, tokens, ring=heads * ring, chunks=chunks * runs)
     if not costs:

@@ -108,7 +108,7 @@ class Sharing:
             return shape.choose(shards)
         return choose(
             shape, shards.tokens, heads=mesh.heads.size, ring=mesh.ring.size, chunks=len(shards.chunks), runs=shards.runs,
-            segment_layers=segment_layers, way=parallel.way,
+            segment_layers=segment_layers, blocks=self.plan.kv_block_tokens is not None, way=parallel.way,
         )
 
     def explain(self, tokens: int) -> str:

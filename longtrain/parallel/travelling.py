@@ -13,7 +13,9 @@ It goes the other way round than a ring of keys: a causal query meets those befo
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +24,23 @@ from longtrain.ops.attention import merge_attention
 from longtrain.parallel.circulate import Route, added, bytes_a_token, circulate, tokens_of_work
 from longtrain.parallel.pieces import Spans, attend, attend_vjp, empty, that_see, wide_zeros
 from longtrain.parallel.ranks import Ranks
+
+
+class Held(NamedTuple):
+    """Some of the keys that a rank holds for queries that visit it, and of their values."""
+
+    keys: Spans
+    k: Tensor
+    v: Tensor
+    dk: Tensor | None = None
+    """Wide sums of the gradients, in the backward pass."""
+    dv: Tensor | None = None
+    own: bool = True
+    """Among them are those at the places of this rank's own queries: a sink counts once, with these."""
+
+
+Blocks = Callable[[], Iterable[Held]]
+"""One after the other, for each visit anew."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +53,22 @@ class TravellingQueries:
 
     def attend(self, mixer, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """q ``[B, n, H, D]``, k, v ``[B, S, K, D]`` of this rank's n queries and S keys: out and LSE."""
+        return self.attend_blocks(mixer, q, v.shape[3], lambda: [Held(self._mine, k, v)])
+
+    def attend_blocks(self, mixer, q: Tensor, value_dim: int, blocks: Blocks) -> tuple[Tensor, Tensor]:
+        """`attend`, of keys that are there block by block."""
 
         def visit(source: int, queries: Spans, cargo: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            made = empty(*cargo, v)
-            attend(mixer, *cargo, queries, k, v, self._mine, *made, with_sinks=source == self.ranks.rank, fresh=True)
+            made = None
+            for held in blocks():
+                if fresh := made is None:
+                    made = empty(*cargo, held.v)
+                sinks = source == self.ranks.rank and held.own
+                attend(mixer, *cargo, queries, held.k, held.v, held.keys, *made, with_sinks=sinks, fresh=fresh)
             return made
 
         wide = torch.promote_types(q.dtype, torch.float32)
-        home = q.shape[2] * (v.shape[3] + 1) * wide.itemsize
+        home = q.shape[2] * (value_dim + 1) * wide.itemsize
         first = self._first_queries(mixer, bytes_a_token(q), home)
         merge = lambda a, b: merge_attention(*a, *b)
         out, lse = circulate(self.ranks, self._route(mixer), (q,), visit, merge, what=("q", "out"), first=first)
@@ -51,20 +78,19 @@ class TravellingQueries:
         self, mixer, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         dk, dv = map(wide_zeros, (k, v))
-        return self.add_vjp(mixer, dout, q, k, v, lse, delta, dk, dv), dk, dv
+        return self.add_vjp(mixer, dout, q, lse, delta, lambda: [Held(self._mine, k, v, dk, dv)]), dk, dv
 
-    def add_vjp(
-        self, mixer, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor
-    ) -> Tensor:
-        """dq, wide; adds into dk, dv."""
+    def add_vjp(self, mixer, dout: Tensor, q: Tensor, lse: Tensor, delta: Tensor, blocks: Blocks) -> Tensor:
+        """dq, wide; adds into the sums of the blocks."""
 
         def visit(source: int, queries: Spans, cargo: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             q_s, dout_s, lse_s, delta_s = cargo
             dq = wide_zeros(q_s)
-            attend_vjp(
-                mixer, dout_s, q_s, None, lse_s, queries, k, v, self._mine,
-                dq=dq, dk=dk, dv=dv, with_sinks=source == self.ranks.rank, delta=delta_s,
-            )
+            for held in blocks():
+                attend_vjp(
+                    mixer, dout_s, q_s, None, lse_s, queries, held.k, held.v, held.keys,
+                    dq=dq, dk=held.dk, dv=held.dv, with_sinks=source == self.ranks.rank and held.own, delta=delta_s,
+                )
             return (dq,)
 
         cargo = q, dout, lse, delta

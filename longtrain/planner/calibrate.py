@@ -5,9 +5,9 @@
 Products of many rows with matrices of several sizes, attention and other mixers by the backends that serve them, the operations that layers
 and losses are made of one by one, the time that streaming takes for an operation on next to nothing, new memory, AdamW, copies to the host,
 the disk tier's own code on --path, what steps take longer than their parts, and all-gather where several processes run it (torchrun).
-Each is repeated until `measure.SECONDS` are over, and the median counts; a minute in all. New memory costs what the allocator makes of it,
-so calibrate under the settings that training will have: with glibc's MALLOC_MMAP_THRESHOLD_ every larger block is fetched from the system,
-cleared, and given back.
+Each is repeated until `measure.SECONDS` are over, steps of several models `measure_steps.ROUNDS` times in turn, and the mean counts;
+a minute or two in all. New memory costs what the allocator makes of it, so calibrate under the settings that training will have: with glibc's
+MALLOC_MMAP_THRESHOLD_ every larger block is fetched from the system, cleared, and given back.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from longtrain.config.nodes import COMMAND_LINE, ConfigError
 from longtrain.offload import DiskSettings, Place, Stored, TieredStore
 from longtrain.planner import measure
 from longtrain.planner.machines import Machine, memory_of
+from longtrain.planner.measure_steps import ROUNDS, Steps
 from longtrain.planner.rates import Rates, Table
 from longtrain.span import Span
 from longtrain.units import format_bytes
@@ -114,16 +115,18 @@ def calibrate(device: torch.device, dtype: torch.dtype, path: Path, *, say: Call
     found["operations"] = measure.operations(device, dtype, shape, Rates(flops=inf, **dict.fromkeys(TIERS, inf), made=found["made"]))
     for name, rate in found["operations"]:
         say(f"{name}: {format_bytes(rate)}/s")
-    found["launch"] = measure.launch(device, dtype, Rates(flops=inf, **dict.fromkeys(TIERS, inf), **{k: found[k] for k in CALLS}))
-    say(f"launch: {found['launch'] * 1e6:.1f} us an operation")
     for tier in ("host", "disk"):
         found[f"{tier}_write"], found[f"{tier}_read"] = through_tier(device, tier, path)
         say(f"{tier}: {format_bytes(found[f'{tier}_write'])}/s there, {format_bytes(found[f'{tier}_read'])}/s back")
+    say(f"streamed steps in turn, {ROUNDS} rounds ...")
     with tempfile.TemporaryDirectory(dir=path) as directory:
-        found["handing_over"] = measure.handing_over(device, dtype, shape, directory)
-    say(f"handing over: {found['handing_over'] * 1e6:.0f} us an extent")
+        steps = Steps(device, dtype, shape["rows"], shape["width"], directory)
+    found["launch"] = steps.launch(Rates(flops=inf, **dict.fromkeys(TIERS, inf), **{k: found[k] for k in CALLS}))
+    say(f"launch: {found['launch'] * 1e6:.1f} us an operation")
     top = max(rate for _, rate in found["products"])
-    slower = measure.slower_in_step(device, dtype, shape, Rates(flops=top, **found))
+    found["handing_over"] = steps.handing_over(Rates(flops=top, **found))
+    say(f"handing over: {found['handing_over'] * 1e6:.0f} us an extent")
+    slower = steps.slower(Rates(flops=top, **found))
     found["slower"] = measured("all but products and mixers in a step, hidden states of bytes", slower, 1, "times as long")
     if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
         found["link"] = gathered(device)

@@ -4,7 +4,6 @@ YAML."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from math import gcd
 
 import yaml
@@ -52,7 +51,7 @@ def memory(found: Found, wanted: Wanted) -> list[str]:
     lines.append(f"  {format_bytes(top.total + wanted.taken):>10}  in all, of {format_bytes(wanted.room + wanted.taken)}")
     if found.optimizer_on_host:
         lines.append(f"  {format_bytes(found.optimizer_on_host)} of the optimizer on the host")
-    local = replace(plan, chunk_tokens=max(1, plan.chunk_tokens // found.axes.sequence))
+    local = plan.with_chunks(max(1, plan.chunk_tokens // found.axes.sequence))
     if tiers := describe(wanted.model, local, -(-wanted.tokens // found.axes.sequence), found.batch, steps=wanted.steps):
         lines += ["", *tiers]
     return [*lines, "", binding(found, wanted)]

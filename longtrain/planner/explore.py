@@ -107,7 +107,7 @@ def by_hand(wanted: Wanted, plan: Plan, axes: Axes = Axes()) -> Found:
     asked, on_host = of_one_device(wanted, axes, wanted.places[0], 1)
     if asked is None:
         raise ValueError(f"memory.optimizer: host needs {format_bytes(on_host)}, of {format_bytes(wanted.host)}; give more")
-    own = replace(plan, chunk_tokens=max(1, min(plan.chunk_tokens, wanted.tokens) // axes.sequence))
+    own = plan.with_chunks(max(1, min(plan.chunk_tokens, wanted.tokens) // axes.sequence))
     return describe_found(wanted, axes, wanted.places[0], 1, asked, own, on_host)
 
 
@@ -147,7 +147,7 @@ def of_one_device(wanted: Wanted, axes: Axes, optimizer: str, batch: int) -> tup
 
 def describe_found(wanted: Wanted, axes: Axes, optimizer: str, batch: int, asked: Asked, chosen: Plan, on_host: int) -> Found:
     time = step_time(asked.model, chosen, asked.tokens, batch, asked.rates, optimizer=optimizer, devices=axes.sequence)
-    whole = replace(chosen, chunk_tokens=min(chosen.chunk_tokens * axes.sequence, wanted.tokens))
+    whole = chosen.with_chunks(min(chosen.chunk_tokens * axes.sequence, wanted.tokens))
     exchanged = between(wanted.model, whole, axes, wanted.tokens, batch, asked.rates, time.total - time.parts["optimizer"])
     parts = {**time.parts, "exchanges between devices": exchanged.seconds}
     return Found(
@@ -176,7 +176,7 @@ def longest_tokens(wanted: Wanted) -> int:
 
 def _within_tiers(wanted: Wanted, found: Found) -> bool:
     asked, _ = of_one_device(wanted, found.axes, found.optimizer, found.batch)
-    return asked.fits_tiers(replace(found.plan, chunk_tokens=max(1, found.plan.chunk_tokens // found.axes.sequence)))
+    return asked.fits_tiers(found.plan.with_chunks(max(1, found.plan.chunk_tokens // found.axes.sequence)))
 
 
 def pareto(wanted: Wanted, best: Found, points: int = 6) -> list[Found]:

@@ -6,9 +6,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
-from math import inf
 from typing import Any
 
 import torch
@@ -16,15 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longtrain import ops
-from longtrain.apply import apply
 from longtrain.nn import LanguageModel, ModelConfig
-from longtrain.offload import DiskSettings
 from longtrain.ops.mixers import LongConvMixer
 from longtrain.ops.state_mixers import LaCTMixer, LinearAttentionMixer
-from longtrain.plan import Offload, Plan, Split
-from longtrain.planner.footprint import measure_model
 from longtrain.planner.rates import Named, Rates
-from longtrain.planner.seconds import hidden_bytes, step_time
 from longtrain.span import Span
 from longtrain.stream.loss import streamed_token_loss
 from longtrain.stream.work import Counting
@@ -32,23 +25,17 @@ from longtrain.stream.work import Counting
 SECONDS = 0.6
 """Of each measurement, after one call that is not counted."""
 
-EXTENT = 128 << 10
-"""Bytes of an extent that is so small that a disk takes it in no time."""
-
-LAYERS = 4
-"""Of the models whose steps are measured whole."""
-
 UNCACHED = 64 << 20
 """Bytes that are more than the caches of most processors hold."""
 
 
 def seconds_of(call: Callable[[], object], device: torch.device, at_least: float = SECONDS) -> float:
-    """Of one call, the median of as many as `at_least` seconds hold, three at least."""
+    """Of one call, the mean of as many as `at_least` seconds hold, three at least: a step goes through all that comes between, too."""
     call()
     took, began = [], time.perf_counter()
     while len(took) < 3 or time.perf_counter() - began < at_least:
         took.append(once(call, device))
-    return statistics.median(took)
+    return statistics.mean(took)
 
 
 def once(call: Callable[[], object], device: torch.device) -> float:
@@ -205,47 +192,6 @@ def _as_in_transformers(x_BTE: Tensor) -> Tensor:
     return F.gelu(turned_BTE, approximate="tanh") + F.gelu(normed_BTE) + normed_BTE.sigmoid()
 
 
-def launch(device: torch.device, dtype: torch.dtype, known: Rates) -> float:
-    """Seconds of an operation on next to nothing: of a streamed step in chunks of a few tokens, without what is `known`, by the number of
-    its operations."""
-    model = LanguageModel(ModelConfig(vocab_size=64, num_layers=4, hidden_size=32, intermediate_size=64, num_heads=2, num_kv_heads=1))
-    model = model.to(device, dtype)
-    footprint, plan, tokens = measure_model(model), Plan(chunk_tokens=8), 128
-    rest, whole = (step_time(footprint, plan, tokens, 1, replace(known, launch=each), optimizer="none").total for each in (0.0, 1.0))
-    took = seconds_of(_step(model, plan, tokens, device), device)
-    return max(took - rest, took / 4) / (whole - rest)
-
-
-def slower_in_step(device: torch.device, dtype: torch.dtype, shape: dict, known: Rates) -> Iterator[tuple[int, float]]:
-    """By the bytes of a chunk's hidden states, how many times as long everything beside products and mixers takes in a streamed step as it
-    does by itself, again and again."""
-    chunk, tokens = shape["rows"], 4 * shape["rows"]
-    for width in (shape["width"] // 4, shape["width"] // 2, shape["width"]):
-        model, plan = _model(width).to(device, dtype), Plan(chunk_tokens=chunk)
-        footprint = measure_model(model)
-        alone, whole = (
-            step_time(footprint, plan, tokens, 1, rates, optimizer="none").total
-            for rates in (replace(known, made=(), operations=(), moved=inf, launch=0.0), known)
-        )
-        took = seconds_of(_step(model, plan, tokens, device), device, 4 * SECONDS)
-        yield hidden_bytes(footprint, 1, chunk), max(1.0, (took - alone) / (whole - alone))
-
-
-def _model(width: int) -> LanguageModel:
-    heads = max(1, width // 64)
-    return LanguageModel(
-        ModelConfig(
-            vocab_size=256, num_layers=LAYERS, hidden_size=width, intermediate_size=4 * width, num_heads=heads, num_kv_heads=heads
-        )
-    )
-
-
-def _step(model: LanguageModel, plan: Plan, tokens: int, device: torch.device) -> Callable[[], object]:
-    apply(model, plan)
-    ids_BT = torch.zeros(1, tokens, dtype=torch.int64, device=device)
-    return lambda: model(ids_BT, labels=ids_BT).loss.backward()
-
-
 def adamw(device: torch.device, elements: int) -> float:
     """Bytes/s of the fused update, 28 bytes a parameter."""
     weight = torch.nn.Parameter(torch.randn(elements, device=device))
@@ -253,16 +199,3 @@ def adamw(device: torch.device, elements: int) -> float:
     update = torch.optim.AdamW([weight], fused=True).step
     return 28 * elements / seconds_of(update, device)
 
-
-def handing_over(device: torch.device, dtype: torch.dtype, shape: dict, directory: str) -> float:
-    """Seconds that a streamed step takes longer for each extent that goes to disk or comes back: the store's own, and those that its
-    threads take from the one that computes. The extents are small, so that the disk has no part in it."""
-    width, chunks = shape["width"] // 4, 6
-    chunk = EXTENT // (width * dtype.itemsize)
-    plan = Plan(chunk_tokens=chunk, store_outputs=1.0)
-    disk = DiskSettings(path=directory, budget=4 * EXTENT * chunks * LAYERS)
-    plans = (plan, replace(plan, offload=Offload(outputs=Split(), disk=disk)))
-    alone, with_disk = (_step(_model(width).to(device, dtype), p, chunk * chunks, device) for p in plans)
-    longer = [once(with_disk, device) - once(alone, device) for _ in range(20)][2:]  # in turn: the machine's pace changes
-    extents = 2 * 2 * LAYERS * chunks  # outputs and LSEs, there and back
-    return max(0.0, statistics.median(longer) / extents)

@@ -38,7 +38,7 @@ class KVCarry:
     """
 
     def __init__(self, mixer: AttentionMixer, spans: Sequence[Span]) -> None:
-        self.mixer, tokens = mixer, spans[-1].stop if spans else 0
+        self.mixer, self.spans, tokens = mixer, spans, spans[-1].stop if spans else 0
         self._first_needed = first_needed(spans, mixer.keys_for)
         reach = max((stop - first for stop, first in self._first_needed.items()), default=0)
         self.slides = reach < tokens

@@ -9,16 +9,20 @@ Moved for each chunk of n: the K/V before it, and in the backward pass their flo
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from longtrain.offload import Stored
-from longtrain.ops.mixers import AttentionMixer
 from longtrain.span import Span
 from longtrain.stream.carry import KVCarry, kv_carry_spec
 from longtrain.stream.protocol import CarrySpec, KVBlock
+
+NewStored = Callable[..., Stored]
+"""``stored(name, tokens, sums=False)``: where a layer's tensor of so many tokens goes; `sums`: gradient sums, which stay as they are."""
 
 
 class BlockKVCarry(KVCarry):
@@ -28,9 +32,12 @@ class BlockKVCarry(KVCarry):
     """
 
     slides = False
+    keeps = True
 
-    def __init__(self, mixer: AttentionMixer, block_tokens: int, values: Sequence[Stored], sums: Sequence[Stored]) -> None:
-        self.mixer, self._block_tokens = mixer, block_tokens
+    def __init__(self, mixer, spans: Sequence[Span], chunks: int, stored: NewStored) -> None:
+        """`mixer` says by `keys_for` which keys the queries of a span see. `spans`: what is appended; `chunks` of them are a block."""
+        self.mixer, self._starts, tokens = mixer, [span.start for span in spans[::chunks]], spans[-1].stop
+        values, sums = ([stored(of + name, tokens, sums=bool(of)) for name in ("k", "v")] for of in ("", "gradient of "))
         (self._k, self._v), (self._dk, self._dv) = values, sums
         self._spec: CarrySpec | None = None
         self._own: KVBlock | None = None  # in the backward pass: the sums of the chunk's own block, as far as its queries see it
@@ -86,9 +93,9 @@ class BlockKVCarry(KVCarry):
 
     def _spans(self, span: Span) -> list[Span]:
         """The blocks that the queries of `span` see; the last one as far as they see it."""
-        size = self._block_tokens
-        first = self.mixer.keys_for(span).start // size * size
-        return [Span(start, min(start + size, span.stop)) for start in range(first, span.stop, size)]
+        first = bisect_right(self._starts, self.mixer.keys_for(span).start) - 1
+        starts = [start for start in self._starts[first:] if start < span.stop]
+        return [Span(a, b) for a, b in pairwise((*starts, span.stop))]
 
     def _sums(self, part: Span, k_BSKD: Tensor, v_BSKD: Tensor) -> tuple[Tensor, Tensor]:
         """The gradient sums of a block: the chunk's own as it stands, those of others from the store, or zeros."""
@@ -101,9 +108,11 @@ class BlockKVCarry(KVCarry):
         return torch.zeros_like(k_BSKD, dtype=wide), torch.zeros_like(v_BSKD, dtype=wide)
 
 
-def in_blocks(carry, block_tokens: int | None, new_values: Callable[[str], Stored], new_sums: Callable[[str], Stored], layer: int):
-    """`carry`; where the plan has blocks and a chunk may see the whole sequence, one that holds its keys and values in them."""
-    if block_tokens is None or type(carry) is not KVCarry or carry.slides:
+def in_blocks(carry, chunks: int | None, stored: NewStored):
+    """`carry`; where the plan has blocks, of so many chunks, and a chunk may see the whole sequence, one that holds its keys and values in
+    them."""
+    if chunks is None:
         return carry
-    values = [new_values(f"layer {layer} {name}") for name in ("k", "v")]
-    return BlockKVCarry(carry.mixer, block_tokens, values, [new_sums(f"layer {layer} gradient of {name}") for name in ("k", "v")])
+    if hasattr(carry, "in_blocks"):  # over ranks: what each of them holds
+        return carry.in_blocks(chunks, stored)
+    return BlockKVCarry(carry.mixer, carry.spans, chunks, stored) if type(carry) is KVCarry and not carry.slides else carry

@@ -16,7 +16,7 @@ from longtrain.offload import Stored
 from longtrain.span import Span, whole_chunks
 from longtrain.stream.call import Call, Enough
 from longtrain.stream.carry import make_carry
-from longtrain.stream.kv_blocks import BlockKVCarry, in_blocks
+from longtrain.stream.kv_blocks import in_blocks
 from longtrain.stream.protocol import Carry
 
 Need = tuple[Stored, Span]
@@ -69,9 +69,13 @@ class MixerState:
         if resumes:
             keep_written = Span(0, tokens)
             keep_outputs = whole_chunks(keep_outputs, plan.chunk_tokens) if call.spread is None else keep_outputs
-        place_sums = None if place_kv is None else (lambda span: replace(place_kv(span), compress=False))
-        carry = in_blocks(carry, plan.kv_block_tokens, *(partial(Stored, store, place=place) for place in (place_kv, place_sums)), index)
-        if keeps := isinstance(carry, BlockKVCarry):
+
+        def stored(name: str, tokens: int, *, sums: bool = False) -> Stored:
+            place = plan.place("kv", index, tokens)
+            return Stored(store, f"layer {index} {name}", (lambda span: replace(place(span), compress=False)) if sums and place else place)
+
+        carry = in_blocks(carry, plan.kv_block_tokens and plan.kv_block_tokens // plan.chunk_tokens, stored)
+        if keeps := getattr(carry, "keeps", False):
             keep_written = Span(0, tokens)
         return cls(
             mixer=mixer,

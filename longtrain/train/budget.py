@@ -61,7 +61,7 @@ def of_several(model: nn.Module, config: Config, where: Locations, work: Work) -
     if (found := fastest_plan(asked, room - taken)) is None:
         raise InfeasibleBudget(f"each of {work.processes.size} processes: {what_to_change(asked, room, taken)}")
     chunk = min(found.chunk_tokens * work.context, config.data.seq_len)
-    return replace(found, chunk_tokens=chunk, predicted_peak=found.predicted_peak + taken)
+    return replace(found.with_chunks(chunk), predicted_peak=found.predicted_peak + taken)
 
 
 def share_of(whole: ModelFootprint, held: int, work: Work) -> ModelFootprint:

@@ -74,6 +74,6 @@ def test_planted_faults_are_found(wrong, monkeypatch):
 def test_a_config_with_a_disk_is_verified_with_everything_on_it(disk, capsys):
     disk = f"memory.disk={{path: {disk}, budget: 1GiB}}"
     assert verify.run("configs/quickstart.yaml", [disk]) == 0
-    plan, _ = verify.shrink_plan(load_config("configs/quickstart.yaml", [disk])[0])
+    plan, _ = verify.shrink_plan(*load_config("configs/quickstart.yaml", [disk]))
     assert plan.offload.outputs.disk == plan.offload.inputs.disk == 1.0
     assert capsys.readouterr().out.endswith("exact\n")

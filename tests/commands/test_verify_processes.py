@@ -41,6 +41,13 @@ def test_the_config_says_how_states_and_convolutions_go(states, conv, file, capf
 
 
 @pytest.mark.slow
+def test_blocks_and_tiers_of_the_config(file, tmp_path, capfd):
+    tiers = ("memory.kv_block_tokens=48", f"memory.disk={{path: {tmp_path}, budget: 4MiB}}", "memory.staging=1MiB")
+    code, said = verify(file, 2, capfd, *tiers, "memory.offload={kv: disk, outputs: {device: 0.3}, inputs: disk}")
+    assert code == 0 and said.endswith("\nexact\n"), said
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen3", "lfm2"])
 def test_models_of_transformers(family, tmp_path, capfd):
     """lfm2: its convolutions' states go from process to process."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from itertools import cycle
+from contextlib import nullcontext
+from dataclasses import replace
+from itertools import cycle, product
 
 import pytest
 import torch
@@ -13,9 +15,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import longtrain as lt
+from longtrain.parallel import alltoall
+from longtrain.parallel.by_heads import ByHeads
+from longtrain.parallel.carry import QueriesTravel, Staying
 from longtrain.parallel.cost import received
 from longtrain.parallel.layout import ARRANGEMENTS
 from longtrain.span import Layout
+from longtrain.stream.kv_blocks import BlockKVCarry
 from tests.processes import run_ranks
 from tests.stream.conftest import TOLERANCE, VOCAB, assert_same, loss_and_grads, make_model
 
@@ -119,6 +125,7 @@ def quick(rank: int, world: int) -> None:
     log_probabilities(rank, world)
     same_bits_every_time(rank, world)
     bytes_are_the_formulas(rank, world)
+    faults_are_seen(rank, world)
     bad_input(rank, world)
 
 
@@ -160,11 +167,12 @@ def bytes_are_the_formulas(rank: int, world: int) -> None:
     cases = [("heads", "heads", {}), ("heads", "heads", dict(num_kv_heads=1)), ("queries", "queries", {}), ("ring", "ring", {}),
              ("halo", halo, dict(window=(3,)))]  # fmt: skip
     cases += [("queries", "2 x 2, queries", {}), ("ring", "2 x 2, ring", {})] if world == 4 else []
-    for name, way, changes in cases:
+    for (name, way, changes), blocks in [*((case, None) for case in cases), (cases[0], 2), (cases[1], 1)]:
         parallel = way if way is halo else {**WAYS, **TWO_D}[way]
         shape = dict(hidden_size=8 * world, num_heads=2 * world, num_kv_heads=world, head_dim=4) | changes
         model = make_model(layers=2, **shape)
-        report = lt.apply(model, lt.Plan(chunk_tokens=tokens // chunks), parallel=parallel)
+        plan = lt.Plan(chunk_tokens=tokens // chunks, kv_block_tokens=blocks and blocks * tokens // chunks)
+        report = lt.apply(model, plan, parallel=parallel)
         traffic = report.sharing.mesh.all.traffic
         loss = model(**call(tokens=tokens)).loss
         forward = traffic.total()
@@ -172,7 +180,7 @@ def bytes_are_the_formulas(rank: int, world: int) -> None:
         counted = torch.tensor([forward, traffic.total() - forward])
         dist.all_reduce(counted)
         heads, ring = report.sharing.mesh.heads.size, report.sharing.mesh.ring.size
-        expected = received(name, report.sharing.shapes[0][0], tokens, heads=heads, ring=ring, chunks=chunks)
+        expected = received(name, report.sharing.shapes[0][0], tokens, heads=heads, ring=ring, chunks=chunks, blocks=blocks is not None)
         expected = torch.tensor([expected.forward, expected.backward], dtype=torch.float64) * 2 * world
         if name == "heads":
             assert torch.equal(counted.double(), expected), (name, changes, counted, expected)
@@ -181,6 +189,29 @@ def bytes_are_the_formulas(rank: int, world: int) -> None:
         else:  # the first queries see nothing of later ranks
             assert (counted <= expected).all() and (counted >= expected * (1 - 1 / chunks)).all(), (way, counted, expected)
         assert name in report.sharing.explain(tokens)
+
+
+def forgets(sums):
+    """Of blocks, what was added to their gradients by later queries."""
+    return lambda self, part, k, v: tuple(x if self._own else torch.zeros_like(x) for x in sums(self, part, k, v))
+
+
+FAULTS = {
+    "swapped dK and dV, by heads": ("heads", ByHeads, "take_grad", lambda f: lambda self, span: f(self, span)[::-1]),
+    "swapped dK and dV, queries": ("queries", QueriesTravel, "take_grad", lambda f: lambda self, span: f(self, span)[::-1]),
+    "replicas not summed": ("heads", alltoall, "to_tokens", lambda f: lambda *given, summed=(): f(*given)),
+    "a wrong hop": ("queries", Staying, "_queries", lambda f: lambda self, span: f(self, span)[1:] + f(self, span)[:1]),
+    "sums of blocks forgotten": ("queries", BlockKVCarry, "_sums", forgets),
+}
+
+
+def faults_are_seen(rank: int, world: int) -> None:
+    model, inputs = make_model(num_kv_heads=1), call(tokens=32 * world)
+    plan = lt.Plan(chunk_tokens=8 * world, kv_block_tokens=8 * world)
+    for name, (way, of, attribute, fault) in {"none": ("queries", Staying, "_queries", lambda f: f), **FAULTS}.items():
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(AssertionError) if name in FAULTS else nullcontext():
+            patch.setattr(of, attribute, fault(getattr(of, attribute)))
+            check(model, plan, WAYS[way], inputs, name)
 
 
 def bad_input(rank: int, world: int) -> None:
@@ -216,14 +247,13 @@ def test_two_ranks():
 
 
 def every_feature(rank: int, world: int) -> None:
-    """Each with three ways and plans, so that every way meets every plan."""
+    """By every way, each with a plan, so that every way meets every plan."""
     torch.set_default_dtype(torch.float64)
     torch.manual_seed(0)
     ways = list({**WAYS, **(TWO_D if world == 4 else {})}.items())
     for i, (feature, (changes, make_call)) in enumerate(FEATURES.items()):
         model = make_model(layers=2, **changes)
-        for k in range(3):
-            way, parallel = ways[(3 * i + k) % len(ways)]
+        for k, (way, parallel) in enumerate(ways):
             plan = list(PLANS)[(i + k) % len(PLANS)]
             plan = plan if fits(PLANS[plan], parallel) else "chunks"
             check(model, PLANS[plan], parallel, make_call(), f"P={world}, {feature}, {plan}, {way}")
@@ -242,6 +272,7 @@ def every_plan(rank: int, world: int) -> None:
         check(make_model(window=(9, 3)), PLANS["chunks"], halo, call(cu_seqlens=documents(5, 40)), f"P={world}, halo, {layout}")
     same_bits_every_time(rank, world)
     bytes_are_the_formulas(rank, world)
+    faults_are_seen(rank, world)
 
 
 @pytest.mark.slow
@@ -275,6 +306,45 @@ def with_disk(rank: int, world: int, directory: str) -> None:
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_with_disk(world, disk):
     run_ranks(with_disk, world, disk)
+
+
+BLOCKS = [
+    lt.Plan(chunk_tokens=16, kv_block_tokens=16),
+    lt.Plan(chunk_tokens=16, kv_block_tokens=32, store_outputs=0.3, segment_layers=2),
+    lt.Plan(chunk_tokens=13, kv_block_tokens=39, store_outputs=0.0),
+]
+"""Of keys and values: the last chunk of a block, and of the sequence, is spread unevenly over processes."""
+
+
+def in_blocks(rank: int, world: int, directory: str) -> None:
+    """Keys and values in blocks, from processes and from tiers: gradients of one process, the same bits wherever the blocks lie."""
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    ways = {name: way for name, way in {**WAYS, **(TWO_D if world == 4 else {})}.items() if way.way != "ring"}
+    calls = cycle((call(), call(cu_seqlens=documents(33)), call(tokens=37, batch=2)))
+    models = cycle((make_model(layers=3, window=(None, 9)), make_model(num_kv_heads=1, attention_dropout=0.2)))
+    for plan, (name, parallel) in product(BLOCKS, ways.items()):
+        model, inputs = next(models), next(calls)
+        check(model, plan, parallel, inputs, f"P={world}, {plan}, {name}")
+        away = replace(in_every_tier(directory, store_kv=0.0).offload, kv=lt.Split(device=0.2, host=0.3))
+        bits = []
+        for offload in (None, away):
+            ours = copy.deepcopy(model)
+            report = lt.apply(ours, replace(plan, offload=offload), parallel=parallel)
+            bits.append(loss_and_grads(ours, inputs))
+            assert not report.store.names()
+        (loss, grads), (again, same) = bits
+        assert loss == again and all(torch.equal(grads[name], same[name]) for name in grads), (plan, name)
+    with pytest.raises(ValueError, match="parallel.way is ring, and that cannot be: all of a layer's keys travel in it at one time"):
+        model = make_model()
+        lt.apply(model, BLOCKS[0], parallel=WAYS["ring"])
+        model(**call())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_in_blocks(world, disk):
+    run_ranks(in_blocks, world, disk)
 
 
 def groups_of_two(rank: int, world: int) -> None:

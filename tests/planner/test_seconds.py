@@ -9,7 +9,7 @@ import torch
 
 import longtrain as lt
 from longtrain.nn import LanguageModel, ModelConfig
-from longtrain.planner import calibrate, measure, measure_model
+from longtrain.planner import calibrate, measure, measure_model, measure_steps
 from longtrain.planner.machines import MACHINES, find_machine
 from longtrain.planner.rates import Rates
 from longtrain.planner.seconds import attention_flops, step_time
@@ -140,6 +140,8 @@ def test_machines_name_their_sources_and_rates():
 def test_what_calibration_writes_is_what_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "SECONDS", 0.0)
     monkeypatch.setattr(calibrate, "MOVED", 1 << 22)
+    monkeypatch.setattr(measure_steps, "ROUNDS", 1)
+    monkeypatch.setattr(measure_steps, "EXTENT", 1 << 12)
     monkeypatch.setitem(
         calibrate.SHAPES, "cpu", {"rows": 64, "width": 64, "sizes": (16, 32), "tokens": 64, "heads": 4, "dims": (16,), "elements": 1 << 12}
     )
