@@ -6,8 +6,8 @@ Products of many rows with matrices of several sizes, attention and other mixers
 and losses are made of one by one, the time that streaming takes for an operation on next to nothing, new memory, AdamW, copies to the host,
 the disk tier's own code on --path, what steps take longer than their parts, and all-gather where several processes run it (torchrun).
 Each is repeated until `measure.SECONDS` are over, steps of several models `measure_steps.ROUNDS` times in turn, and the mean counts;
-a minute or two in all. New memory costs what the allocator makes of it, so calibrate under the settings that training will have: with glibc's
-MALLOC_MMAP_THRESHOLD_ every larger block is fetched from the system, cleared, and given back.
+a minute or two in all. New memory costs what the allocator makes of it, so calibrate under the settings that training will have: with
+glibc's MALLOC_MMAP_THRESHOLD_ every larger block is fetched from the system, cleared, and given back.
 """
 
 from __future__ import annotations
