@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -61,8 +63,8 @@ def find_shape(name: str) -> ModelConfig | None:
     if next((data[key] for key in ACTIVATIONS if data.get(key)), GATED[0]) not in GATED:
         shape["intermediate_size"] = as_three(data, shape, path)
     window = data.get("sliding_window") if data.get("use_sliding_window", True) else None
-    kinds = data.get("layer_types") or (["sliding_attention"] * shape["num_layers"] if window else [])
-    if window and "sliding_attention" in kinds:
+    kinds = (data.get("layer_types") or layer_types(data, path)) if window else ()
+    if "sliding_attention" in kinds:
         shape["window"] = tuple(window if kind == "sliding_attention" else None for kind in kinds)
     return ModelConfig(**shape)
 
@@ -70,21 +72,38 @@ def find_shape(name: str) -> ModelConfig | None:
 def as_three(data: dict, shape: dict, path: Path) -> int:
     """F of an MLP of three matrices with as many parameters as that of a config.json has, by one layer of transformers' on the meta device.
     Raises ValueError where that cannot be had."""
-    try:
+    one_layer = {**data, "num_hidden_layers": 1, "layer_types": None}
+    with in_transformers(path, "whether its MLPs have two matrices or three"):
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        config = AutoConfig.for_model(**{**data, "num_hidden_layers": 1, "layer_types": None})
+        config = AutoConfig.for_model(**one_layer)
         with torch.device("meta"):
             layers = next(m for m in AutoModelForCausalLM.from_config(config).modules() if isinstance(m, torch.nn.ModuleList))
+    width, head_dim = shape["hidden_size"], shape.get("head_dim") or shape["hidden_size"] // shape["num_heads"]
+    attention = 2 * width * head_dim * (shape["num_heads"] + shape["num_kv_heads"])
+    return round((sum(p.numel() for p in layers[0].parameters() if p.ndim == 2) - attention) / (3 * width))
+
+
+def layer_types(data: dict, path: Path) -> list[str]:
+    """Which layers of a config.json with a window have it, where it does not say so itself: all, unless its family knows better. Raises
+    ValueError where that cannot be had."""
+    with in_transformers(path, "which of its layers have a window"):
+        from transformers import AutoConfig
+
+        return getattr(AutoConfig.for_model(**data), "layer_types", None) or ["sliding_attention"] * data["num_hidden_layers"]
+
+
+@contextmanager
+def in_transformers(path: Path, asked: str) -> Iterator[None]:
+    """What it does not have, or refuses, as a ValueError that says so."""
+    try:
+        yield
     except ImportError:
-        found = "whether its MLPs have two matrices or three is for transformers to say, which is not installed"
+        found = f"{asked} is for transformers to say, which is not installed"
         raise ValueError(f'{path}: {found}; get it with: pip install "longtrain[hf]"') from None
     except (KeyError, TypeError, ValueError, StopIteration) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path}: transformers makes no model of it ({reason}); correct it, or name another") from None
-    width, head_dim = shape["hidden_size"], shape.get("head_dim") or shape["hidden_size"] // shape["num_heads"]
-    attention = 2 * width * head_dim * (shape["num_heads"] + shape["num_kv_heads"])
-    return round((sum(p.numel() for p in layers[0].parameters() if p.ndim == 2) - attention) / (3 * width))
 
 
 def on_meta(config: ModelConfig, dtype: torch.dtype) -> LanguageModel:

@@ -51,3 +51,18 @@ def test_layers_of_other_kinds_are_not_taken_for_attention(tmp_path):
         shape_of(tmp_path, layer_types=["full_attention", "conv", "full_attention"])
     found = shape_of(tmp_path, layer_types=["sliding_attention", "full_attention", "full_attention"], sliding_window=8)
     assert found.window == (8, None, None)
+
+
+@pytest.mark.parametrize(
+    "family, more, windows",
+    [
+        ("gemma2", {}, (8, None, 8)),
+        ("gemma3_text", {"sliding_window_pattern": 2}, (8, None, 8)),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": 1}, (None, 8, 8)),
+        ("qwen2", {"use_sliding_window": False}, None),
+        ("mistral", {}, (8, 8, 8)),
+    ],
+)
+def test_a_family_says_which_of_its_layers_have_the_window(family, more, windows, tmp_path):
+    pytest.importorskip("transformers", reason='needs pip install "longtrain[hf]"')
+    assert shape_of(tmp_path, model_type=family, sliding_window=8, **more).window == windows
