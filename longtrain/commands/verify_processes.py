@@ -112,8 +112,11 @@ def check(model: nn.Module, plan: Plan, tokens: int, config: ParallelConfig, siz
             done = f"rings of {size // heads} x {heads} that exchange heads, {way}{said}, {layout}, {name}"
             try:
                 report = apply(ours, plan, group=mesh[DIMS], parallel=Parallel(layout=layout, way=way, stripe=2, **others))
-                report.check_replay()
-                found = _step(ours, case)
+                try:
+                    report.check_replay()
+                    found = _step(ours, case)
+                finally:
+                    report.undo()
             except ValueError as refusal:  # by all processes, in the same words
                 yield Row(done, str(refusal), f"<= {FLOAT64_BOUND:.0e}", False)
                 return

@@ -72,8 +72,7 @@ class ByHeads:
         self._chunk_of = {span.stop: i for i, span in enumerate(self._local)}
         self._runs = heads.runs(ranks.rank)
         self._inner = [make_inner(mixer.from_head(first), self._inner_spans) for first, _, _ in self._runs]
-        parts = 1 if self.slides else parts
-        self._parts = [parts_of(h, at, ranks.rank, parts) for h, at in zip(shards.parts, self._inner_spans, strict=True)]
+        self._parts = self._in_parts(1 if self.slides else parts)
         self._spec: CarrySpec | None = None
         self._dtype: torch.dtype | None = None
         self._fresh: tuple[Span, Tensor, Tensor] | None = None
@@ -86,11 +85,17 @@ class ByHeads:
         """Gradients of a chunk's keys on their way home, by part, the last first."""
 
     def in_blocks(self, chunks: int, stored: NewStored) -> ByHeads:
-        """Keys and values of this rank's heads in the token store, as `longtrain.stream.kv_blocks`."""
+        """Keys and values of this rank's heads in the token store, as `longtrain.stream.kv_blocks`. A chunk is one part then: each part
+        would bring all blocks again."""
         of_head = lambda first: lambda name, tokens, **of: stored(f"{name}, heads from {first}", tokens, **of)
         self._inner = [in_blocks(inner, chunks, of_head(first)) for inner, (first, _, _) in zip(self._inner, self._runs, strict=True)]
-        self.keeps = getattr(self._inner[0], "keeps", False)
+        if getattr(self._inner[0], "keeps", False):
+            self.keeps, self._parts = True, self._in_parts(1)
         return self
+
+    def _in_parts(self, count: int) -> list[list[Part]]:
+        """Of each chunk."""
+        return [parts_of(held, at, self._ranks.rank, count) for held, at in zip(self._shards.parts, self._inner_spans, strict=True)]
 
     @property
     def slides(self) -> bool:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import chain
+from operator import attrgetter
 
 from torch import Tensor
 
@@ -36,7 +37,9 @@ class Staying:
     def __init__(self, mixer, ranks: Ranks, shards: Shards) -> None:
         self.mixer, self.ranks, self.shards = mixer, ranks, shards
         self._tokens = shards.length(ranks.rank)
-        self._chunk_of = {span.stop: i for i, span in enumerate(shards.local_chunks(ranks.rank))}
+        self._local = shards.local_chunks(ranks.rank)
+        self._starts = [span.start for span in self._local]
+        self._chunk_of = {span.stop: i for i, span in enumerate(self._local)}
         self._k: Tensor | None = None
         self._v: Tensor | None = None
 
@@ -65,8 +68,12 @@ class Staying:
 
     def keys_for(self, span: Span) -> Span:
         """What a chunk may see of the keys that are here, by their places here."""
-        held = self._keys(span)[1]
-        return Span(held.start, held.stop)
+        return Span(self._local[self._first_chunk(span)].start, span.stop)
+
+    def _first_chunk(self, span: Span) -> int:
+        """The first of which the queries of a chunk see anything."""
+        start = self.mixer.keys_for(self.shards.chunks[self._chunk_of[span.stop]]).start
+        return bisect_right(self.shards.chunks, start, key=attrgetter("start")) - 1
 
     def _queries(self, span: Span) -> tuple[Spans, ...]:
         """The positions of the chunk, for each rank."""
@@ -74,10 +81,7 @@ class Staying:
 
     def _keys(self, span: Span) -> tuple[tuple[Spans, ...], slice]:
         """The positions of the keys that the chunk may see, whole chunks of them, of each rank; and where this one's are in its buffers."""
-        last = self._chunk_of[span.stop]
-        start = self.mixer.keys_for(self.shards.chunks[last]).start
-        first = bisect_right([chunk.start for chunk in self.shards.chunks], start) - 1
-        parts = self.shards.parts[first : last + 1]
+        parts = self.shards.parts[self._first_chunk(span) : self._chunk_of[span.stop] + 1]
         keys = tuple(tuple(chain.from_iterable(part[rank] for part in parts)) for rank in range(self.ranks.size))
         return keys, slice(span.stop - total(keys[self.ranks.rank]), span.stop)
 
@@ -95,8 +99,10 @@ class QueriesTravel(Staying):
         return self._kept is not None
 
     def in_blocks(self, chunks: int, stored: NewStored) -> QueriesTravel:
-        here = Staying(self.mixer, self.ranks, self.shards)  # not this carry: extents in a cycle would outlive a step that failed
-        self._kept = BlockKVCarry(here, self.shards.local_chunks(self.ranks.rank), chunks, stored)
+        first, last = self.shards.chunks[0], self.shards.chunks[-1]
+        if self.mixer.keys_for(last).start < first.stop:  # a chunk sees the whole sequence
+            here = Staying(self.mixer, self.ranks, self.shards)  # not this carry: extents in a cycle would outlive a step that failed
+            self._kept = BlockKVCarry(here, self._local, chunks, stored)
         return self
 
     @property
@@ -106,9 +112,6 @@ class QueriesTravel(Staying):
     def append(self, span: Span, k_BCKD: Tensor, v_BCKD: Tensor) -> None:
         self._value_dim = v_BCKD.shape[3]
         (super() if self._kept is None else self._kept).append(span, k_BCKD, v_BCKD)
-
-    def written(self, span: Span) -> tuple[Tensor, Tensor]:
-        return super().written(span) if self._kept is None else self._kept.written(span)
 
     def take_grad(self, span: Span, *, wide: bool = False) -> tuple[Tensor, Tensor]:
         return super().take_grad(span, wide=wide) if self._kept is None else self._kept.take_grad(span, wide=wide)
@@ -140,8 +143,8 @@ class QueriesTravel(Staying):
             yield Held(keys[self.ranks.rank], *(x[:, at] for x in tensors))
             return
         for block in (self._kept.adjoint_blocks if adjoints else self._kept.blocks)(span):
-            parts = zip(self.shards.local_chunks(self.ranks.rank), self.shards.parts, strict=True)
-            keys = chain.from_iterable(part[self.ranks.rank] for at, part in parts if block.span.start <= at.start < block.span.stop)
+            first, last = bisect_right(self._starts, block.span.start) - 1, self._chunk_of[block.span.stop]
+            keys = chain.from_iterable(part[self.ranks.rank] for part in self.shards.parts[first : last + 1])
             own = block.span.stop == span.stop
             yield Held(tuple(keys), block.k_BSKD, block.v_BSKD, block.dk_BSKD, block.dv_BSKD, own)
 

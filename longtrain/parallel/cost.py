@@ -60,7 +60,12 @@ def received(way: str, shape: Shape, tokens: int, *, heads: int = 1, ring: int =
     keys and values stay in the token store by heads, and do not travel again."""
     inner = shape if heads == 1 else _of_one_rank(shape, heads)
     over_groups = _over_groups(way, inner, tokens, ring, chunks) if ring > 1 else NOTHING
-    return over_groups + (_over_heads(shape, tokens / ring, heads, blocks and shape.window is None) if heads > 1 else NOTHING)
+    return over_groups + (_over_heads(shape, tokens / ring, heads, blocks and _whole(shape)) if heads > 1 else NOTHING)
+
+
+def _whole(shape: Shape) -> bool:
+    """Whether its keys and values come in blocks, where a plan has any."""
+    return shape.causal and shape.window is None
 
 
 def _of_one_rank(shape: Shape, ranks: int) -> Shape:
@@ -127,7 +132,7 @@ def choose(
         refused["queries"] = "a query sees what comes after its chunk"
     if ring > 1 and segment_layers > 1:
         refused["ring"] = "it needs two passes over the sequence, and segments of several layers are streamed chunk by chunk"
-    if ring > 1 and blocks and shape.causal:
+    if ring > 1 and blocks and _whole(shape):
         refused["ring"] = "all of a layer's keys travel in it at one time, and kv_block_tokens has them come in blocks"
     if shape.window is None or not shape.causal:
         refused["halo"] = "a query sees all that came before it"

@@ -93,7 +93,7 @@ def between(model: ModelFootprint, plan: Plan, axes: Axes, tokens: int, batch: i
             if (shape := shape_of(layer, model)) is not None:
                 heads = gcd(axes.sequence, shape.heads)
                 found = choose(shape, tokens, heads=heads, ring=axes.sequence // heads, chunks=-(-tokens // plan.chunk_tokens),
-                               segment_layers=plan.segment_layers)  # fmt: skip
+                               segment_layers=plan.segment_layers, blocks=plan.kv_block_tokens is not None)  # fmt: skip
                 sequence += found.costs[found.way].total * batch
                 ways.add(found.way)
     share = (axes.devices - 1) / axes.devices

@@ -173,8 +173,10 @@ def extents_bytes(model: ModelFootprint, plan: Plan, tokens: int, batch: int = 1
         outputs = len(f.kept_outputs(plan.stored_outputs(i, tokens), chunk)) / chunk
         total += of("outputs", i, f.output - f.lse, outputs) + (of("outputs", i, f.lse, outputs) if f.lse else 0)
         slides = f.causal and f.carry_tokens(tokens, chunk) < tokens
-        in_chunks = slides or in_blocks(f, plan, tokens) or (plan.offload is not None and plan.offload.split("kv", i) != STAY)
-        total += of("kv", i, f.carry / 2, 2 * len(plan.stored_kv(i, tokens)) / chunk) if in_chunks and f.carry else 0
+        blocks = in_blocks(f, plan, tokens)
+        in_chunks = slides or blocks or (plan.offload is not None and plan.offload.split("kv", i) != STAY)
+        kept = tokens if blocks else len(plan.stored_kv(i, tokens))
+        total += of("kv", i, f.carry / 2, 2 * kept / chunk) if in_chunks and f.carry else 0
     return round(total)
 
 

@@ -137,7 +137,8 @@ def front(found: Sequence[Found], wanted: Wanted) -> list[str]:
 def as_yaml(found: Found, wanted: Wanted, title: str) -> str:
     """Settings that `longtrain train` takes: the sections memory and, for several devices, parallel."""
     plan, settings = found.plan, {"chunk_tokens": found.plan.chunk_tokens, "segment_layers": found.plan.segment_layers}
-    settings |= {name: plain(getattr(plan, name)) for name in ("store_outputs", "store_kv")}
+    settings |= {name: plain(getattr(plan, name)) for name in ("store_outputs", "store_kv", "boundaries")}
+    settings |= {name: value for name in ("kv_block_tokens", "loss_chunk_tokens") if (value := getattr(plan, name)) is not None}
     if plan.offload is not None:
         offload = plan.offload
         if wanted.host:

@@ -97,11 +97,11 @@ def _segments(model: ModelFootprint, plan: Plan) -> list[range]:
 def _compute(asked: Asked, candidate: Plan, *, with_mixed_again: bool) -> np.ndarray:
     """Seconds of each stretch of the step: forward of every segment, then backward."""
     seconds = layer_seconds(asked.model, asked.tokens, asked.batch, candidate.chunk_tokens, asked.rates, asked.devices)
-    segments = _segments(asked.model, candidate)
+    segments, layers = _segments(asked.model, candidate), asked.model.at(candidate.chunk_tokens)
     forward = [sum(seconds[i].forward for i in s) for s in segments]
     backward = [
         sum(seconds[i].backward + seconds[i].mixing * with_mixed_again for i in s)
-        + restored_seconds(seconds, candidate, s, asked.tokens)
+        + restored_seconds(layers, seconds, candidate, s, asked.tokens)
         for s in segments
     ]  # fmt: skip
     return np.array(forward + backward)

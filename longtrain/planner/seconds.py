@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from operator import itemgetter
 
 from longtrain.plan import STAY, Plan
-from longtrain.planner.cost import loss_parts
+from longtrain.planner.cost import in_blocks, loss_parts
 from longtrain.planner.footprint import ModelFootprint
 from longtrain.planner.rates import Rates
 from longtrain.span import Span, chunk_spans
@@ -200,7 +200,7 @@ def step_time(
             again = mixed_again(layers[i], len(plan.stored_outputs(i, tokens)) / tokens, tokens, chunk) * seconds[i].mixing
             parts["mixed again"] += again
             spent += seconds[i].backward + again
-        back = restored_seconds(seconds, plan, s, tokens)
+        back = restored_seconds(layers, seconds, plan, s, tokens)
         parts["restored"] += back
         compute.append(spent + back)
     for i, layer in enumerate(layers):
@@ -229,9 +229,11 @@ def mixed_again(layer: LayerFootprint, stored: float, tokens: int, chunk: int) -
     return (1 - stored) ** 2 if full and layer.causal else 1 - stored
 
 
-def restored_seconds(seconds: Sequence[LayerSeconds], plan: Plan, segment: range, tokens: int) -> float:
+def restored_seconds(
+    layers: Sequence[LayerFootprint], seconds: Sequence[LayerSeconds], plan: Plan, segment: range, tokens: int
+) -> float:
     """Of restoring a segment's keys and values where they were not kept."""
-    missing = max(1 - len(plan.stored_kv(i, tokens)) / tokens for i in segment)
+    missing = max(0.0 if in_blocks(layers[i], plan, tokens) else 1 - len(plan.stored_kv(i, tokens)) / tokens for i in segment)
     return missing * (sum(seconds[i].whole for i in segment[:-1]) + seconds[segment[-1]].to_mix)
 
 
@@ -256,7 +258,7 @@ def transfer_seconds(
     if plan.offload is None:
         return spent, handed, {}
 
-    def move(what: str, layer: int, size: float, stretch: int, writes: int, reads: int, extents: float = 1) -> None:
+    def move(what: str, layer: int, size: float, stretch: int, writes: float, reads: float, extents: float = 1) -> None:
         """`extents`: of a chunk."""
         split = plan.offload.split(what, layer)
         for tier, share in (("host", split.host), ("disk", split.disk)):
@@ -281,6 +283,12 @@ def transfer_seconds(
             with_lse = (1 + (f.lse > 0)) * kept
             move("outputs", i, f.output * n * kept, j, 1, 0, with_lse)
             move("outputs", i, f.output * n * kept, S + j, 0, 1, with_lse)
+            if in_blocks(f, plan, tokens):  # each chunk meets the blocks before it, backward with their sums
+                before = (chunks - 1) / 2
+                move("kv", i, f.carry * n, j, 1, before, 2)
+                move("kv", i, f.carry * n, S + j, 0, before, 2)
+                move("kv", i, f.adjoint * n, S + j, before, before, 2 * plan.chunk_tokens / plan.kv_block_tokens)
+                continue
             move("kv", i, f.carry * n * kv, j, 1, 0, 2 * kv)
             move("kv", i, f.carry * n * kv, S + j, 0, 1, 2 * kv)
     return spent, handed, {tier: (of["written"], of["read"]) for tier, of in moved.items() if of}

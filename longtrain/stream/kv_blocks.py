@@ -4,7 +4,8 @@ The queries of a chunk meet one block after the other, first to last, in the for
 sums come and go with it (FPDT's order within a chunk, arXiv:2408.16978). Parts of the softmax are merged by their LSE. Which block is
 where changes no order and no operation, so the bits depend on the plan's block length alone.
 
-Moved for each chunk of n: the K/V before it, and in the backward pass their float32 sums, there and back: n / 2 times a layer's K/V in all.
+Moved for each chunk of n: the K/V before it, and in the backward pass their float32 sums, there and back: n / 2 times a layer's K/V in all
+(where queries travel between processes, for each visit of theirs).
 """
 
 from __future__ import annotations

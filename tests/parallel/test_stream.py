@@ -125,6 +125,7 @@ def quick(rank: int, world: int) -> None:
     log_probabilities(rank, world)
     same_bits_every_time(rank, world)
     bytes_are_the_formulas(rank, world)
+    blocks_of_whole_layers(rank, world)
     faults_are_seen(rank, world)
     bad_input(rank, world)
 
@@ -189,6 +190,22 @@ def bytes_are_the_formulas(rank: int, world: int) -> None:
         else:  # the first queries see nothing of later ranks
             assert (counted <= expected).all() and (counted >= expected * (1 - 1 / chunks)).all(), (way, counted, expected)
         assert name in report.sharing.explain(tokens)
+
+
+def blocks_of_whole_layers(rank: int, world: int) -> None:
+    """Only layers that see the whole sequence keep keys and values, and by heads a chunk meets the blocks once in each pass."""
+    plan, model, inputs = lt.Plan(chunk_tokens=16, kv_block_tokens=32), make_model(layers=2, window=(None, 9)), call(tokens=16 * 5)
+    for way in ("heads", "queries"):
+        ours, passes = copy.deepcopy(model), []
+        report = lt.apply(ours, plan, parallel=WAYS[way])
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("blocks", "adjoint_blocks"):
+                patch.setattr(BlockKVCarry, name, lambda *given, f=getattr(BlockKVCarry, name): passes.append(f) or f(*given))
+            loss = ours(**inputs).loss
+            kept = {str(name) for name in report.store.names() if str(name).startswith(("layer 0 k", "layer 1 k"))}
+            assert len(kept) == 1 and kept.pop().startswith("layer 0"), (way, report.store.names())
+            loss.backward()
+        assert way != "heads" or len(passes) == 2 * 5
 
 
 def forgets(sums):
