@@ -283,11 +283,12 @@ def transfer_seconds(
             with_lse = (1 + (f.lse > 0)) * kept
             move("outputs", i, f.output * n * kept, j, 1, 0, with_lse)
             move("outputs", i, f.output * n * kept, S + j, 0, 1, with_lse)
-            if in_blocks(f, plan, tokens):  # each chunk meets the blocks before it, backward with their sums
-                before = (chunks - 1) / 2
-                move("kv", i, f.carry * n, j, 1, before, 2)
-                move("kv", i, f.carry * n, S + j, 0, before, 2)
-                move("kv", i, f.adjoint * n, S + j, before, before, 2 * plan.chunk_tokens / plan.kv_block_tokens)
+            if in_blocks(f, plan, tokens):  # each chunk meets all keys up to its own, and backward the sums of the blocks before its own
+                of_a_block = plan.kv_block_tokens // plan.chunk_tokens
+                keys, sums = (chunks + 1) / 2, max(0, chunks - of_a_block) / 2
+                move("kv", i, f.carry * n, j, 1, keys, 2)
+                move("kv", i, f.carry * n, S + j, 0, keys, 2)
+                move("kv", i, f.adjoint * n, S + j, sums, sums, 2 / of_a_block)
                 continue
             move("kv", i, f.carry * n * kv, j, 1, 0, 2 * kv)
             move("kv", i, f.carry * n * kv, S + j, 0, 1, 2 * kv)

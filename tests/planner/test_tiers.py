@@ -19,6 +19,7 @@ from longtrain.planner.asked import Asked, held_beside_model
 from longtrain.planner.cost import CPU_WORKSPACE, GPU_WORKSPACE, extents_bytes
 from longtrain.planner.rates import usual_rates
 from longtrain.planner.search import fastest_plan
+from longtrain.planner.seconds import step_time
 from longtrain.planner.smallest import smallest_plan, what_to_change
 from longtrain.planner.tiers import describe, tier_use
 from longtrain.train.schedule import step_count
@@ -68,6 +69,16 @@ def test_blocks_of_keys_and_values_too(tiers):
     m, plan = drawn(2, tiers)
     m = model(num_layers=2)
     compare(m, replace(plan, kv_block_tokens=1024, store_kv=0.0, offload=replace(plan.offload, kv=lt.Split(host=0.5))), written=False)
+
+
+def test_time_is_of_the_bytes_that_blocks_move(tiers):
+    """And of nothing that is restored, for all is kept."""
+    plan = lt.Plan(chunk_tokens=128, kv_block_tokens=512, offload=lt.Offload(kv=lt.Split(host=1.0), host_bytes=1 << 30))
+    footprint = measure_model(model())
+    time = step_time(footprint, plan, TOKENS, 1, usual_rates(footprint.device))
+    assert time.moved["host"][0] == pytest.approx(tier_use(footprint, plan, TOKENS)["host"].written, rel=0.05)
+    assert time.moved["host"][1] > time.moved["host"][0] and time.parts["restored"] == 0
+    assert step_time(footprint, replace(plan, kv_block_tokens=None), TOKENS, 1, usual_rates(footprint.device)).parts["restored"] > 0
 
 
 def compare(m: LanguageModel, plan: lt.Plan, written: bool = True) -> None:
