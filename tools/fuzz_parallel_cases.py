@@ -54,7 +54,7 @@ def draw(seed: int, ranks: int, own: bool) -> dict:
     )  # fmt: skip
     plan |= some(0.25, lambda: dict(kv_block_tokens=plan["chunk_tokens"] * r.randint(1, 4)), {})
     if "ring" in parallel.values() or parallel["conv"] == "channels":
-        plan |= some(0.95, lambda: dict(segment_layers=1), {})
+        plan |= some(0.95, lambda: dict(segment_layers=1, kv_block_tokens=None), {})
     moved = ("outputs", "kv") if plan["boundaries"] == "tensor" else ("outputs", "kv", "inputs", "gradients")
     places = (lt.Split(device=1.0), lt.Split(), lt.Split(host=1.0), lt.Split(device=0.3, host=0.3))
     return dict(
