@@ -87,8 +87,10 @@ class ByHeads:
     def in_blocks(self, chunks: int, stored: NewStored) -> ByHeads:
         """Keys and values of this rank's heads in the token store, as `longtrain.stream.kv_blocks`. A chunk is one part then: each part
         would bring all blocks again."""
-        of_head = lambda first: lambda name, tokens, **of: stored(f"{name}, heads from {first}", tokens, **of)
-        self._inner = [in_blocks(inner, chunks, of_head(first)) for inner, (first, _, _) in zip(self._inner, self._runs, strict=True)]
+        self._inner = [
+            in_blocks(inner, chunks, lambda name, tokens, first=first, **of: stored(f"{name}, heads from {first}", tokens, **of))
+            for inner, (first, _, _) in zip(self._inner, self._runs, strict=True)
+        ]
         if getattr(self._inner[0], "keeps", False):
             self.keeps, self._parts = True, self._in_parts(1)
         return self

@@ -86,7 +86,7 @@ class MixerState:
             keep_written=keep_written,
             outputs=Stored(store, f"layer {index} mixer output", place_outputs),
             lses=Stored(store, f"layer {index} LSE", place_lse),
-            new_written=lambda name: Stored(store, f"layer {index} {name}", place_kv),
+            new_written=partial(stored, tokens=tokens),
             hand_over=keeps or (
                 keep_written.start == 0 and not slides and not resumes and place_kv is None and getattr(carry, "hands_over", True)
             ),
